@@ -1,0 +1,73 @@
+#pragma once
+// The only place outside kernels/ that shifts bits: little-endian bit streams, half precision, binomials.
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace stbllm {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// The value of `width` (0..57) bits that start at bit `offset` of `stream`; bit 0 of a byte is its least significant.
+/// Reads only the bytes that hold those bits.
+inline uint64_t read_bits(const std::byte* stream, int64_t offset, int width) {
+  uint64_t value = 0;
+  const int64_t first = offset >> 3, last = (offset + width + 7) >> 3;
+  for (int64_t i = first; i < last; ++i) value |= static_cast<uint64_t>(stream[i]) << (8 * (i - first));
+  return (value >> (offset & 7)) & ((uint64_t{1} << width) - 1);
+}
+
+/// Sets those bits to `value`; the other bits of the stream stay.
+inline void write_bits(std::byte* stream, int64_t offset, int width, uint64_t value) {
+  for (int done = 0; done < width;) {
+    const int64_t byte = (offset + done) >> 3;
+    const int shift = static_cast<int>((offset + done) & 7);
+    const int count = width - done < 8 - shift ? width - done : 8 - shift;
+    const unsigned mask = ((1u << count) - 1u) << shift;
+    const unsigned bits = static_cast<unsigned>(value >> done) << shift & mask;
+    stream[byte] = static_cast<std::byte>((static_cast<unsigned>(stream[byte]) & ~mask) | bits);
+    done += count;
+  }
+}
+
+/// IEEE binary16 -> binary32, exact.
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {  // subnormal: magnitude * 2^-24
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+/// binary32 -> binary16, round to nearest even; overflow becomes infinity.
+inline uint16_t float_to_half(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  if (magnitude < 0x38800000u) {  // below 2^-14: the float adder rounds to multiples of 2^-24
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+/// n choose k for n <= 16.
+constexpr int64_t binomial(int n, int k) {
+  if (k < 0 || k > n) return 0;
+  int64_t result = 1;
+  for (int i = 1; i <= k; ++i) result = result * (n - k + i) / i;
+  return result;
+}
+
+/// The smallest number of bits that can tell `states` (>= 1) values apart.
+constexpr int bits_for(uint64_t states) { return states <= 1 ? 0 : std::bit_width(states - 1); }
+
+}  // namespace stbllm

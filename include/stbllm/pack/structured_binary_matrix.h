@@ -1,0 +1,120 @@
+#pragma once
+// One linear layer as structured binary planes. FORMAT.md is the specification; this file is its arithmetic.
+//
+// A row is cut into groups of M consecutive columns (the last group is padded with virtual columns). Every group
+// keeps exactly N positions and stores one code, an index over all (support, levels, signs):
+//
+//   code = (rank(support) * L^N + sum_k level_k L^k) * 2^N + sum_k sign_k 2^k       k = 0..N-1, ascending position
+//   rank(p_0 < p_1 < ...) = sum_k C(p_k, k+1)                                       (colexicographic)
+//
+// and a kept weight is  (sign ? -1 : +1) * scale(row, column / 128, level).
+// Salient columns add a residual binary: +-scale(row, block, L) +- scale(row, block, L + 1) where kept.
+// Outlier columns are stored as fp16 values; their codes do not count.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "stbllm/base/nm_pattern.h"
+
+namespace stbllm {
+
+/// The shape and coding of a matrix: everything that decides how many bytes each plane has.
+struct Layout {
+  int64_t rows = 0;       ///< out features
+  int64_t cols = 0;       ///< in features
+  NmPattern nm;
+  int levels = 1;         ///< L, magnitude levels of a kept weight: 1 (binary), 2, 3 (trisection)
+  int column_block = 128; ///< columns that share scales; a multiple of M
+  int scale_bits = 16;    ///< 16: fp16 per (row, column block, slot); 4..6: log code per (row, column block), fp16 base per row
+  int64_t salient = 0;    ///< columns with a residual sign plane
+  int64_t outliers = 0;   ///< columns stored in fp16
+
+  bool operator==(const Layout&) const = default;
+
+  int64_t groups() const;         ///< per row, = ceil(cols / M)
+  uint64_t code_states() const;   ///< C(M, N) (2 L)^N
+  int code_bits() const;          ///< 1..42
+  int64_t code_row_bytes() const; ///< rows start at a byte
+  int64_t column_blocks() const;  ///< = ceil(cols / column_block)
+  int scale_slots() const { return levels + (salient > 0 ? 2 : 0); }
+  int64_t scale_code_row_bytes() const;
+
+  /// Throws Error(kCorrupt) naming `what` when a field is out of range.
+  void validate(std::string_view what) const;
+};
+
+/// The bit arrays of a matrix, in file order. Multi-byte elements are little-endian.
+enum class Plane {
+  kCodes,          ///< U8  (rows, code_row_bytes): group codes, code_bits each
+  kScales,         ///< F16 (rows, column_blocks, scale_slots)      if scale_bits == 16
+  kScaleCodes,     ///< U8  (rows, scale_code_row_bytes)            if scale_bits < 16
+  kRowScales,      ///< F16 (rows)                                  if scale_bits < 16
+  kLevels,         ///< F16 (scale_slots)                           if scale_bits < 16
+  kSalientColumns, ///< I32 (salient), ascending
+  kSalientSigns,   ///< U8  (salient, ceil(rows / 8)): residual signs, 1 = negative
+  kOutlierColumns, ///< I32 (outliers), ascending
+  kOutlierValues,  ///< F16 (outliers, rows)
+};
+inline constexpr int kPlaneCount = 9;
+/// The tensor name suffix of a plane ("codes", "scales", ...), its safetensors dtype and its shape.
+std::string_view plane_name(Plane plane);
+std::string_view plane_dtype(Plane plane);
+std::vector<int64_t> plane_shape(const Layout& layout, Plane plane);
+/// Bytes of the plane; 0 when the layout has none.
+int64_t plane_bytes(const Layout& layout, Plane plane);
+
+/// A group's content: kept positions (ascending), their levels and signs. Only the first N entries count.
+struct GroupSymbols {
+  std::array<uint8_t, 16> position{};
+  std::array<uint8_t, 16> level{};
+  std::array<uint8_t, 16> sign{};  ///< 1 = negative
+};
+/// encode and decode are inverse on codes < code_states().
+uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
+GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
+
+/// base * 2^(-code * 2^(2 - bits)): a step of 2^(1/4) at 4 bits, 2^(1/16) at 6, always a range of 2^4.
+float scale_code_factor(int scale_bits, int code);
+
+/// A view of the planes of one matrix plus whatever keeps them alive. Cheap to copy.
+class StructuredBinaryMatrix {
+ public:
+  using Planes = std::array<std::span<const std::byte>, kPlaneCount>;
+
+  StructuredBinaryMatrix() = default;
+  /// Checks sizes, code ranges, unused bits, column lists (ascending, in range) and finiteness of scales.
+  /// Throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
+  StructuredBinaryMatrix(const Layout& layout, Planes planes, std::shared_ptr<const void> owner, std::string_view what);
+
+  const Layout& layout() const { return layout_; }
+  std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
+
+  uint64_t code(int64_t row, int64_t group) const;
+  float scale(int64_t row, int64_t column_block, int slot) const;
+  std::span<const int32_t> salient_columns() const;
+  std::span<const int32_t> outlier_columns() const;
+  bool salient_sign(int64_t index, int64_t row) const;
+  float outlier_value(int64_t index, int64_t row) const;
+
+  /// The weight at (row, col). Slow: this is the decode rule of FORMAT.md, word for word.
+  float at(int64_t row, int64_t col) const;
+  /// Writes the `cols` weights of `row`; equal to at() of each column.
+  void decode_row(int64_t row, float* out) const;
+
+  /// Bytes of all planes.
+  int64_t bytes() const;
+  /// bytes() * 8 / (rows * cols)
+  double stored_bits() const;
+
+ private:
+  Layout layout_;
+  Planes planes_{};
+  std::shared_ptr<const void> owner_;
+};
+
+}  // namespace stbllm

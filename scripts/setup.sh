@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Installs what the build needs, and nothing else: Debian/Ubuntu packages and libtorch.
+# Run it again at any time: what is already there is kept.
+#
+#   bash scripts/setup.sh
+#
+# libtorch is taken from the first of
+#   $TORCH_ROOT                      a directory with include/ and lib/libtorch_cpu.so
+#   python3's own `torch` package    if it has the pinned version
+#   the `torch` wheel from PyPI      unpacked (without its Python parts) into .deps/torch
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch_version=2.11.0
+say() { printf '[setup] %s\n' "$*" >&2; }
+die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
+
+# --- packages -----------------------------------------------------------------------------------
+packages=(g++ cmake ninja-build ccache python3 python3-pip unzip libcli11-dev libspdlog-dev libfmt-dev
+          nlohmann-json3-dev libgtest-dev libgmock-dev libxxhash-dev zlib1g-dev)
+missing=()
+for package in "${packages[@]}"; do
+  case $package in  # a tool that is there by other means is good enough
+    g++ | cmake | ccache | unzip | python3) command -v "$package" >/dev/null && continue ;;
+    ninja-build) command -v ninja >/dev/null && continue ;;
+    python3-pip) python3 -m pip --version >/dev/null 2>&1 && continue ;;
+  esac
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if ((${#missing[@]})); then
+  say "installing ${missing[*]}"
+  if [ "$(id -u)" = 0 ]; then as_root=(env); elif command -v sudo >/dev/null; then as_root=(sudo); else
+    die "these packages are missing and there is neither root nor sudo: ${missing[*]}"
+  fi
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+# --- libtorch -----------------------------------------------------------------------------------
+usable() { [ -f "$1/lib/libtorch_cpu.so" ] && [ -f "$1/include/ATen/ATen.h" ]; }
+
+fetch_wheel() {  # name==version, platform tag, target directory
+  # The wheel's own Python tag does not matter: none of its Python is ever imported.
+  python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
+    --python-version 3.12 --implementation cp --platform "$2" -d "$3" "$1" ||
+    die "cannot download $1 from PyPI; set TORCH_ROOT to a libtorch $torch_version instead"
+}
+
+torch_root=${TORCH_ROOT:-}
+if [ -n "$torch_root" ]; then
+  usable "$torch_root" || die "TORCH_ROOT=$torch_root holds no lib/libtorch_cpu.so and include/ATen/ATen.h"
+elif usable .deps/torch; then
+  torch_root=$PWD/.deps/torch
+else
+  torch_root=$(python3 - "$torch_version" <<'PY' 2>/dev/null || true
+import importlib.util, os, sys
+spec = importlib.util.find_spec("torch")
+root = os.path.dirname(spec.origin)
+version = open(os.path.join(root, "version.py")).read()
+if sys.argv[1] in version:
+    print(root)
+PY
+)
+  if [ -z "$torch_root" ] || ! usable "$torch_root"; then
+    say "fetching libtorch: torch==$torch_version (530 MB)"
+    scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+    fetch_wheel "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
+    mkdir -p .deps && rm -rf .deps/torch.part .deps/torch
+    unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' \
+      'torch/lib/libgomp*' -d .deps/torch.part
+    mv .deps/torch.part/torch .deps/torch && rmdir .deps/torch.part
+    torch_root=$PWD/.deps/torch
+  fi
+fi
+
+# libtorch_cpu.so was linked against two CUDA libraries even when no GPU is used.
+needs_cuda_libraries() { ! ldconfig -p | grep -q 'libcudart.so.13' || ! ldconfig -p | grep -q 'libcupti.so.13'; }
+if [ "$torch_root" = "$PWD/.deps/torch" ] && needs_cuda_libraries && [ ! -d .deps/nvidia ]; then
+  say "fetching the CUDA run-time libraries that libtorch links (3 MB + 11 MB)"
+  scratch=${scratch:-$(mktemp -d)} && trap 'rm -rf "$scratch"' EXIT
+  mkdir -p "$scratch/cuda"
+  fetch_wheel nvidia-cuda-runtime==13.0.96 manylinux_2_27_x86_64 "$scratch/cuda"
+  fetch_wheel nvidia-cuda-cupti==13.0.85 manylinux_2_27_x86_64 "$scratch/cuda"
+  for wheel in "$scratch"/cuda/*.whl; do unzip -qo "$wheel" 'nvidia/*' -d .deps; done
+fi
+say "libtorch: $torch_root"

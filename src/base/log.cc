@@ -1,0 +1,84 @@
+#include "stbllm/base/log.h"
+
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+#include <chrono>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm::log {
+namespace {
+
+spdlog::logger& logger() {
+  static auto instance = [] {
+    auto made = spdlog::stderr_color_mt("stbllm");
+    made->set_pattern("%^[%H:%M:%S %L]%$ %v");
+    return made;
+  }();
+  return *instance;
+}
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::string duration(double seconds) {
+  const auto s = static_cast<int64_t>(seconds + 0.5);
+  if (s >= 3600) return fmt::format("{}h{:02}m", s / 3600, s / 60 % 60);
+  return fmt::format("{}m{:02}s", s / 60, s % 60);
+}
+
+bool g_line_open = false;  // a progress line without its newline is on the terminal
+
+void close_line() {
+  if (!g_line_open) return;
+  std::fputc('\n', stderr);
+  g_line_open = false;
+}
+
+}  // namespace
+
+void set_level(Level level) { logger().set_level(static_cast<spdlog::level::level_enum>(level)); }
+
+Level parse_level(const std::string& name) {
+  const auto level = spdlog::level::from_str(name);
+  if (level == spdlog::level::off && name != "off")
+    fail(ErrorCode::kUsage, "--log-level {}: expected trace, debug, info, warning, error or off", name);
+  return level == spdlog::level::critical ? Level::kError : level == spdlog::level::off ? Level::kOff : static_cast<Level>(level);
+}
+
+void write(Level level, const std::string& message) {
+  const auto spd_level = static_cast<spdlog::level::level_enum>(level);
+  if (!logger().should_log(spd_level)) return;
+  close_line();
+  logger().log(spd_level, message);
+}
+
+Progress::Progress(std::string what, int64_t total)
+    : what_(std::move(what)), total_(total), started_(now()), on_terminal_(isatty(STDERR_FILENO) != 0) {}
+
+Progress::~Progress() { close_line(); }
+
+void Progress::update(int64_t done, const std::string& note) {
+  if (!logger().should_log(spdlog::level::info)) return;
+  const double time = now();
+  const bool last = done >= total_;
+  if (!last && time - last_shown_ < (on_terminal_ ? 0.1 : 10.0)) return;
+  last_shown_ = time;
+  const double elapsed = time - started_;
+  std::string line = fmt::format("{} {}/{}", what_, done, total_);
+  if (!note.empty()) line += "  " + note;
+  line += fmt::format("  {} elapsed", duration(elapsed));
+  if (done > 0 && !last) line += fmt::format(", {} left", duration(elapsed / done * (total_ - done)));
+  if (on_terminal_) {
+    fmt::print(stderr, "\r\033[K{}", line);
+    std::fflush(stderr);
+    g_line_open = true;
+  } else {
+    logger().info(line);
+  }
+}
+
+}  // namespace stbllm::log
