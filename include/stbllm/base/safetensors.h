@@ -1,0 +1,74 @@
+#pragma once
+// The safetensors container: u64 header length, JSON header, tensor bytes. No torch here.
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "stbllm/base/mapped_file.h"
+
+namespace stbllm {
+
+/// One tensor of a file. `data` points into the mapping.
+struct TensorEntry {
+  std::string dtype;  ///< "F32", "F16", "BF16", "U8", "I8", "I32", "I64", ...
+  std::vector<int64_t> shape;
+  std::span<const std::byte> data;
+};
+
+/// Bytes of one element; 0 for a dtype that the format does not know.
+int64_t dtype_bytes(std::string_view dtype);
+
+class SafetensorsFile {
+ public:
+  /// Maps and validates: header length, JSON, dtypes, ranges in bounds, size = product of the shape, no overlap.
+  /// Throws Error(kNotFound | kCorrupt).
+  static std::shared_ptr<const SafetensorsFile> open(const std::filesystem::path& path);
+
+  const std::map<std::string, TensorEntry>& tensors() const { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  const std::shared_ptr<const MappedFile>& file() const { return file_; }
+
+ private:
+  std::shared_ptr<const MappedFile> file_;
+  std::map<std::string, TensorEntry> tensors_;
+  std::map<std::string, std::string> metadata_;
+};
+
+/// xxh3-64 of a tensor's bytes as 16 hex digits.
+std::string checksum(std::span<const std::byte> bytes);
+
+/// Writes a safetensors file whose tensors arrive one at a time and are on disk at once: their bytes go to a spool
+/// file beside `path`, finish() writes `path` as header + spool. Nothing is at `path` before finish() renames it there;
+/// the destructor removes what an unfinished writer left.
+class SafetensorsWriter {
+ public:
+  /// Throws Error(kExists) when `path` is there and not `force`; Error(kWriteFailed) when the directory cannot be written.
+  SafetensorsWriter(std::filesystem::path path, bool force);
+  ~SafetensorsWriter();
+  SafetensorsWriter(const SafetensorsWriter&) = delete;
+  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
+
+  /// Throws Error(kWriteFailed) when the disk is full. Names must be new.
+  void add(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape, std::span<const std::byte> data);
+  void set_metadata(const std::string& key, std::string value);
+
+  /// Writes header (data starts at a multiple of 256), data and metadata to a temporary file, fsyncs it and returns its
+  /// path; the caller may open and verify it, then commit() renames it to `path`. The metadata key "checksums" is a
+  /// JSON object of tensor name -> xxh3, added here.
+  std::filesystem::path finish();
+  void commit();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace stbllm

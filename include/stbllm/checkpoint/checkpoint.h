@@ -1,0 +1,57 @@
+#pragma once
+// A HuggingFace checkpoint directory: tensors by name, whatever files they are in.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace stbllm {
+
+/// Where the tensors of a file are; implemented by safetensors and pytorch_model.bin.
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  virtual std::vector<std::string> names() const = 0;
+  virtual bool contains(const std::string& name) const = 0;
+  virtual std::vector<int64_t> shape(const std::string& name) const = 0;
+  /// A view of the mapped file (no copy) in the file's own dtype. Do not write to it.
+  virtual at::Tensor load(const std::string& name) const = 0;
+  /// The tensor's pages may leave memory.
+  virtual void release(const std::string& name) const = 0;
+};
+
+class Checkpoint {
+ public:
+  /// Opens `directory`: config.json, then the first of model.safetensors, model.safetensors.index.json,
+  /// pytorch_model.bin, pytorch_model.bin.index.json. Headers of all shards are validated here.
+  /// Throws Error(kNotFound | kCorrupt | kMismatch | kUnsupported).
+  static Checkpoint open(const std::filesystem::path& directory);
+
+  const std::filesystem::path& directory() const { return directory_; }
+  const nlohmann::json& config() const { return config_; }
+
+  bool contains(const std::string& name) const;
+  std::vector<std::string> names() const;
+  /// Throws Error(kMismatch) when the tensor is missing.
+  std::vector<int64_t> shape(const std::string& name) const;
+  /// The tensor `name`, which must have `shape`, in the file's dtype (F32, F16, BF16), a view of the mapping.
+  /// Throws Error(kMismatch) naming tensor, file, expected and found; Error(kUnsupported) for another dtype.
+  at::Tensor load(const std::string& name, const std::vector<int64_t>& shape) const;
+  void release(const std::string& name) const;
+  /// Bytes of all tensor files.
+  int64_t file_bytes() const;
+
+ private:
+  std::filesystem::path directory_;
+  nlohmann::json config_;
+  std::map<std::string, std::shared_ptr<const TensorSource>> tensors_;  // by tensor name
+  int64_t file_bytes_ = 0;
+};
+
+}  // namespace stbllm

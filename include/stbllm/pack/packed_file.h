@@ -1,0 +1,58 @@
+#pragma once
+// A packed model: one .safetensors file with planes, dense tensors, config, tokenizer and provenance. See FORMAT.md.
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "stbllm/base/safetensors.h"
+#include "stbllm/pack/structured_binary_matrix.h"
+
+namespace stbllm {
+
+inline constexpr int kPackedFormatVersion = 1;
+
+class PackedWriter {
+ public:
+  PackedWriter(std::filesystem::path path, bool force);
+  /// Writes the planes of a linear as `<name>.codes`, `<name>.scales`, ... Bytes are on disk when this returns.
+  void add_linear(const std::string& name, const StructuredBinaryMatrix& matrix);
+  void add_dense(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape, std::span<const std::byte> data);
+  /// "config" (the checkpoint's config.json), "tokenizer", "recipe", "plan", "calibration", "version", ...
+  void set_metadata(const std::string& key, std::string value);
+  std::filesystem::path finish();  ///< a complete temporary file, to be verified
+  void commit();                   ///< renamed into place
+
+ private:
+  SafetensorsWriter file_;
+  std::map<std::string, nlohmann::json> layouts_;
+};
+
+class PackedReader {
+ public:
+  /// Opens and validates everything that can be validated without reading all bytes twice: format version, layouts,
+  /// plane sizes, column lists, code ranges. Throws Error(kNotFound | kCorrupt | kUnsupported).
+  static PackedReader open(const std::filesystem::path& path);
+  /// True when `path` is a regular file that says it is a packed model.
+  static bool is_packed(const std::filesystem::path& path);
+
+  const std::map<std::string, StructuredBinaryMatrix>& linears() const { return linears_; }
+  bool has_dense(const std::string& name) const { return dense_.contains(name); }
+  const TensorEntry& dense(const std::string& name) const;
+  const std::map<std::string, TensorEntry>& dense_tensors() const { return dense_; }
+  const std::string& metadata(const std::string& key) const;  ///< Throws Error(kCorrupt) when missing
+  const std::shared_ptr<const SafetensorsFile>& file() const { return file_; }
+  int64_t file_bytes() const;
+  /// Recomputes every checksum. Throws Error(kCorrupt) naming the first tensor that differs.
+  void verify_checksums() const;
+
+ private:
+  std::shared_ptr<const SafetensorsFile> file_;
+  std::map<std::string, StructuredBinaryMatrix> linears_;
+  std::map<std::string, TensorEntry> dense_;
+};
+
+}  // namespace stbllm

@@ -1,0 +1,41 @@
+#pragma once
+// Text files, and the windows of tokens that are cut from them.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "stbllm/text/tokenizer.h"
+
+namespace stbllm {
+
+/// One text, and where it came from.
+struct Corpus {
+  std::string text;         ///< UTF-8
+  std::string description;  ///< for reports, "wikitext-2-raw-v1 test (4358 rows)" or a file name
+  std::string sha256;       ///< of `text`, so that two runs can tell that they used the same
+};
+
+/// Reads `data`:
+///   - "wikitext2", "wikitext2-valid", "c4": a known corpus, looked for in $STBLLM_DATA and in the default places
+///     (./data, ../shared/data), file names wiki.test.raw / wiki.valid.raw / c4-sample.txt;
+///   - a .raw file of Wikitext-2: rows joined as the HF data set has them (the raw line " \n" is the row "", every other
+///     line with its newline is a row, rows are joined by "\n\n");
+///   - .jsonl or .jsonl.gz with a "text" field: documents joined by "\n\n";
+///   - any other UTF-8 text, as it is.
+/// Throws Error(kNotFound) with the places that were tried; Error(kCorrupt) for invalid UTF-8 or JSON, with line number.
+Corpus read_corpus(const std::string& data);
+
+/// Non-overlapping windows from the start of `ids` (GPTQ's protocol); the incomplete last one is dropped.
+/// At most `max_windows` of them when that is positive. Throws Error(kTooLittleText) when there is none.
+std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen, int64_t max_windows,
+                                                     std::string_view what);
+
+/// `count` windows of `seqlen` ids at random places of `ids` (GPTQ's calibration protocol), the same for the same seed
+/// on every machine. Throws Error(kTooLittleText) unless ids.size() > seqlen.
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, int64_t seqlen,
+                                                      uint64_t seed, std::string_view what);
+
+}  // namespace stbllm
