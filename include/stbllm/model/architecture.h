@@ -1,0 +1,75 @@
+#pragma once
+// The model families as data: one row per HuggingFace class. The forward pass switches on Norm, Position and
+// Mlp, never on a model's name; a new family that fits these choices is a new row in architecture.cc and
+// nothing else.
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace stbllm {
+
+/// A place in a decoder block where the inputs of linears are observed. Linears of one tap share their input.
+enum class Tap {
+  kAttnIn,   ///< q, k, v read it
+  kAttnOut,  ///< o reads it
+  kMlpIn,    ///< gate, up read it
+  kMlpMid,   ///< down reads it
+};
+inline constexpr int kTapCount = 4;
+/// "attn_in", "attn_out", "mlp_in", "mlp_mid"
+std::string_view tap_name(Tap tap);
+
+/// What a linear does in its block. A plain MLP has kUp and kDown (OPT's fc1 and fc2) and no kGate.
+enum class Role { kQ, kK, kV, kO, kGate, kUp, kDown };
+inline constexpr int kRoleCount = 7;
+/// "q", "k", "v", "o", "gate", "up", "down"
+std::string_view role_name(Role role);
+
+/// A boolean of config.json: the value of `key` where the file has it, else `fallback`. No key: always
+/// `fallback`.
+struct Flag {
+  std::string_view key;
+  bool fallback = false;
+};
+
+struct LinearSlot {
+  Role role;
+  Tap tap;
+  std::string_view name;  ///< within the block, "self_attn.q_proj"
+  Flag bias;
+};
+
+enum class Norm { kRms, kLayer };
+enum class Position { kRotary, kLearned };
+enum class Mlp { kGated, kPlain };  ///< down(act(gate(x)) * up(x)) | down(act(up(x)))
+
+/// One row of the table. Tensor names are relative to the base model's prefix ("model."), except the head's.
+struct Architecture {
+  std::string_view hf_class;  ///< "LlamaForCausalLM"
+  Norm norm;
+  Position position;
+  Mlp mlp;
+  std::span<const LinearSlot> linears;  ///< in the order of the forward pass
+  bool sliding_window;                  ///< config key "sliding_window" is obeyed
+
+  std::string_view embedding;   ///< "embed_tokens"
+  std::string_view positions;   ///< "decoder.embed_positions", empty for rotary
+  std::string_view blocks;      ///< "layers": block i is "layers.i."
+  std::string_view attn_norm;   ///< "input_layernorm"
+  std::string_view mlp_norm;    ///< "post_attention_layernorm"
+  std::string_view final_norm;  ///< "norm"
+  std::string_view head;        ///< "lm_head"
+
+  // Spellings of config.json
+  std::string_view ffn_key;         ///< "intermediate_size"
+  std::string_view activation_key;  ///< "hidden_act"
+  bool tied_by_default;             ///< value of "tie_word_embeddings" when it is absent
+};
+
+/// All rows.
+std::span<const Architecture> architectures();
+/// Throws Error(kUnsupported) naming the class and those that are known.
+const Architecture& find_architecture(std::string_view hf_class);
+
+}  // namespace stbllm

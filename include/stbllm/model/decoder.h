@@ -1,0 +1,81 @@
+#pragma once
+// A causal language model: embedding + positions, decoder blocks, final norm, head. Blocks come from a source
+// one at a time, so that a dense checkpoint needs the memory of one block.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/model/decoder_block.h"
+#include "stbllm/pack/packed_file.h"
+
+namespace stbllm {
+
+struct DecoderOptions {
+  at::ScalarType dtype = at::kFloat;  ///< of weights and activations: float32 or bfloat16
+  at::Device device = at::kCPU;
+  bool keep_blocks = false;  ///< a dense block, once loaded (and perhaps changed by its user), stays
+};
+
+class Decoder {
+ public:
+  /// Dense. Loads what stands outside the blocks; a block is loaded and converted when asked for. The
+  /// checkpoint is copied (its files stay mapped). Throws Error(kUnsupported | kMismatch) before any weight
+  /// is read.
+  static Decoder from_checkpoint(const Checkpoint& checkpoint, const DecoderOptions& options = {});
+  /// From packed bits; all blocks are prepared here, once, and the reader is not needed afterwards. Linears
+  /// that are not packed but present as dense tensors `<name>.weight` run dense. `backend` must outlive the
+  /// decoder and decides the device. Throws Error(kMismatch) naming a tensor that is missing or has another
+  /// shape.
+  static Decoder from_packed(const PackedReader& packed, const Backend& backend,
+                             at::ScalarType dtype = at::kFloat);
+
+  const ModelSpec& spec() const { return spec_; }
+  at::ScalarType dtype() const { return dtype_; }
+  at::Device device() const { return device_; }
+  /// Memory of all that stays resident (embedding, head, kept or packed blocks).
+  int64_t bytes() const;
+
+  /// ids (batch, tokens), int32 or int64 -> hidden states (batch, tokens, hidden) that enter block 0.
+  at::Tensor embed(const at::Tensor& ids, int64_t first_position = 0) const;
+  Positions positions(int64_t first, int64_t count) const { return {spec_, first, count, dtype_, device_}; }
+  /// Block `index`. Owned by the caller, and by the decoder where it is kept.
+  std::shared_ptr<DecoderBlock> block(int64_t index) const;
+  /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab) in dtype().
+  at::Tensor logits(const at::Tensor& hidden) const;
+
+  /// embed, all blocks -> hidden states that leave the last block. With a cache, ids continue it, and it is
+  /// advanced.
+  at::Tensor forward(const at::Tensor& ids, KeyValueCache* cache = nullptr) const;
+  KeyValueCache make_cache(int64_t batch, int64_t capacity) const {
+    return {spec_, batch, capacity, dtype_, device_};
+  }
+
+ private:
+  using BlockSource = std::function<std::shared_ptr<DecoderBlock>(int64_t index)>;
+  struct Outer {                // all that stands outside the blocks; undefined where the model has none
+    at::Tensor embedding;       // (vocab, embedding_width)
+    at::Tensor position_table;  // (position_offset + max_positions, hidden)
+    at::Tensor project_in;      // (hidden, embedding_width)
+    at::Tensor project_out;     // (embedding_width, hidden)
+    NormWeights final_norm;
+    at::Tensor head;  // (vocab, embedding_width)
+  };
+
+  Decoder(ModelSpec spec, at::ScalarType dtype, at::Device device)
+      : spec_(std::move(spec)), dtype_(dtype), device_(device) {}
+
+  ModelSpec spec_;
+  at::ScalarType dtype_;
+  at::Device device_;
+  Outer outer_;
+  BlockSource load_block_;
+  bool keep_blocks_ = false;
+  mutable std::vector<std::shared_ptr<DecoderBlock>> blocks_;  // kept ones; null: not loaded
+};
+
+}  // namespace stbllm

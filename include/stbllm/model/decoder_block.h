@@ -1,0 +1,99 @@
+#pragma once
+// One decoder block, the only forward pass of this program:
+//
+//   h = h + o(attention(q(n), k(n), v(n)))      n = attn_norm(h)
+//   h = h + mlp(mlp_norm(h))                    mlp(n) = down(act(gate(n)) * up(n))  or  down(act(up(n)))
+//
+// and with norms after the sum instead of before the branch where the spec says so. Works in float32 and
+// bfloat16, on the CPU and on CUDA, and under autograd.
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "stbllm/model/linear.h"
+#include "stbllm/model/model_spec.h"
+
+namespace stbllm {
+
+/// Where the tokens of a forward pass stand, shared by all blocks: rotary tables and the attention mask.
+struct Positions {
+  /// Tokens first .. first + count - 1 of every sequence of the batch, in the given dtype and device.
+  Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype, at::Device device);
+
+  int64_t first;
+  int64_t count;
+  at::Tensor cos;   ///< (count, head_dim), rotary only
+  at::Tensor sin;   ///< (count, head_dim), rotary only
+  at::Tensor mask;  ///< (count, first + count), true where a query sees a key; undefined: plain causal, or
+                    ///< one query that sees all
+};
+
+/// Keys and values of the tokens so far, for every block, so that a token is run once.
+class KeyValueCache {
+ public:
+  KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
+                at::Device device);
+
+  int64_t capacity() const { return capacity_; }
+  int64_t length() const { return length_; }
+  /// Writes the keys and values (batch, kv_heads, n, head_dim) of block `block` at positions length() ..
+  /// length() + n - 1 and replaces both by views of all length() + n. Throws Error(kUsage) when they exceed
+  /// the capacity.
+  void append(int64_t block, at::Tensor& keys, at::Tensor& values);
+  /// `tokens` more are in every block.
+  void advance(int64_t tokens) { length_ += tokens; }
+
+ private:
+  int64_t capacity_;
+  int64_t length_ = 0;
+  std::vector<at::Tensor> keys_;  // per block: (batch, kv_heads, capacity, head_dim)
+  std::vector<at::Tensor> values_;
+};
+
+/// Weight and bias of a norm; undefined where there is none.
+struct NormWeights {
+  at::Tensor weight;
+  at::Tensor bias;
+};
+/// RMS norm (HF's: statistics in float32, weight applied in x's dtype) or layer norm over the last dimension.
+at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x);
+
+/// Sees the input (batch, tokens, cols) of every tap, once per forward, in the order of the forward pass.
+using TapObserver = std::function<void(Tap, const at::Tensor& input)>;
+
+class DecoderBlock {
+ public:
+  /// Linears are set one by one; forward needs all of them. `spec` is copied.
+  DecoderBlock(const ModelSpec& spec, int64_t index, NormWeights attn_norm, NormWeights mlp_norm);
+
+  /// hidden (batch, tokens, hidden) -> the same shape. `positions` has count == tokens. With a cache,
+  /// positions.first == cache->length(); the caller advances the cache after the last block.
+  at::Tensor forward(const at::Tensor& hidden, const Positions& positions, const TapObserver& observer = {},
+                     KeyValueCache* cache = nullptr) const;
+
+  int64_t index() const { return index_; }
+  const std::vector<LinearSpec>& linears() const { return linear_specs_; }
+  const Linear& linear(Role role) const;
+  void set_linear(Role role, std::unique_ptr<Linear> linear);
+  NormWeights& attn_norm() { return attn_norm_; }
+  NormWeights& mlp_norm() { return mlp_norm_; }
+
+ private:
+  at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
+                       KeyValueCache* cache) const;
+  at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
+
+  ModelSpec spec_;
+  int64_t index_;
+  std::vector<LinearSpec> linear_specs_;
+  NormWeights attn_norm_;
+  NormWeights mlp_norm_;
+  std::array<std::unique_ptr<Linear>, kRoleCount> linears_;  // by role; null where the architecture has none
+};
+
+}  // namespace stbllm

@@ -1,0 +1,53 @@
+#pragma once
+// y = x W^T + b, with W as a tensor or as packed planes.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "stbllm/backend/backend.h"
+
+namespace stbllm {
+
+class Linear {
+ public:
+  virtual ~Linear() = default;
+  /// x (..., cols) -> (..., rows), in x's dtype.
+  virtual at::Tensor forward(const at::Tensor& x) const = 0;
+  virtual int64_t bytes() const = 0;  ///< memory held by weight and bias
+};
+
+/// Autograd flows through weight, bias and x.
+class DenseLinear : public Linear {
+ public:
+  /// weight (rows, cols); bias (rows) or undefined.
+  DenseLinear(at::Tensor weight, at::Tensor bias);
+  at::Tensor forward(const at::Tensor& x) const override;
+  int64_t bytes() const override;
+  const at::Tensor& weight() const { return weight_; }
+  const at::Tensor& bias() const { return bias_; }
+
+ private:
+  at::Tensor weight_;
+  at::Tensor bias_;
+};
+
+/// Multiplies by a backend straight from the packed bits. x is float32 or bfloat16 on the backend's device.
+/// No autograd.
+class PackedLinear : public Linear {
+ public:
+  /// bias (rows) or undefined, in the dtype of the activations. `backend` must outlive this.
+  PackedLinear(const Backend& backend, const StructuredBinaryMatrix& matrix, at::Tensor bias);
+  at::Tensor forward(const at::Tensor& x) const override;
+  int64_t bytes() const override;
+
+ private:
+  const Backend& backend_;
+  std::unique_ptr<PreparedMatrix> matrix_;
+  int64_t rows_;
+  int64_t cols_;
+  at::Tensor bias_;
+};
+
+}  // namespace stbllm
