@@ -8,14 +8,15 @@
 //   rank(p_0 < p_1 < ...) = sum_k C(p_k, k+1)                                       (colexicographic)
 //
 // and a kept weight is  (sign ? -1 : +1) * scale(row, column / 128, level).
-// Salient columns add a residual binary: +-scale(row, block, L) +- scale(row, block, L + 1) where kept.
-// Outlier columns are stored as fp16 values; their codes do not count.
+// Salient columns add a residual binary: +-scale(row, block, L) +- scale(row, block, L + 1) where kept; their level
+// digits are 0. Outlier columns are stored as fp16 values; what the codes say about them does not count.
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -38,7 +39,7 @@ struct Layout {
 
   int64_t groups() const;         ///< per row, = ceil(cols / M)
   uint64_t code_states() const;   ///< C(M, N) (2 L)^N
-  int code_bits() const;          ///< 1..42
+  int code_bits() const;          ///< 3 (1:4) .. 44 (14:16 with three levels)
   int64_t code_row_bytes() const; ///< rows start at a byte
   int64_t column_blocks() const;  ///< = ceil(cols / column_block)
   int scale_slots() const { return levels + (salient > 0 ? 2 : 0); }
@@ -48,7 +49,7 @@ struct Layout {
   void validate(std::string_view what) const;
 };
 
-/// The bit arrays of a matrix, in file order. Multi-byte elements are little-endian.
+/// The bit arrays of a matrix. Multi-byte elements are little-endian.
 enum class Plane {
   kCodes,          ///< U8  (rows, code_row_bytes): group codes, code_bits each
   kScales,         ///< F16 (rows, column_blocks, scale_slots)      if scale_bits == 16
@@ -74,7 +75,7 @@ struct GroupSymbols {
   std::array<uint8_t, 16> level{};
   std::array<uint8_t, 16> sign{};  ///< 1 = negative
 };
-/// encode and decode are inverse on codes < code_states().
+/// encode and decode are inverse on codes < code_states(); symbols outside their ranges are a std::logic_error.
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
 GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
 
@@ -87,7 +88,8 @@ class StructuredBinaryMatrix {
   using Planes = std::array<std::span<const std::byte>, kPlaneCount>;
 
   StructuredBinaryMatrix() = default;
-  /// Checks sizes, code ranges, unused bits, column lists (ascending, in range) and finiteness of scales.
+  /// Checks everything that FORMAT.md asks of a matrix: sizes, code ranges, padding, unused bits, column lists
+  /// (ascending, in range, 4-byte aligned) and scales (finite, not negative). Planes the layout lacks are empty.
   /// Throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
   StructuredBinaryMatrix(const Layout& layout, Planes planes, std::shared_ptr<const void> owner, std::string_view what);
 
@@ -95,6 +97,7 @@ class StructuredBinaryMatrix {
   std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
 
   uint64_t code(int64_t row, int64_t group) const;
+  /// fp16 scale, or row_scale * scale_code_factor * levels[slot] multiplied left to right in float32.
   float scale(int64_t row, int64_t column_block, int slot) const;
   std::span<const int32_t> salient_columns() const;
   std::span<const int32_t> outlier_columns() const;
@@ -112,9 +115,15 @@ class StructuredBinaryMatrix {
   double stored_bits() const;
 
  private:
+  /// What is wrong with the planes of `row`; empty when nothing is.
+  std::string row_fault(int64_t row) const;
+
   Layout layout_;
   Planes planes_{};
   std::shared_ptr<const void> owner_;
+  int code_bits_ = 0;  // of layout_, which computes them anew at every call
+  int64_t code_row_bytes_ = 0;
+  const uint8_t* symbols_ = nullptr;  // decode table of (nm, levels), null when it would be too large
 };
 
 }  // namespace stbllm
