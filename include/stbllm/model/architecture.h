@@ -59,7 +59,9 @@ struct Architecture {
   std::string_view attn_norm;   ///< "input_layernorm"
   std::string_view mlp_norm;    ///< "post_attention_layernorm"
   std::string_view final_norm;  ///< "norm"
-  std::string_view head;        ///< "lm_head"
+  std::string_view project_in;  ///< "decoder.project_in", empty where embeddings are as wide as hidden states
+  std::string_view project_out;
+  std::string_view head;  ///< "lm_head"
 
   // Spellings of config.json
   std::string_view ffn_key;         ///< "intermediate_size"

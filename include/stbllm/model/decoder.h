@@ -57,6 +57,7 @@ class Decoder {
 
  private:
   using BlockSource = std::function<std::shared_ptr<DecoderBlock>(int64_t index)>;
+  using TensorLoader = std::function<at::Tensor(const TensorSpec&)>;
   struct Outer {                // all that stands outside the blocks; undefined where the model has none
     at::Tensor embedding;       // (vocab, embedding_width)
     at::Tensor position_table;  // (position_offset + max_positions, hidden)
@@ -68,6 +69,8 @@ class Decoder {
 
   Decoder(ModelSpec spec, at::ScalarType dtype, at::Device device)
       : spec_(std::move(spec)), dtype_(dtype), device_(device) {}
+
+  void load_outer(const TensorLoader& load);
 
   ModelSpec spec_;
   at::ScalarType dtype_;

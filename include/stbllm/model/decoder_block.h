@@ -27,10 +27,11 @@ struct Positions {
 
   int64_t first;
   int64_t count;
-  at::Tensor cos;   ///< (count, head_dim), rotary only
-  at::Tensor sin;   ///< (count, head_dim), rotary only
-  at::Tensor mask;  ///< (count, first + count), true where a query sees a key; undefined: plain causal, or
-                    ///< one query that sees all
+  at::Tensor cos;  ///< (count, head_dim), rotary only
+  at::Tensor sin;  ///< (count, head_dim), rotary only
+  /// (count, first + count), 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
+  /// first of their sequence and no window matters (plain causal) or when there is just one.
+  at::Tensor mask;
 };
 
 /// Keys and values of the tokens so far, for every block, so that a token is run once.

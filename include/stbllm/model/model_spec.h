@@ -74,6 +74,9 @@ struct ModelSpec {
   static ModelSpec from_config(const nlohmann::json& config);
   /// from_config, then the prefix the checkpoint uses, then check_tensors.
   static ModelSpec from_checkpoint(const Checkpoint& checkpoint);
+  /// Empties `prefix` when the first linear is there only without it. `has_linear` takes a name as in
+  /// LinearSpec.
+  void detect_prefix(const std::function<bool(const std::string& linear)>& has_linear);
 
   bool has_projections() const { return embedding_width != hidden; }
 

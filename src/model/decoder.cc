@@ -1,0 +1,187 @@
+#include "stbllm/model/decoder.h"
+
+#include <ATen/ATen.h>
+#include <fmt/ranges.h>
+
+#include <map>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+/// Yields a tensor of the model, owned, in the decoder's dtype and on its device.
+using TensorLoader = std::function<at::Tensor(const TensorSpec&)>;
+
+void check_dtype(at::ScalarType dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16)
+    fail(ErrorCode::kUnsupported, "activations in {} are not supported; use float32 or bfloat16",
+         at::toString(dtype));
+}
+
+NormWeights load_norm(const ModelSpec& spec, const std::string& name, const TensorLoader& load) {
+  NormWeights norm;
+  const std::vector<TensorSpec> tensors = spec.norm_tensors(name);
+  if (!tensors.empty()) norm.weight = load(tensors[0]);
+  if (tensors.size() > 1) norm.bias = load(tensors[1]);
+  return norm;
+}
+
+/// `make_linear` turns a linear and its bias (perhaps undefined) into what multiplies.
+template <typename MakeLinear>
+std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, const TensorLoader& load,
+                                         const MakeLinear& make_linear) {
+  auto block = std::make_shared<DecoderBlock>(spec, index, load_norm(spec, spec.attn_norm(index), load),
+                                              load_norm(spec, spec.mlp_norm(index), load));
+  for (const LinearSpec& linear : block->linears())
+    block->set_linear(linear.role, make_linear(linear, linear.has_bias ? load(linear.bias()) : at::Tensor()));
+  return block;
+}
+
+/// A dense tensor of a packed file, a view of the mapping.
+at::Tensor view_of(const PackedReader& packed, const TensorSpec& spec) {
+  static const std::map<std::string, at::ScalarType> kDtypes = {
+      {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
+  const std::string path = packed.file()->file()->path().string();
+  if (!packed.has_dense(spec.name))
+    fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path,
+         spec.name);
+  const TensorEntry& entry = packed.dense(spec.name);
+  if (entry.shape != spec.shape)
+    fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but the configuration asks for [{}]", path,
+         spec.name, fmt::join(entry.shape, ", "), fmt::join(spec.shape, ", "));
+  const auto dtype = kDtypes.find(entry.dtype);
+  if (dtype == kDtypes.end())
+    fail(ErrorCode::kUnsupported, "{}: tensor {} has dtype {}; expected F32, F16 or BF16", path, spec.name,
+         entry.dtype);
+  void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
+  return at::from_blob(data, entry.shape, dtype->second);
+}
+
+}  // namespace
+
+void Decoder::load_outer(const TensorLoader& load) {
+  outer_.embedding = load(spec_.embedding());
+  outer_.head = spec_.tied_head ? outer_.embedding : load(spec_.head());
+  if (spec_.architecture->position == Position::kLearned)
+    outer_.position_table = load(spec_.position_table());
+  if (spec_.has_projections()) {
+    outer_.project_in = load(spec_.project_in());
+    outer_.project_out = load(spec_.project_out());
+  }
+  if (spec_.has_final_norm) outer_.final_norm = load_norm(spec_, spec_.final_norm(), load);
+}
+
+Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOptions& options) {
+  check_dtype(options.dtype);
+  Decoder decoder(ModelSpec::from_checkpoint(checkpoint), options.dtype, options.device);
+  const TensorLoader load = [checkpoint, options](const TensorSpec& spec) {
+    const at::Tensor mapped = checkpoint.load(spec.name, spec.shape);
+    at::Tensor owned = mapped.to(options.device, options.dtype, /*non_blocking=*/false, /*copy=*/true);
+    checkpoint.release(spec.name);
+    return owned;
+  };
+  decoder.load_outer(load);
+  decoder.keep_blocks_ = options.keep_blocks;
+  decoder.load_block_ = [spec = decoder.spec_, load](int64_t index) {
+    return load_block(spec, index, load, [&](const LinearSpec& linear, at::Tensor bias) {
+      return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias));
+    });
+  };
+  return decoder;
+}
+
+Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend, at::ScalarType dtype) {
+  check_dtype(dtype);
+  const std::string path = packed.file()->file()->path().string();
+  nlohmann::json config =
+      nlohmann::json::parse(packed.metadata("config"), nullptr, /*allow_exceptions=*/false);
+  if (config.is_discarded()) fail(ErrorCode::kCorrupt, "{}: its metadata \"config\" is not valid JSON", path);
+  ModelSpec spec = ModelSpec::from_config(config);
+  spec.detect_prefix([&](const std::string& linear) {
+    return packed.linears().contains(linear) || packed.has_dense(linear + ".weight");
+  });
+
+  Decoder decoder(std::move(spec), dtype, backend.on_cuda() ? at::kCUDA : at::kCPU);
+  const TensorLoader load = [&](const TensorSpec& tensor) {
+    return view_of(packed, tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
+  };
+  decoder.load_outer(load);
+  const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {
+    const auto found = packed.linears().find(linear.name);
+    if (found == packed.linears().end())
+      return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias));
+    const Layout& layout = found->second.layout();
+    if (layout.rows != linear.rows || layout.cols != linear.cols)
+      fail(ErrorCode::kMismatch, "{}: linear {} is {} x {}, but the configuration asks for {} x {}", path,
+           linear.name, layout.rows, layout.cols, linear.rows, linear.cols);
+    return std::make_unique<PackedLinear>(backend, found->second, std::move(bias));
+  };
+  for (int64_t index = 0; index < decoder.spec_.layers; ++index)
+    decoder.blocks_.push_back(load_block(decoder.spec_, index, load, make_linear));
+  return decoder;
+}
+
+int64_t Decoder::bytes() const {
+  int64_t total = 0;
+  const auto add = [&](const at::Tensor& tensor) {
+    if (tensor.defined()) total += static_cast<int64_t>(tensor.nbytes());
+  };
+  const auto add_norm = [&](const NormWeights& norm) {
+    add(norm.weight);
+    add(norm.bias);
+  };
+  add(outer_.embedding);
+  add(outer_.position_table);
+  add(outer_.project_in);
+  add(outer_.project_out);
+  add_norm(outer_.final_norm);
+  if (!spec_.tied_head) add(outer_.head);
+  for (const auto& block : blocks_) {
+    if (block == nullptr) continue;
+    add_norm(block->attn_norm());
+    add_norm(block->mlp_norm());
+    for (const LinearSpec& linear : block->linears()) total += block->linear(linear.role).bytes();
+  }
+  return total;
+}
+
+at::Tensor Decoder::embed(const at::Tensor& ids, int64_t first_position) const {
+  at::Tensor hidden = at::embedding(outer_.embedding, ids.to(device_));
+  if (outer_.project_in.defined()) hidden = at::linear(hidden, outer_.project_in);
+  if (outer_.position_table.defined()) {
+    const int64_t first = spec_.position_offset + first_position;
+    hidden = hidden + outer_.position_table.slice(0, first, first + ids.size(1));
+  }
+  return hidden;
+}
+
+std::shared_ptr<DecoderBlock> Decoder::block(int64_t index) const {
+  const size_t i = static_cast<size_t>(index);
+  if (i < blocks_.size() && blocks_[i] != nullptr) return blocks_[i];
+  std::shared_ptr<DecoderBlock> loaded = load_block_(index);
+  if (keep_blocks_) {
+    blocks_.resize(static_cast<size_t>(spec_.layers));
+    blocks_[i] = loaded;
+  }
+  return loaded;
+}
+
+at::Tensor Decoder::logits(const at::Tensor& hidden) const {
+  at::Tensor x = spec_.has_final_norm ? apply_norm(spec_, outer_.final_norm, hidden) : hidden;
+  if (outer_.project_out.defined()) x = at::linear(x, outer_.project_out);
+  return at::linear(x, outer_.head);
+}
+
+at::Tensor Decoder::forward(const at::Tensor& ids, KeyValueCache* cache) const {
+  const int64_t first = cache == nullptr ? 0 : cache->length();
+  const int64_t tokens = ids.size(1);
+  const Positions where = positions(first, tokens);
+  at::Tensor hidden = embed(ids, first);
+  for (int64_t index = 0; index < spec_.layers; ++index)
+    hidden = block(index)->forward(hidden, where, {}, cache);
+  if (cache != nullptr) cache->advance(tokens);
+  return hidden;
+}
+
+}  // namespace stbllm

@@ -1,0 +1,196 @@
+#include "stbllm/model/decoder_block.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+/// Angular frequencies (head_dim / 2), float32 at every step as HF computes them: its rounding is part of the
+/// model.
+at::Tensor rope_frequencies(const ModelSpec& spec) {
+  const Rope& rope = spec.rope;
+  const at::Tensor exponent = at::arange(0, spec.head_dim, 2, at::kLong).to(at::kFloat) / spec.head_dim;
+  const at::Tensor plain = 1.0 / at::pow(rope.theta, exponent);
+  switch (rope.scaling) {
+    case Rope::Scaling::kNone:
+      return plain;
+    case Rope::Scaling::kLinear:
+      return plain / rope.factor;
+    case Rope::Scaling::kLlama3:
+      break;
+  }
+  // Long waves are slowed down by the factor, short ones stay, those between are blended.
+  const at::Tensor wavelength = 2 * std::numbers::pi / plain;
+  const double original = static_cast<double>(rope.original_max_positions);
+  const double long_wave = original / rope.low_freq_factor;
+  const double short_wave = original / rope.high_freq_factor;
+  const at::Tensor keep =
+      (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
+  const at::Tensor blended = (1 - keep) * plain / rope.factor + keep * plain;
+  return at::where(wavelength > long_wave, plain / rope.factor,
+                   at::where(wavelength < short_wave, plain, blended));
+}
+
+/// x (batch, heads, tokens, head_dim): pairs (i, i + head_dim / 2) turn by their angle.
+at::Tensor rotate(const at::Tensor& x, const Positions& positions) {
+  const std::vector<at::Tensor> half = x.chunk(2, -1);
+  return x * positions.cos + at::cat({-half[1], half[0]}, -1) * positions.sin;
+}
+
+at::Tensor activate(const at::Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::kSilu:
+      return at::silu(x);
+    case Activation::kRelu:
+      return at::relu(x);
+    case Activation::kGelu:
+      return at::gelu(x);
+    case Activation::kGeluTanh:
+      return at::gelu(x, "tanh");
+  }
+  STBLLM_CHECK(false, "activation {}", static_cast<int>(activation));
+}
+
+void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
+  if (observer) observer(tap, input);
+}
+
+}  // namespace
+
+Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
+                     at::Device device)
+    : first(first), count(count) {
+  if (spec.architecture->position == Position::kRotary) {
+    const at::Tensor position = at::arange(first, first + count, at::kFloat);
+    const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
+    cos = angle.cos().to(device, dtype);
+    sin = angle.sin().to(device, dtype);
+  }
+  const int64_t total = first + count;
+  const bool windowed = spec.sliding_window > 0 && total > spec.sliding_window;
+  if (count == 1 || (first == 0 && !windowed)) return;
+  const at::Tensor distance = at::arange(first, total).unsqueeze(1) - at::arange(total).unsqueeze(0);
+  at::Tensor hidden = distance < 0;
+  if (windowed) hidden = hidden.logical_or(distance >= spec.sliding_window);
+  mask = at::zeros({count, total})
+             .masked_fill(hidden, -std::numeric_limits<float>::infinity())
+             .to(device, dtype);
+}
+
+KeyValueCache::KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
+                             at::Device device)
+    : capacity_(capacity) {
+  const at::TensorOptions options = at::TensorOptions().dtype(dtype).device(device);
+  for (int64_t block = 0; block < spec.layers; ++block) {
+    keys_.push_back(at::empty({batch, spec.kv_heads, capacity, spec.head_dim}, options));
+    values_.push_back(at::empty_like(keys_.back()));
+  }
+}
+
+void KeyValueCache::append(int64_t block, at::Tensor& keys, at::Tensor& values) {
+  const int64_t end = length_ + keys.size(2);
+  if (end > capacity_)
+    fail(ErrorCode::kUsage, "a key/value cache for {} tokens cannot take {}", capacity_, end);
+  const auto store = [&](const at::Tensor& cache, at::Tensor& fresh) {
+    cache.slice(2, length_, end).copy_(fresh);
+    fresh = cache.slice(2, 0, end);
+  };
+  store(keys_[static_cast<size_t>(block)], keys);
+  store(values_[static_cast<size_t>(block)], values);
+}
+
+at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x) {
+  if (spec.architecture->norm == Norm::kLayer)
+    return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);
+  const at::Tensor wide = x.to(at::kFloat);
+  const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + spec.norm_eps);
+  const at::Tensor normalized = (wide * scale).to(x.scalar_type());
+  return norm.weight.defined() ? normalized * norm.weight : normalized;
+}
+
+DecoderBlock::DecoderBlock(const ModelSpec& spec, int64_t index, NormWeights attn_norm, NormWeights mlp_norm)
+    : spec_(spec),
+      index_(index),
+      linear_specs_(spec.linears(index)),
+      attn_norm_(std::move(attn_norm)),
+      mlp_norm_(std::move(mlp_norm)) {}
+
+const Linear& DecoderBlock::linear(Role role) const {
+  const auto& linear = linears_[static_cast<size_t>(role)];
+  STBLLM_CHECK(linear != nullptr, "block {} has no linear {}", index_, role_name(role));
+  return *linear;
+}
+
+void DecoderBlock::set_linear(Role role, std::unique_ptr<Linear> linear) {
+  linears_[static_cast<size_t>(role)] = std::move(linear);
+}
+
+at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& positions,
+                                 const TapObserver& observer, KeyValueCache* cache) const {
+  STBLLM_CHECK(hidden.dim() == 3 && hidden.size(1) == positions.count,
+               "hidden states for {} tokens, positions for {}", hidden.size(1), positions.count);
+  const auto residual = [&](const at::Tensor& x, const NormWeights& norm, const auto& branch) {
+    return spec_.norm_first ? x + branch(apply_norm(spec_, norm, x)) : apply_norm(spec_, norm, x + branch(x));
+  };
+  const at::Tensor middle = residual(
+      hidden, attn_norm_, [&](const at::Tensor& x) { return attention(x, positions, observer, cache); });
+  return residual(middle, mlp_norm_, [&](const at::Tensor& x) { return mlp(x, observer); });
+}
+
+at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positions,
+                                   const TapObserver& observer, KeyValueCache* cache) const {
+  observe(observer, Tap::kAttnIn, x);
+  const auto project = [&](Role role, int64_t heads) {  // -> (batch, heads, tokens, head_dim)
+    return linear(role).forward(x).view({x.size(0), x.size(1), heads, spec_.head_dim}).transpose(1, 2);
+  };
+  at::Tensor queries = project(Role::kQ, spec_.heads);
+  at::Tensor keys = project(Role::kK, spec_.kv_heads);
+  at::Tensor values = project(Role::kV, spec_.kv_heads);
+  if (spec_.architecture->position == Position::kRotary) {
+    queries = rotate(queries, positions);
+    keys = rotate(keys, positions);
+  }
+  if (cache != nullptr) {
+    STBLLM_CHECK(cache->length() == positions.first, "the cache holds {} tokens, positions start at {}",
+                 cache->length(), positions.first);
+    cache->append(index_, keys, values);
+  }
+  if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {
+    keys =
+        keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
+    values = values.slice(2, values.size(2) - spec_.sliding_window);
+  }
+  const std::optional<at::Tensor> mask =
+      positions.mask.defined() ? std::optional(positions.mask) : std::nullopt;
+  const bool causal = !mask && positions.count > 1;
+  const at::Tensor mixed = at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0,
+                                                            causal, /*scale=*/std::nullopt,
+                                                            /*enable_gqa=*/spec_.heads != spec_.kv_heads);
+  const at::Tensor joined =
+      mixed.transpose(1, 2).reshape({x.size(0), x.size(1), spec_.heads * spec_.head_dim});
+  observe(observer, Tap::kAttnOut, joined);
+  return linear(Role::kO).forward(joined);
+}
+
+at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) const {
+  observe(observer, Tap::kMlpIn, x);
+  at::Tensor middle;
+  switch (spec_.architecture->mlp) {
+    case Mlp::kGated:
+      middle = activate(linear(Role::kGate).forward(x), spec_.activation) * linear(Role::kUp).forward(x);
+      break;
+    case Mlp::kPlain:
+      middle = activate(linear(Role::kUp).forward(x), spec_.activation);
+      break;
+  }
+  observe(observer, Tap::kMlpMid, middle);
+  return linear(Role::kDown).forward(middle);
+}
+
+}  // namespace stbllm

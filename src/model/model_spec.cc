@@ -1,0 +1,319 @@
+#include "stbllm/model/model_spec.h"
+
+#include <fmt/ranges.h>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+using nlohmann::json;
+
+/// Typed reads of a JSON object. `where` precedes the key in messages: "config.json: " or "config.json:
+/// rope_scaling.".
+class Fields {
+ public:
+  Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {}
+
+  /// A null counts as absent, as HF writes it.
+  bool has(std::string_view key) const {
+    const auto it = object_.find(std::string(key));
+    return it != object_.end() && !it->is_null();
+  }
+  const json& at(std::string_view key) const {
+    if (!has(key)) fail(ErrorCode::kCorrupt, "{}{} is missing", where_, key);
+    return object_.at(std::string(key));
+  }
+
+  int64_t count(std::string_view key) const {
+    const json& value = at(key);
+    if (!value.is_number_integer() || value.get<int64_t>() <= 0)
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer", where_, key, value.dump());
+    return value.get<int64_t>();
+  }
+  int64_t count(std::string_view key, int64_t fallback) const { return has(key) ? count(key) : fallback; }
+
+  double positive(std::string_view key) const {
+    const json& value = at(key);
+    if (!value.is_number() || !(value.get<double>() > 0))
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive number", where_, key, value.dump());
+    return value.get<double>();
+  }
+  double positive(std::string_view key, double fallback) const { return has(key) ? positive(key) : fallback; }
+
+  bool flag(std::string_view key, bool fallback) const {
+    if (!has(key)) return fallback;
+    const json& value = at(key);
+    if (!value.is_boolean())
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be true or false", where_, key, value.dump());
+    return value.get<bool>();
+  }
+
+  std::string text(std::string_view key, const std::string& fallback) const {
+    if (!has(key)) return fallback;
+    const json& value = at(key);
+    if (!value.is_string())
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be a string", where_, key, value.dump());
+    return value.get<std::string>();
+  }
+
+  const json& object(std::string_view key) const {
+    const json& value = at(key);
+    if (!value.is_object())
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be an object", where_, key, value.dump());
+    return value;
+  }
+
+  [[noreturn]] void refuse(std::string_view key, std::string_view known) const {
+    fail(ErrorCode::kUnsupported, "{}{} = {} is not supported; this program knows {}", where_, key,
+         at(key).dump(), known);
+  }
+
+ private:
+  const json& object_;
+  std::string where_;
+};
+
+std::string architecture_class(const json& config) {
+  const auto it = config.find("architectures");
+  if (it == config.end() || !it->is_array() || it->empty() || !it->front().is_string())
+    fail(ErrorCode::kUnsupported,
+         "config.json: architectures does not name a class such as [\"LlamaForCausalLM\"]");
+  return it->front().get<std::string>();
+}
+
+Activation read_activation(const Fields& config, std::string_view key, Mlp mlp) {
+  const std::string name = config.text(key, mlp == Mlp::kGated ? "silu" : "relu");
+  if (name == "silu" || name == "swish") return Activation::kSilu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  config.refuse(key, "silu, relu, gelu, gelu_new and gelu_pytorch_tanh");
+}
+
+/// `fields` holds the scaling: rope_scaling (older files) or rope_parameters, which also holds theta.
+void read_rope_scaling(const Fields& fields, Rope& rope) {
+  const std::string_view key = fields.has("rope_type") ? "rope_type" : "type";
+  const std::string type = fields.text(key, "default");
+  if (type == "default") return;
+  if (type == "linear") {
+    rope.scaling = Rope::Scaling::kLinear;
+    rope.factor = fields.positive("factor");
+  } else if (type == "llama3") {
+    rope.scaling = Rope::Scaling::kLlama3;
+    rope.factor = fields.positive("factor");
+    rope.low_freq_factor = fields.positive("low_freq_factor");
+    rope.high_freq_factor = fields.positive("high_freq_factor");
+    rope.original_max_positions = fields.count("original_max_position_embeddings");
+  } else {
+    fields.refuse(key, "default, linear and llama3");
+  }
+}
+
+Rope read_rope(const Fields& config) {
+  Rope rope;
+  rope.theta = config.positive("rope_theta", rope.theta);
+  for (const std::string key : {"rope_scaling", "rope_parameters"}) {
+    if (!config.has(key)) continue;
+    const json& object = config.object(key);
+    for (const json& value : object)  // newer files may give every kind of attention its own parameters
+      if (value.is_object()) config.refuse(key, "one set of rotary parameters for all blocks");
+    const Fields fields(object, fmt::format("config.json: {}.", key));
+    rope.theta = fields.positive("rope_theta", rope.theta);
+    if (fields.positive("partial_rotary_factor", 1.0) != 1.0) fields.refuse("partial_rotary_factor", "1.0");
+    read_rope_scaling(fields, rope);
+  }
+  if (config.positive("partial_rotary_factor", 1.0) != 1.0) config.refuse("partial_rotary_factor", "1.0");
+  return rope;
+}
+
+void check_attention_kinds(const Fields& config, bool sliding) {
+  if (config.flag("use_sliding_window", false)) config.refuse("use_sliding_window", "false");
+  if (!config.has("layer_types")) return;
+  const std::string expected = sliding ? "sliding_attention" : "full_attention";
+  for (const json& type : config.at("layer_types"))
+    if (type != expected) config.refuse("layer_types", fmt::format("\"{}\" in every block here", expected));
+}
+
+std::string weight_name(const std::string& module) { return module + ".weight"; }
+
+}  // namespace
+
+ModelSpec ModelSpec::from_config(const json& object) {
+  if (!object.is_object()) fail(ErrorCode::kCorrupt, "config.json: not a JSON object");
+  const Fields config(object, "config.json: ");
+  const Architecture& row = find_architecture(architecture_class(object));
+  if (config.has("quantization_config")) config.refuse("quantization_config", "unquantized checkpoints");
+
+  ModelSpec spec;
+  spec.architecture = &row;
+  spec.hidden = config.count("hidden_size");
+  spec.layers = config.count("num_hidden_layers");
+  spec.heads = config.count("num_attention_heads");
+  spec.kv_heads = config.count("num_key_value_heads", spec.heads);
+  if (spec.heads % spec.kv_heads != 0)
+    fail(ErrorCode::kCorrupt,
+         "config.json: num_attention_heads = {} is not a multiple of num_key_value_heads = {}", spec.heads,
+         spec.kv_heads);
+  if (!config.has("head_dim") && spec.hidden % spec.heads != 0)
+    fail(ErrorCode::kCorrupt, "config.json: hidden_size = {} is not a multiple of num_attention_heads = {}",
+         spec.hidden, spec.heads);
+  spec.head_dim = config.count("head_dim", spec.hidden / spec.heads);
+  spec.ffn = config.count(row.ffn_key);
+  spec.vocab = config.count("vocab_size");
+  spec.max_positions = config.count("max_position_embeddings");
+  spec.embedding_width =
+      row.project_in.empty() ? spec.hidden : config.count("word_embed_proj_dim", spec.hidden);
+  spec.activation = read_activation(config, row.activation_key, row.mlp);
+
+  if (row.position == Position::kRotary) {
+    if (spec.head_dim % 2 != 0)
+      fail(ErrorCode::kUnsupported, "config.json: head_dim = {} is odd, which rotary positions do not allow",
+           spec.head_dim);
+    spec.rope = read_rope(config);
+  } else {
+    spec.position_offset = 2;  // OPT keeps fairseq's two rows for padding
+  }
+  if (row.sliding_window) spec.sliding_window = config.count("sliding_window", 0);
+  check_attention_kinds(config, spec.sliding_window > 0);
+
+  // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
+  spec.norm_eps = row.norm == Norm::kRms ? config.positive("rms_norm_eps", 1e-6) : 1e-5;
+  spec.norm_affine = config.flag("layer_norm_elementwise_affine", true);
+  spec.norm_first = config.flag("do_layer_norm_before", true);
+  spec.has_final_norm = spec.norm_first && !config.flag("_remove_final_layer_norm", false);
+  spec.tied_head = config.flag("tie_word_embeddings", row.tied_by_default);
+  for (const LinearSlot& slot : row.linears)
+    spec.slot_bias.push_back(slot.bias.key.empty() ? slot.bias.fallback
+                                                   : config.flag(slot.bias.key, slot.bias.fallback));
+  return spec;
+}
+
+ModelSpec ModelSpec::from_checkpoint(const Checkpoint& checkpoint) {
+  ModelSpec spec = from_config(checkpoint.config());
+  spec.detect_prefix([&](const std::string& linear) { return checkpoint.contains(weight_name(linear)); });
+  spec.check_tensors(checkpoint);
+  return spec;
+}
+
+void ModelSpec::detect_prefix(const std::function<bool(const std::string& linear)>& has_linear) {
+  ModelSpec bare = *this;
+  bare.prefix = "";
+  if (!has_linear(linears(0).front().name) && has_linear(bare.linears(0).front().name)) prefix = "";
+}
+
+std::string ModelSpec::block_prefix(int64_t block) const {
+  return fmt::format("{}{}.{}.", prefix, architecture->blocks, block);
+}
+
+std::vector<LinearSpec> ModelSpec::linears(int64_t block) const {
+  const auto shape = [&](Role role) -> std::pair<int64_t, int64_t> {
+    switch (role) {
+      case Role::kQ:
+        return {heads * head_dim, hidden};
+      case Role::kK:
+      case Role::kV:
+        return {kv_heads * head_dim, hidden};
+      case Role::kO:
+        return {hidden, heads * head_dim};
+      case Role::kGate:
+      case Role::kUp:
+        return {ffn, hidden};
+      case Role::kDown:
+        return {hidden, ffn};
+    }
+    STBLLM_CHECK(false, "role {}", static_cast<int>(role));
+  };
+  std::vector<LinearSpec> result;
+  for (size_t i = 0; i < architecture->linears.size(); ++i) {
+    const LinearSlot& slot = architecture->linears[i];
+    const auto [rows, cols] = shape(slot.role);
+    result.push_back(
+        {block_prefix(block) + std::string(slot.name), slot.role, slot.tap, rows, cols, slot_bias[i]});
+  }
+  return result;
+}
+
+std::vector<TensorSpec> ModelSpec::norm_tensors(const std::string& name) const {
+  if (!norm_affine) return {};
+  std::vector<TensorSpec> result = {{name + ".weight", {hidden}}};
+  if (architecture->norm == Norm::kLayer) result.push_back({name + ".bias", {hidden}});
+  return result;
+}
+
+TensorSpec ModelSpec::embedding() const {
+  return {weight_name(prefix + std::string(architecture->embedding)), {vocab, embedding_width}};
+}
+
+TensorSpec ModelSpec::position_table() const {
+  return {weight_name(prefix + std::string(architecture->positions)),
+          {position_offset + max_positions, hidden}};
+}
+
+TensorSpec ModelSpec::head() const {
+  if (tied_head) return embedding();
+  return {weight_name(std::string(architecture->head)), {vocab, embedding_width}};
+}
+
+TensorSpec ModelSpec::project_in() const {
+  return {weight_name(prefix + std::string(architecture->project_in)), {hidden, embedding_width}};
+}
+
+TensorSpec ModelSpec::project_out() const {
+  return {weight_name(prefix + std::string(architecture->project_out)), {embedding_width, hidden}};
+}
+
+std::string ModelSpec::final_norm() const { return prefix + std::string(architecture->final_norm); }
+
+std::string ModelSpec::attn_norm(int64_t block) const {
+  return block_prefix(block) + std::string(architecture->attn_norm);
+}
+
+std::string ModelSpec::mlp_norm(int64_t block) const {
+  return block_prefix(block) + std::string(architecture->mlp_norm);
+}
+
+std::vector<TensorSpec> ModelSpec::other_tensors() const {
+  std::vector<TensorSpec> result = {embedding()};
+  const auto add_norm = [&](const std::string& name) {
+    for (TensorSpec& tensor : norm_tensors(name)) result.push_back(std::move(tensor));
+  };
+  if (architecture->position == Position::kLearned) result.push_back(position_table());
+  if (has_projections()) {
+    result.push_back(project_in());
+    result.push_back(project_out());
+  }
+  for (int64_t block = 0; block < layers; ++block) {
+    add_norm(attn_norm(block));
+    add_norm(mlp_norm(block));
+    for (const LinearSpec& linear : linears(block))
+      if (linear.has_bias) result.push_back(linear.bias());
+  }
+  if (has_final_norm) add_norm(final_norm());
+  if (!tied_head) result.push_back(head());
+  return result;
+}
+
+int64_t ModelSpec::linear_weights() const {
+  int64_t weights = 0;
+  for (const LinearSpec& linear : linears(0)) weights += linear.rows * linear.cols;
+  return weights * layers;
+}
+
+void ModelSpec::check_tensors(const Checkpoint& checkpoint) const {
+  std::vector<TensorSpec> tensors = other_tensors();
+  for (int64_t block = 0; block < layers; ++block)
+    for (const LinearSpec& linear : linears(block)) tensors.push_back(linear.weight());
+  for (const TensorSpec& tensor : tensors) {
+    if (!checkpoint.contains(tensor.name))
+      fail(ErrorCode::kMismatch, "{}: tensor {} is missing; {} with this config.json needs it",
+           checkpoint.directory().string(), tensor.name, architecture->hf_class);
+    const std::vector<int64_t> found = checkpoint.shape(tensor.name);
+    if (found != tensor.shape)
+      fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but config.json asks for [{}]",
+           checkpoint.directory().string(), tensor.name, fmt::join(found, ", "),
+           fmt::join(tensor.shape, ", "));
+  }
+}
+
+}  // namespace stbllm
