@@ -1,0 +1,17 @@
+#pragma once
+// The triangular factor through which the error of a column is pushed into later ones (GPTQ, OBQ).
+
+#include <ATen/ATen.h>
+
+namespace stbllm {
+
+struct InverseFactor {
+  at::Tensor upper;  ///< U (cols, cols) float32, upper triangular, H^-1 = U^T U; d_j = U_jj
+  double damping;    ///< the share of mean(diag H) that was added to the diagonal
+  int retries;       ///< how often it had to be raised tenfold before the Cholesky went through
+};
+
+/// hessian: (cols, cols). Columns with H_jj = 0 get H_jj = 1. Throws Error(kCorrupt) when H has values that are not finite.
+InverseFactor inverse_factor(const at::Tensor& hessian, double damping);
+
+}  // namespace stbllm

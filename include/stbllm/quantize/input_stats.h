@@ -1,0 +1,33 @@
+#pragma once
+// What a linear layer needs to know about its inputs: H = (2/T) sum_t w_t x_t x_t^T.
+
+#include <ATen/ATen.h>
+
+namespace stbllm {
+
+/// Statistics of the inputs of one tap, shared by all linears that read it.
+struct InputStats {
+  at::Tensor hessian;          ///< (cols, cols) float32, not damped
+  at::Tensor holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there are none
+  int64_t tokens = 0;          ///< T behind `hessian`
+
+  /// S_j^2 = sum_t x_tj^2, (cols).
+  at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
+};
+
+/// Sums up x x^T over batches of inputs. The order of calls decides the rounding, nothing else does.
+class StatsAccumulator {
+ public:
+  /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over the batch.
+  StatsAccumulator(int64_t cols, bool token_weights);
+  /// inputs: (..., cols), float32 or bfloat16. Held-out batches go to a matrix of their own.
+  void add(const at::Tensor& inputs, bool holdout);
+  InputStats finish();
+
+ private:
+  at::Tensor sum_, holdout_sum_;
+  int64_t tokens_ = 0, holdout_tokens_ = 0;
+  bool token_weights_;
+};
+
+}  // namespace stbllm

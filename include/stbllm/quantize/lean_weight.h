@@ -1,0 +1,59 @@
+#pragma once
+// A linear in the lean code while it is being optimised: one scale per row and column block, level values shared by the
+// whole matrix, one symbol per weight. Three steps work on it: encode_columns (first codes, with error feedback), refit
+// (all scales and levels given the codes) and descend (all codes given the scales).
+//
+// All of them minimise  tr(D H D^T),  D = Q - W.  Matrices are transposed, (cols, rows): rows are the vector lanes.
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "stbllm/quantize/group_search.h"
+#include "stbllm/quantize/recipe.h"
+
+namespace stbllm {
+
+struct LeanWeight {
+  NmPattern nm;
+  int column_block = 128;
+  int scale_bits = 16;
+
+  at::Tensor target;       ///< float32 (cols, rows): W; zero in columns that are stored exactly
+  at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of exact columns are zero
+  at::Tensor symbols;      ///< int8 (cols, rows): 0 or +-(1 + level)
+  at::Tensor scales;       ///< float32 (column blocks, rows): representable values, > 0
+  at::Tensor scale_codes;  ///< uint8 (column blocks, rows)    when scale_bits < 16
+  at::Tensor row_scales;   ///< float32 (rows), fp16 values    when scale_bits < 16
+  std::vector<float> level_values;  ///< fp16 values; {1} when scale_bits == 16
+
+  int64_t cols() const { return target.size(0); }
+  int64_t rows() const { return target.size(1); }
+  int64_t column_blocks() const { return (cols() + column_block - 1) / column_block; }
+
+  /// Symbols as +-level value, float32 (cols, rows).
+  at::Tensor unit_values() const;
+  /// Q, float32 (cols, rows).
+  at::Tensor dense() const;
+  /// tr(D H D^T).
+  double error() const;
+};
+
+/// The scale nearest to `wanted` (> 0) that the coding can represent, given the row's base; sets the code.
+float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code);
+
+/// First level values and scales from the weights alone (a Lloyd iteration on |w| over the row block's scale).
+void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_weight);
+
+/// Codes from left to right; the error of each group is pushed into later columns through `upper` (InverseFactor::upper).
+void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate);
+
+/// Least squares for all scales of a row at once, then for the levels, rounded to representable values by coordinate descent.
+/// error() never rises (beyond float32 rounding of the sums).
+void refit(LeanWeight& lean);
+
+/// One sweep over all groups: each takes the code with the smallest error given all others. error() never rises.
+/// Returns the share of weights whose symbol changed.
+double descend(LeanWeight& lean);
+
+}  // namespace stbllm

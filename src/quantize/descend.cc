@@ -1,0 +1,130 @@
+// Coordinate descent over group codes. With G = H D (all other groups fixed), group g with content q costs
+//   q^T H_gg q - 2 q^T b + const,   b = H_gg q_old - G_g,
+// so the search of encode_columns serves again with metric H_gg. Twin: tests/quantize try every code of every group.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/quantize/lanes.h"
+#include "stbllm/quantize/lean_weight.h"
+
+namespace stbllm {
+namespace {
+
+/// target = H_gg q - G_g
+STBLLM_CLONES void make_target(const float* hessian, int64_t stride, int width, const float (*q)[kTileRows],
+                               const float (*gradient)[kTileRows], float (*target)[kTileRows]) {
+  for (int i = 0; i < width; ++i) {
+    for (int lane = 0; lane < kTileRows; ++lane) target[i][lane] = -gradient[i][lane];
+    for (int j = 0; j < width; ++j)
+      for (int lane = 0; lane < kTileRows; ++lane) target[i][lane] += hessian[i * stride + j] * q[j][lane];
+  }
+}
+
+/// gradient[c] += sum_k delta[k] H[k][c] over the columns of the block that are still to come
+STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end, const float (*delta)[kTileRows],
+                              float (*gradient)[kTileRows]) {
+  for (int c = begin; c < end; ++c)
+    for (int k = 0; k < width; ++k) {
+      const float factor = hessian[k * stride + c];
+      for (int lane = 0; lane < kTileRows; ++lane) gradient[c][lane] += delta[k][lane] * factor;
+    }
+}
+
+}  // namespace
+
+double descend(LeanWeight& lean) {
+  const int64_t rows = lean.rows(), cols = lean.cols();
+  const int levels = static_cast<int>(lean.level_values.size()), group_size = lean.nm.group;
+  const bool enumerate = GroupCodebook::enumerable(lean.nm, levels);
+  const int tail = static_cast<int>(cols % group_size);
+  const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, group_size) : GroupCodebook({1, 4}, 1, 4);
+  const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
+  at::Tensor dense = lean.dense();
+  at::Tensor gradient = lean.hessian.mm(dense - lean.target);
+  const float* h = lean.hessian.data_ptr<float>();
+  std::atomic<int64_t> changed{0};
+
+  for (int64_t b = 0; b < lean.column_blocks(); ++b) {
+    const int64_t start = b * lean.column_block;
+    const int width = static_cast<int>(std::min<int64_t>(lean.column_block, cols - start));
+    std::vector<GroupTable> tables;
+    std::vector<std::array<double, 256>> metrics;
+    for (int first = 0; first < width; first += group_size) {
+      const int w = std::min(group_size, width - first);
+      auto& metric = metrics.emplace_back();
+      for (int i = 0; i < w; ++i)
+        for (int j = 0; j < w; ++j) metric[i * w + j] = h[(start + first + i) * cols + start + first + j];
+      if (enumerate) tables.emplace_back(w == group_size ? full : partial, lean.level_values, metric.data(), w);
+    }
+    at::Tensor change = at::zeros({width, rows}, at::kFloat);
+    const float* q = dense.data_ptr<float>() + start * rows;
+    const float* g = gradient.data_ptr<float>() + start * rows;
+    const float* scales = lean.scales.data_ptr<float>() + b * rows;
+    int8_t* symbols = lean.symbols.data_ptr<int8_t>() + start * rows;
+    at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
+      std::vector<std::array<float, kTileRows>> storage(2 * width + 32);
+      auto* value = reinterpret_cast<float(*)[kTileRows]>(storage.data());
+      auto* slope = value + width;
+      auto* target = slope + width;
+      auto* delta = target + 16;
+      int8_t chosen[16][kTileRows];
+      int64_t local_changes = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first_row = t * kTileRows;
+        const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
+        alignas(64) float scale[kTileRows];
+        for (int lane = 0; lane < kTileRows; ++lane) scale[lane] = lane < lanes ? scales[first_row + lane] : 1.f;
+        for (int c = 0; c < width; ++c)
+          for (int lane = 0; lane < kTileRows; ++lane) {
+            const bool inside = lane < lanes;
+            value[c][lane] = inside ? q[c * rows + first_row + lane] : 0.f;
+            slope[c][lane] = inside ? g[c * rows + first_row + lane] : 0.f;
+          }
+        for (size_t index = 0; index < metrics.size(); ++index) {
+          const int first = static_cast<int>(index) * group_size, w = std::min(group_size, width - first);
+          make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first, target);
+          if (enumerate) {
+            best_codes(tables[index], target, scale, w, chosen);
+          } else {
+            for (int c = 0; c < w; ++c)
+              for (int lane = 0; lane < kTileRows; ++lane)
+                chosen[c][lane] = lane < lanes ? symbols[(first + c) * rows + first_row + lane] : int8_t{0};
+            improve_codes_locally(lean.nm, lean.level_values, metrics[index].data(), target, scale, w, lanes, chosen);
+          }
+          bool any = false;
+          for (int c = 0; c < w; ++c)
+            for (int lane = 0; lane < kTileRows; ++lane) {
+              delta[c][lane] = 0;
+              if (lane >= lanes) continue;
+              int8_t& symbol = symbols[(first + c) * rows + first_row + lane];
+              if (symbol == chosen[c][lane]) continue;
+              symbol = chosen[c][lane];
+              const float v = symbol == 0 ? 0.f : symbol > 0 ? lean.level_values[symbol - 1] : -lean.level_values[-symbol - 1];
+              delta[c][lane] = v * scale[lane] - value[first + c][lane];
+              value[first + c][lane] += delta[c][lane];
+              any = true;
+              ++local_changes;
+            }
+          if (!any) continue;
+          add_change(h + (start + first) * cols + start, cols, w, first + w, width, delta, slope);
+          float* out = change.data_ptr<float>();
+          for (int c = 0; c < w; ++c)
+            for (int lane = 0; lane < lanes; ++lane) out[(first + c) * rows + first_row + lane] = delta[c][lane];
+        }
+      }
+      changed += local_changes;
+    });
+    const int64_t rest = cols - start - width;
+    if (rest > 0)
+      gradient.narrow(0, start + width, rest).addmm_(lean.hessian.narrow(0, start + width, rest).narrow(1, start, width), change);
+  }
+  return static_cast<double>(changed) / static_cast<double>(rows * cols);
+}
+
+}  // namespace stbllm

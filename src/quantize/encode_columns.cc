@@ -1,0 +1,201 @@
+// Codes from left to right with error feedback: GPTQ's inner loop, a group of M columns at a time.
+//
+// With the columns before it fixed, choosing q for group g costs, after the best answer of all later columns,
+//   e (U_gg^T U_gg)^-1 e^T,  e = w - q,   and moves them by  -(e U_gg^-1) U[g, later].
+// The code of a group is the state with the smallest such cost, its support included: nothing is chosen by magnitude.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+#include "stbllm/quantize/lanes.h"
+#include "stbllm/quantize/lean_weight.h"
+
+namespace stbllm {
+namespace {
+
+/// U_gg^-1 of an upper triangular (width, width) block, row-major, in double.
+std::array<double, 256> invert_upper(const float* upper, int64_t stride, int width) {
+  std::array<double, 256> inverse{};
+  for (int j = 0; j < width; ++j) {
+    inverse[j * width + j] = 1.0 / upper[j * stride + j];
+    for (int i = j - 1; i >= 0; --i) {
+      double sum = 0;
+      for (int k = i + 1; k <= j; ++k) sum += upper[i * stride + k] * inverse[k * width + j];
+      inverse[i * width + j] = -sum / upper[i * stride + i];
+    }
+  }
+  return inverse;
+}
+
+struct Group {
+  int first, width;                   // columns within the column block
+  std::array<double, 256> inverse;    // U_gg^-1
+  std::array<double, 256> metric;     // U_gg^-1 U_gg^-T
+  std::array<float, 256> metric_f;
+};
+
+STBLLM_CLONES void apply_matrix(const float* matrix, const float (*in)[kTileRows], int width, float (*out)[kTileRows]) {
+  for (int i = 0; i < width; ++i) {
+    for (int lane = 0; lane < kTileRows; ++lane) out[i][lane] = 0;
+    for (int j = 0; j < width; ++j)
+      for (int lane = 0; lane < kTileRows; ++lane) out[i][lane] += matrix[i * width + j] * in[j][lane];
+  }
+}
+
+/// weights[c] -= sum_k error[k] U[k][c] for the columns after the group.
+STBLLM_CLONES void push_error(const float* upper, int64_t stride, int width, int begin, int end, const float (*error)[kTileRows],
+                              float (*weights)[kTileRows]) {
+  for (int c = begin; c < end; ++c)
+    for (int k = 0; k < width; ++k) {
+      const float factor = upper[k * stride + c];
+      for (int lane = 0; lane < kTileRows; ++lane) weights[c][lane] -= error[k][lane] * factor;
+    }
+}
+
+}  // namespace
+
+void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate) {
+  const int64_t rows = lean.rows(), cols = lean.cols(), stride = upper.size(1);
+  const int levels = static_cast<int>(lean.level_values.size());
+  const bool enumerate = GroupCodebook::enumerable(lean.nm, levels);
+  const int tail = static_cast<int>(cols % lean.nm.group);
+  const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, lean.nm.group) : GroupCodebook({1, 4}, 1, 4);
+  const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
+  at::Tensor work = lean.target.clone();
+  const float* u = upper.data_ptr<float>();
+  const double mean_level = [&] {
+    double sum = 0;
+    for (const float value : lean.level_values) sum += value;
+    return sum / levels;
+  }();
+
+  for (int64_t b = 0; b < lean.column_blocks(); ++b) {
+    const int64_t start = b * lean.column_block;
+    const int width = static_cast<int>(std::min<int64_t>(lean.column_block, cols - start));
+    std::vector<Group> groups;
+    std::vector<GroupTable> tables;
+    for (int first = 0; first < width; first += lean.nm.group) {
+      Group& group = groups.emplace_back();
+      group.first = first;
+      group.width = std::min(lean.nm.group, width - first);
+      const float* diagonal_block = u + (start + first) * stride + start + first;
+      if (compensate == Compensate::kColumn) {
+        group.inverse = invert_upper(diagonal_block, stride, group.width);
+      } else {
+        group.inverse.fill(0);
+        for (int i = 0; i < group.width; ++i)
+          group.inverse[i * group.width + i] = compensate == Compensate::kNone ? 1.0 : 1.0 / diagonal_block[i * stride + i];
+      }
+      for (int i = 0; i < group.width; ++i)
+        for (int j = 0; j < group.width; ++j) {
+          double sum = 0;
+          for (int k = 0; k < group.width; ++k) sum += group.inverse[i * group.width + k] * group.inverse[j * group.width + k];
+          group.metric[i * group.width + j] = sum;
+          group.metric_f[i * group.width + j] = static_cast<float>(sum);
+        }
+      if (enumerate)
+        tables.emplace_back(group.width == lean.nm.group ? full : partial, lean.level_values, group.metric.data(), group.width);
+    }
+    at::Tensor errors = at::zeros({width, rows}, at::kFloat);
+    float* w = work.data_ptr<float>() + start * rows;
+    int8_t* symbols = lean.symbols.data_ptr<int8_t>() + start * rows;
+    at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
+      std::vector<std::array<float, kTileRows>> storage(2 * width + 48);
+      auto* weights = reinterpret_cast<float(*)[kTileRows]>(storage.data());
+      auto* error = weights + width;
+      auto* scratch = error + width;
+      int8_t chosen[16][kTileRows];
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first_row = t * kTileRows;
+        const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
+        for (int c = 0; c < width; ++c)
+          for (int lane = 0; lane < kTileRows; ++lane) weights[c][lane] = lane < lanes ? w[c * rows + first_row + lane] : 0.f;
+
+        const auto choose = [&](size_t g, const float* scale) {
+          const Group& group = groups[g];
+          apply_matrix(group.metric_f.data(), weights + group.first, group.width, scratch);
+          if (enumerate) {
+            best_codes(tables[g], scratch, scale, group.width, chosen);
+          } else {
+            for (int c = 0; c < group.width; ++c) std::fill_n(chosen[c], kTileRows, int8_t{0});
+            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), scratch, scale, group.width, lanes, chosen);
+          }
+        };
+        const auto value = [&](int8_t symbol) {
+          return symbol == 0 ? 0.f : symbol > 0 ? lean.level_values[symbol - 1] : -lean.level_values[-symbol - 1];
+        };
+
+        // The block's scale on its current weights: codes and scale in turn, without feedback, from the mean kept magnitude.
+        alignas(64) float scale[kTileRows];
+        for (int lane = 0; lane < kTileRows; ++lane) {
+          double sum = 0;
+          int64_t count = 0;
+          for (const Group& group : groups) {
+            std::array<float, 16> magnitude;
+            for (int i = 0; i < group.width; ++i) magnitude[i] = std::abs(weights[group.first + i][lane]);
+            std::sort(magnitude.begin(), magnitude.begin() + group.width, std::greater<>());
+            for (int k = 0; k < std::min(lean.nm.keep, group.width); ++k) sum += magnitude[k], ++count;
+          }
+          scale[lane] = std::max(static_cast<float>(sum / (static_cast<double>(count) * mean_level)), 1e-6f);
+        }
+        for (int iteration = 0; iteration < 2; ++iteration) {
+          std::array<double, kTileRows> top{}, bottom{};
+          for (size_t g = 0; g < groups.size(); ++g) {
+            choose(g, scale);
+            const Group& group = groups[g];
+            for (int lane = 0; lane < lanes; ++lane)
+              for (int i = 0; i < group.width; ++i) {
+                const double v = value(chosen[i][lane]);
+                if (v == 0) continue;
+                top[lane] += v * scratch[i][lane];
+                for (int j = 0; j < group.width; ++j) bottom[lane] += v * group.metric[i * group.width + j] * value(chosen[j][lane]);
+              }
+          }
+          for (int lane = 0; lane < lanes; ++lane)
+            if (bottom[lane] > 0 && top[lane] > 0) scale[lane] = std::max(static_cast<float>(top[lane] / bottom[lane]), 1e-6f);
+        }
+        for (int lane = 0; lane < lanes; ++lane) {
+          uint8_t unused = 0;
+          const bool coded = lean.scale_bits < 16;
+          uint8_t& code = coded ? lean.scale_codes.data_ptr<uint8_t>()[b * rows + first_row + lane] : unused;
+          const float base = coded ? lean.row_scales.data_ptr<float>()[first_row + lane] : 0.f;
+          scale[lane] = representable_scale(lean.scale_bits, base, scale[lane], code);
+          lean.scales.data_ptr<float>()[b * rows + first_row + lane] = scale[lane];
+        }
+
+        for (size_t g = 0; g < groups.size(); ++g) {
+          const Group& group = groups[g];
+          choose(g, scale);
+          auto* delta = scratch + 16;
+          for (int i = 0; i < group.width; ++i)
+            for (int lane = 0; lane < kTileRows; ++lane)
+              delta[i][lane] = weights[group.first + i][lane] - scale[lane] * value(chosen[i][lane]);
+          // error = delta U_gg^-1
+          for (int j = 0; j < group.width; ++j)
+            for (int lane = 0; lane < kTileRows; ++lane) {
+              float sum = 0;
+              for (int i = 0; i <= j; ++i) sum += delta[i][lane] * static_cast<float>(group.inverse[i * group.width + j]);
+              error[group.first + j][lane] = sum;
+            }
+          if (compensate == Compensate::kColumn)
+            push_error(u + (start + group.first) * stride + start, stride, group.width, group.first + group.width, width,
+                       error + group.first, weights);
+          for (int i = 0; i < group.width; ++i)
+            for (int lane = 0; lane < lanes; ++lane) symbols[(group.first + i) * rows + first_row + lane] = chosen[i][lane];
+        }
+        float* out = errors.data_ptr<float>();
+        for (int c = 0; c < width; ++c)
+          for (int lane = 0; lane < lanes; ++lane) out[c * rows + first_row + lane] = error[c][lane];
+      }
+    });
+    const int64_t rest = cols - start - width;
+    if (compensate != Compensate::kNone && rest > 0)
+      work.narrow(0, start + width, rest).addmm_(upper.narrow(0, start, width).narrow(1, start + width, rest).t(), errors, 1, -1);
+  }
+}
+
+}  // namespace stbllm

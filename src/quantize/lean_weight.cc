@@ -1,0 +1,117 @@
+#include "stbllm/quantize/lean_weight.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+#include "stbllm/quantize/nm_select.h"
+
+namespace stbllm {
+namespace {
+
+float round_to_half(float x) { return half_to_float(float_to_half(x)); }
+
+/// The smallest scale that is kept apart from zero in fp16 arithmetic.
+constexpr float kSmallestScale = 1e-6f;
+
+}  // namespace
+
+at::Tensor LeanWeight::unit_values() const {
+  const int levels = static_cast<int>(level_values.size());
+  at::Tensor table = at::zeros({2 * levels + 1}, at::kFloat);
+  for (int level = 0; level < levels; ++level) {
+    table[levels + 1 + level] = level_values[level];
+    table[levels - 1 - level] = -level_values[level];
+  }
+  return table.index_select(0, (symbols.flatten().to(at::kInt) + levels)).view_as(symbols);
+}
+
+at::Tensor LeanWeight::dense() const {
+  at::Tensor values = unit_values();
+  for (int64_t b = 0; b < column_blocks(); ++b) {
+    const int64_t first = b * column_block, width = std::min<int64_t>(column_block, cols() - first);
+    values.narrow(0, first, width).mul_(scales[b].unsqueeze(0));
+  }
+  return values;
+}
+
+double LeanWeight::error() const {
+  const at::Tensor d = dense().sub_(target);
+  return hessian.mm(d).mul_(d).sum(at::kDouble).item<double>();
+}
+
+float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code) {
+  if (scale_bits == 16) return std::max(round_to_half(wanted), kSmallestScale);
+  // Codes are logarithmic; the nearest in value is one of the two around the exact logarithm.
+  const int last = (1 << scale_bits) - 1;
+  const double step = std::exp2(2.0 - scale_bits);
+  const auto value = [&](int c) { return row_scale * static_cast<float>(std::exp2(-c * step)); };
+  const double exact = wanted > 0 ? -std::log2(static_cast<double>(wanted) / row_scale) / step : last;
+  const int below = std::clamp(static_cast<int>(std::floor(std::clamp(exact, 0.0, static_cast<double>(last)))), 0, last);
+  const int above = std::min(below + 1, last);
+  code = static_cast<uint8_t>(std::abs(value(below) - wanted) <= std::abs(value(above) - wanted) ? below : above);
+  return value(code);
+}
+
+void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_weight) {
+  const int64_t blocks = lean.column_blocks(), rows = lean.rows(), cols = lean.cols();
+  const at::Tensor magnitude = lean.target.abs();
+  const at::Tensor kept = nm_mask(magnitude, lean.nm).to(at::kFloat);
+  const at::Tensor weighted = kept * column_weight.unsqueeze(1);
+  lean.scales = at::empty({blocks, rows}, at::kFloat);
+  at::Tensor relative = at::empty_like(magnitude);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
+    const at::Tensor m = magnitude.narrow(0, first, width), w = kept.narrow(0, first, width);
+    const at::Tensor mean = (m * w).sum(0) / w.sum(0).clamp_min(1);
+    lean.scales[b].copy_(mean.clamp_min(kSmallestScale));
+    relative.narrow(0, first, width).copy_(m / lean.scales[b].unsqueeze(0));
+  }
+  lean.level_values.assign(1, 1.f);
+  if (levels > 1) {
+    // Lloyd's iteration on a histogram of |w| / scale: cells of 1/64 up to 8 hold what a level could tell apart.
+    constexpr int kCells = 512;
+    const at::Tensor cell = (relative * 64).clamp_max(kCells - 1).to(at::kLong).flatten();
+    const at::Tensor histogram = at::zeros({kCells}, at::kDouble).index_add_(0, cell, weighted.flatten().to(at::kDouble));
+    const double* mass = histogram.data_ptr<double>();
+    std::vector<double> centre(levels);
+    for (int l = 0; l < levels; ++l) centre[l] = 0.5 * std::exp2(l * (levels == 2 ? 1.3 : 1.0));
+    for (int iteration = 0; iteration < 50; ++iteration) {
+      std::vector<double> sum(levels, 0.0), weight(levels, 1e-12);
+      for (int i = 0; i < kCells; ++i) {
+        const double x = (i + 0.5) / 64;
+        int nearest = 0;
+        for (int l = 1; l < levels; ++l)
+          if (std::abs(centre[l] - x) < std::abs(centre[nearest] - x)) nearest = l;
+        sum[nearest] += mass[i] * x;
+        weight[nearest] += mass[i];
+      }
+      for (int l = 0; l < levels; ++l)
+        if (weight[l] > 1e-9) centre[l] = sum[l] / weight[l];
+    }
+    lean.level_values.resize(levels);
+    for (int l = 0; l < levels; ++l) lean.level_values[l] = round_to_half(static_cast<float>(centre[l]));
+  }
+  float* scales = lean.scales.data_ptr<float>();
+  if (lean.scale_bits < 16) {
+    // One step of headroom above the largest block, since feedback tends to make later blocks larger.
+    lean.row_scales = at::empty({rows}, at::kFloat);
+    lean.scale_codes = at::zeros({blocks, rows}, at::kByte);
+    const at::Tensor largest = lean.scales.amax(0) * 1.2f;
+    for (int64_t row = 0; row < rows; ++row)
+      lean.row_scales.data_ptr<float>()[row] = std::max(round_to_half(largest.data_ptr<float>()[row]), kSmallestScale);
+  }
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t row = 0; row < rows; ++row) {
+      uint8_t unused = 0;
+      uint8_t& code = lean.scale_bits < 16 ? lean.scale_codes.data_ptr<uint8_t>()[b * rows + row] : unused;
+      const float base = lean.scale_bits < 16 ? lean.row_scales.data_ptr<float>()[row] : 0.f;
+      scales[b * rows + row] = representable_scale(lean.scale_bits, base, scales[b * rows + row], code);
+    }
+  lean.symbols = at::zeros({cols, rows}, at::kChar);
+}
+
+}  // namespace stbllm

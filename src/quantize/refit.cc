@@ -1,0 +1,134 @@
+// All scales of a row at once. With v_b the unit values of column block b (zero elsewhere), the error of a row is
+//   a^T P a - 2 a^T r + const,   P_bc = v_b^T H v_c,  r_b = v_b^T H w,
+// whose minimum is a small solve per row; the levels are the same problem with the roles changed, summed over rows.
+// Rounding to representable values is coordinate descent on the same quadratic, and a row whose error would rise stays.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+#include "stbllm/quantize/lean_weight.h"
+
+namespace stbllm {
+namespace {
+
+/// a^T P a - 2 a^T r
+double quadratic(const double* p, const double* r, const std::vector<double>& a) {
+  const size_t n = a.size();
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) {
+    double row = 0;
+    for (size_t j = 0; j < n; ++j) row += p[i * n + j] * a[j];
+    sum += a[i] * (row - 2 * r[i]);
+  }
+  return sum;
+}
+
+void refit_scales(LeanWeight& lean) {
+  const int64_t blocks = lean.column_blocks(), rows = lean.rows(), cols = lean.cols();
+  const at::Tensor unit = lean.unit_values();
+  at::Tensor p = at::empty({rows, blocks, blocks}, at::kDouble), r = at::empty({rows, blocks}, at::kDouble);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
+    const at::Tensor product = lean.hessian.narrow(1, first, width).mm(unit.narrow(0, first, width));  // (cols, rows)
+    r.select(1, b).copy_((product * lean.target).sum(0, /*keepdim=*/false, at::kDouble));
+    for (int64_t c = 0; c < blocks; ++c) {
+      const int64_t from = c * lean.column_block, count = std::min<int64_t>(lean.column_block, cols - from);
+      p.select(1, b).select(1, c).copy_((product.narrow(0, from, count) * unit.narrow(0, from, count)).sum(0, false, at::kDouble));
+    }
+  }
+  at::Tensor damped = p.clone();
+  damped.diagonal(0, 1, 2).add_(p.diagonal(0, 1, 2).mean(1, true) * 1e-6 + 1e-30);
+  const auto [solution, info] = at::linalg_solve_ex(damped, r.unsqueeze(2));
+  const at::Tensor solved = solution.squeeze(2).contiguous();
+  const bool coded = lean.scale_bits < 16;
+
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    std::vector<double> old(blocks), now(blocks);
+    std::vector<uint8_t> codes(blocks);
+    for (int64_t row = begin; row < end; ++row) {
+      const double* pr = p.data_ptr<double>() + row * blocks * blocks;
+      const double* rr = r.data_ptr<double>() + row * blocks;
+      const double* exact = solved.data_ptr<double>() + row * blocks;
+      float* scales = lean.scales.data_ptr<float>();
+      for (int64_t b = 0; b < blocks; ++b) old[b] = scales[b * rows + row];
+      const double before = quadratic(pr, rr, old);
+
+      // Two bases are tried: the largest solved scale, and the one the row has.
+      const float current = coded ? lean.row_scales.data_ptr<float>()[row] : 0.f;
+      float largest = 0;
+      for (int64_t b = 0; b < blocks; ++b)
+        if (std::isfinite(exact[b])) largest = std::max(largest, static_cast<float>(exact[b]));
+      const float wanted = coded ? half_to_float(float_to_half(std::min(largest, 6e4f))) : 0.f;
+      double best = before;
+      for (const float base : {wanted, current}) {
+        if (coded && base < 1e-6f) continue;
+        for (int64_t b = 0; b < blocks; ++b) {
+          const float start = std::isfinite(exact[b]) && exact[b] > 0 ? static_cast<float>(exact[b]) : static_cast<float>(old[b]);
+          now[b] = representable_scale(lean.scale_bits, base, start, codes[b]);
+        }
+        for (int sweep = 0; sweep < 3; ++sweep)
+          for (int64_t b = 0; b < blocks; ++b) {
+            if (pr[b * blocks + b] <= 0) continue;
+            double rest = rr[b];
+            for (int64_t c = 0; c < blocks; ++c)
+              if (c != b) rest -= pr[b * blocks + c] * now[c];
+            now[b] = representable_scale(lean.scale_bits, base, static_cast<float>(rest / pr[b * blocks + b]), codes[b]);
+          }
+        const double after = quadratic(pr, rr, now);
+        if (!(after < best)) continue;
+        best = after;
+        for (int64_t b = 0; b < blocks; ++b) {
+          scales[b * rows + row] = static_cast<float>(now[b]);
+          if (coded) lean.scale_codes.data_ptr<uint8_t>()[b * rows + row] = codes[b];
+        }
+        if (coded) lean.row_scales.data_ptr<float>()[row] = base;
+      }
+    }
+  });
+}
+
+void refit_levels(LeanWeight& lean) {
+  const int levels = static_cast<int>(lean.level_values.size());
+  if (levels == 1) return;
+  const int64_t cols = lean.cols();
+  std::vector<at::Tensor> part(levels), product(levels);
+  for (int level = 0; level < levels; ++level) {
+    part[level] = lean.symbols.eq(1 + level).to(at::kFloat) - lean.symbols.eq(-1 - level).to(at::kFloat);
+    for (int64_t b = 0; b < lean.column_blocks(); ++b) {
+      const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
+      part[level].narrow(0, first, width).mul_(lean.scales[b].unsqueeze(0));
+    }
+    product[level] = lean.hessian.mm(part[level]);
+  }
+  std::vector<double> p(levels * levels), r(levels), value(levels), rounded(levels);
+  for (int i = 0; i < levels; ++i) {
+    r[i] = (product[i] * lean.target).sum(at::kDouble).item<double>();
+    for (int j = 0; j < levels; ++j) p[i * levels + j] = (product[i] * part[j]).sum(at::kDouble).item<double>();
+    value[i] = rounded[i] = lean.level_values[i];
+  }
+  const double before = quadratic(p.data(), r.data(), value);
+  for (int sweep = 0; sweep < 50; ++sweep)
+    for (int i = 0; i < levels; ++i) {
+      if (p[i * levels + i] <= 0) continue;
+      double rest = r[i];
+      for (int j = 0; j < levels; ++j)
+        if (j != i) rest -= p[i * levels + j] * value[j];
+      value[i] = std::max(rest / p[i * levels + i], 1e-3);
+    }
+  for (int i = 0; i < levels; ++i) rounded[i] = half_to_float(float_to_half(static_cast<float>(value[i])));
+  if (quadratic(p.data(), r.data(), rounded) < before)
+    for (int i = 0; i < levels; ++i) lean.level_values[i] = static_cast<float>(rounded[i]);
+}
+
+}  // namespace
+
+void refit(LeanWeight& lean) {
+  refit_scales(lean);
+  refit_levels(lean);
+}
+
+}  // namespace stbllm
