@@ -1,10 +1,13 @@
 #pragma once
 // The safetensors container: u64 header length, JSON header, tensor bytes. No torch here.
+//
+// Files written here have tensors ordered as the format's own library orders them, by element size (largest
+// first), then name: every tensor is aligned to its elements without holes, and the bytes do not depend on
+// the order of arrival.
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <span>
@@ -28,8 +31,9 @@ int64_t dtype_bytes(std::string_view dtype);
 
 class SafetensorsFile {
  public:
-  /// Maps and validates: header length, JSON, dtypes, ranges in bounds, size = product of the shape, no overlap.
-  /// Throws Error(kNotFound | kCorrupt).
+  /// Maps and validates: header length, JSON (no duplicate keys), dtypes, size = product of the shape,
+  /// tensors that fill the data without overlap or hole, and the header's checksum where the metadata has
+  /// one. Throws Error(kNotFound | kCorrupt).
   static std::shared_ptr<const SafetensorsFile> open(const std::filesystem::path& path);
 
   const std::map<std::string, TensorEntry>& tensors() const { return tensors_; }
@@ -45,25 +49,30 @@ class SafetensorsFile {
 /// xxh3-64 of a tensor's bytes as 16 hex digits.
 std::string checksum(std::span<const std::byte> bytes);
 
-/// Writes a safetensors file whose tensors arrive one at a time and are on disk at once: their bytes go to a spool
-/// file beside `path`, finish() writes `path` as header + spool. Nothing is at `path` before finish() renames it there;
-/// the destructor removes what an unfinished writer left.
+/// Writes a safetensors file whose tensors arrive one at a time and are on disk at once: their bytes go to a
+/// spool file beside `path`, finish() writes `path` as header + spool. Nothing is at `path` before finish()
+/// renames it there; the destructor removes what an unfinished writer left.
 class SafetensorsWriter {
  public:
-  /// Throws Error(kExists) when `path` is there and not `force`; Error(kWriteFailed) when the directory cannot be written.
+  /// Throws Error(kExists) when `path` is there and not `force`; Error(kWriteFailed) when it is a directory
+  /// or cannot be written.
   SafetensorsWriter(std::filesystem::path path, bool force);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   /// Throws Error(kWriteFailed) when the disk is full. Names must be new.
-  void add(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape, std::span<const std::byte> data);
+  void add(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
+           std::span<const std::byte> data);
+  /// Throws Error(kUnsupported) when `value` is not UTF-8.
   void set_metadata(const std::string& key, std::string value);
 
-  /// Writes header (data starts at a multiple of 256), data and metadata to a temporary file, fsyncs it and returns its
-  /// path; the caller may open and verify it, then commit() renames it to `path`. The metadata key "checksums" is a
-  /// JSON object of tensor name -> xxh3, added here.
+  /// Writes header (data starts at a multiple of 256) and data to a temporary file, fsyncs it and returns its
+  /// path; the caller may open and verify it, then commit() renames it to `path`. Two metadata keys are added
+  /// here: "checksums", a JSON object of tensor name -> checksum(), and "header_checksum", that of all bytes
+  /// before the data with its own 16 digits taken as '0'.
   std::filesystem::path finish();
+  /// Throws Error(kExists) when `path` has appeared meanwhile and not `force`; Error(kWriteFailed).
   void commit();
 
  private:

@@ -1,15 +1,16 @@
 #pragma once
 // One linear layer as structured binary planes. FORMAT.md is the specification; this file is its arithmetic.
 //
-// A row is cut into groups of M consecutive columns (the last group is padded with virtual columns). Every group
-// keeps exactly N positions and stores one code, an index over all (support, levels, signs):
+// A row is cut into groups of M consecutive columns (the last group is padded with virtual columns). Every
+// group keeps exactly N positions and stores one code, an index over all (support, levels, signs):
 //
-//   code = (rank(support) * L^N + sum_k level_k L^k) * 2^N + sum_k sign_k 2^k       k = 0..N-1, ascending position
-//   rank(p_0 < p_1 < ...) = sum_k C(p_k, k+1)                                       (colexicographic)
+//   code = (rank(support) * L^N + sum_k level_k L^k) * 2^N + sum_k sign_k 2^k     k = 0..N-1, ascending
+//   rank(p_0 < p_1 < ...) = sum_k C(p_k, k+1)                                     colexicographic
 //
-// and a kept weight is  (sign ? -1 : +1) * scale(row, column / 128, level).
-// Salient columns add a residual binary: +-scale(row, block, L) +- scale(row, block, L + 1) where kept; their level
-// digits are 0. Outlier columns are stored as fp16 values; what the codes say about them does not count.
+// and a kept weight is  (sign ? -1 : +1) * scale(row, column / column_block, level).
+// Salient columns have level digits 0 and a second, residual sign; where kept they are
+// +-scale(row, block, L) +- scale(row, block, L + 1). Outlier columns are fp16 values, whatever the codes
+// say.
 
 #include <array>
 #include <cstddef>
@@ -26,22 +27,23 @@ namespace stbllm {
 
 /// The shape and coding of a matrix: everything that decides how many bytes each plane has.
 struct Layout {
-  int64_t rows = 0;       ///< out features
-  int64_t cols = 0;       ///< in features
+  int64_t rows = 0;  ///< out features
+  int64_t cols = 0;  ///< in features
   NmPattern nm;
-  int levels = 1;         ///< L, magnitude levels of a kept weight: 1 (binary), 2, 3 (trisection)
-  int column_block = 128; ///< columns that share scales; a multiple of M
-  int scale_bits = 16;    ///< 16: fp16 per (row, column block, slot); 4..6: log code per (row, column block), fp16 base per row
-  int64_t salient = 0;    ///< columns with a residual sign plane
-  int64_t outliers = 0;   ///< columns stored in fp16
+  int levels = 1;          ///< L, magnitude levels of a kept weight: 1 (binary), 2, 3 (trisection)
+  int column_block = 128;  ///< columns that share scales; a multiple of M
+  int scale_bits = 16;     ///< 16: fp16 per (row, column block, slot)
+                           ///< 4..6: log code per (row, column block) x fp16 per row x fp16 per slot
+  int64_t salient = 0;     ///< columns with a residual sign plane
+  int64_t outliers = 0;    ///< columns stored in fp16
 
   bool operator==(const Layout&) const = default;
 
-  int64_t groups() const;         ///< per row, = ceil(cols / M)
-  uint64_t code_states() const;   ///< C(M, N) (2 L)^N
-  int code_bits() const;          ///< 3 (1:4) .. 44 (14:16 with three levels)
-  int64_t code_row_bytes() const; ///< rows start at a byte
-  int64_t column_blocks() const;  ///< = ceil(cols / column_block)
+  int64_t groups() const;          ///< per row, = ceil(cols / M)
+  uint64_t code_states() const;    ///< C(M, N) (2 L)^N
+  int code_bits() const;           ///< 3 (1:4) .. 44 (14:16 with three levels)
+  int64_t code_row_bytes() const;  ///< rows start at a byte
+  int64_t column_blocks() const;   ///< = ceil(cols / column_block)
   int scale_slots() const { return levels + (salient > 0 ? 2 : 0); }
   int64_t scale_code_row_bytes() const;
 
@@ -51,15 +53,15 @@ struct Layout {
 
 /// The bit arrays of a matrix. Multi-byte elements are little-endian.
 enum class Plane {
-  kCodes,          ///< U8  (rows, code_row_bytes): group codes, code_bits each
-  kScales,         ///< F16 (rows, column_blocks, scale_slots)      if scale_bits == 16
-  kScaleCodes,     ///< U8  (rows, scale_code_row_bytes)            if scale_bits < 16
-  kRowScales,      ///< F16 (rows)                                  if scale_bits < 16
-  kLevels,         ///< F16 (scale_slots)                           if scale_bits < 16
-  kSalientColumns, ///< I32 (salient), ascending
-  kSalientSigns,   ///< U8  (salient, ceil(rows / 8)): residual signs, 1 = negative
-  kOutlierColumns, ///< I32 (outliers), ascending
-  kOutlierValues,  ///< F16 (outliers, rows)
+  kCodes,           ///< U8  (rows, code_row_bytes): group codes, code_bits each
+  kScales,          ///< F16 (rows, column_blocks, scale_slots)      if scale_bits == 16
+  kScaleCodes,      ///< U8  (rows, scale_code_row_bytes)            if scale_bits < 16
+  kRowScales,       ///< F16 (rows)                                  if scale_bits < 16
+  kLevels,          ///< F16 (scale_slots)                           if scale_bits < 16
+  kSalientColumns,  ///< I32 (salient), ascending
+  kSalientSigns,    ///< U8  (salient, ceil(rows / 8)): residual signs, 1 = negative
+  kOutlierColumns,  ///< I32 (outliers), ascending
+  kOutlierValues,   ///< F16 (outliers, rows)
 };
 inline constexpr int kPlaneCount = 9;
 /// The tensor name suffix of a plane ("codes", "scales", ...), its safetensors dtype and its shape.
@@ -75,7 +77,8 @@ struct GroupSymbols {
   std::array<uint8_t, 16> level{};
   std::array<uint8_t, 16> sign{};  ///< 1 = negative
 };
-/// encode and decode are inverse on codes < code_states(); symbols outside their ranges are a std::logic_error.
+/// encode and decode are inverse on codes < code_states(); symbols outside their ranges are a
+/// std::logic_error.
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
 GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
 
@@ -88,10 +91,11 @@ class StructuredBinaryMatrix {
   using Planes = std::array<std::span<const std::byte>, kPlaneCount>;
 
   StructuredBinaryMatrix() = default;
-  /// Checks everything that FORMAT.md asks of a matrix: sizes, code ranges, padding, unused bits, column lists
-  /// (ascending, in range, 4-byte aligned) and scales (finite, not negative). Planes the layout lacks are empty.
-  /// Throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
-  StructuredBinaryMatrix(const Layout& layout, Planes planes, std::shared_ptr<const void> owner, std::string_view what);
+  /// Checks everything that FORMAT.md asks of a matrix: sizes, code ranges, padding, unused bits, column
+  /// lists (ascending, in range, 4-byte aligned) and scales (finite, not negative). Planes the layout lacks
+  /// are empty. Throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
+  StructuredBinaryMatrix(const Layout& layout, Planes planes, std::shared_ptr<const void> owner,
+                         std::string_view what);
 
   const Layout& layout() const { return layout_; }
   std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
