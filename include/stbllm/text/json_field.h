@@ -1,0 +1,52 @@
+#pragma once
+// Reading optional fields of HuggingFace's JSON files, where null and absent mean the same.
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+
+/// `object[key]`, or `fallback` when it is absent or null. Throws nlohmann::json::type_error on another type.
+template <typename T>
+T field_or(const nlohmann::json& object, const char* key, T fallback) {
+  const auto it = object.find(key);
+  return it == object.end() || it->is_null() ? fallback : it->get<T>();
+}
+
+/// A token id. Throws Error(kCorrupt) unless it is an integer that is not negative and not absurdly large: a
+/// damaged id must not ask for gigabytes.
+inline int32_t parse_id(const nlohmann::json& value) {
+  constexpr int64_t kEnd = int64_t{1} << 24;
+  const int64_t id = value.is_number_integer() ? value.get<int64_t>() : -1;
+  if (id < 0 || id >= kEnd) {
+    fail(ErrorCode::kCorrupt, "expected an id from 0 to {}, found {}", kEnd - 1,
+         value.is_number() ? value.dump() : value.type_name());
+  }
+  return static_cast<int32_t>(id);
+}
+
+/// The "type" of a component of tokenizer.json.
+inline std::string component_type(const nlohmann::json& component) {
+  return component.at("type").get<std::string>();
+}
+
+/// Calls visit(component) for the component, or for each member when it is a Sequence (`list` names the
+/// members).
+template <typename Visit>
+void for_each_component(const nlohmann::json& component, const char* list, Visit visit) {
+  if (component.is_null()) return;
+  if (component_type(component) != "Sequence") {
+    visit(component);
+    return;
+  }
+  for (const nlohmann::json& member : component.at(list)) {
+    if (component_type(member) == "Sequence") {
+      fail(ErrorCode::kUnsupported, "a Sequence inside a Sequence in \"{}\" is not implemented", list);
+    }
+    visit(member);
+  }
+}
+
+}  // namespace stbllm

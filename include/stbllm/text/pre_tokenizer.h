@@ -1,0 +1,24 @@
+#pragma once
+// The "pre_tokenizer" of tokenizer.json: how text is cut into the words that BPE works on.
+
+#include <array>
+#include <functional>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+namespace stbllm {
+
+/// Cuts each of `words` into smaller ones, in place. `at_start`: the first word starts the whole text.
+using PreTokenizer = std::function<void(std::vector<std::string>& words, bool at_start)>;
+
+/// `spec` is null, ByteLevel, Split (by the patterns of GPT-2, LLaMA-3 or Qwen2), Digits, Metaspace or a
+/// Sequence of them. Throws Error(kUnsupported) naming any other, and the pattern of a Split that is not
+/// recognised.
+PreTokenizer parse_pre_tokenizer(const nlohmann::json& spec);
+
+/// GPT-2's printable stand-in for each byte, as UTF-8: itself for visible Latin-1 characters, U+0100... for
+/// the others.
+const std::array<std::string, 256>& byte_symbols();
+
+}  // namespace stbllm

@@ -1,0 +1,76 @@
+#include "stbllm/text/added_tokens.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "stbllm/text/unicode.h"
+
+namespace stbllm {
+namespace {
+
+/// Start of the code point that ends at `end` (> 0).
+size_t previous_code_point(std::string_view text, size_t end) {
+  do --end;
+  while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xc0) == 0x80);
+  return end;
+}
+
+CharClass class_before(std::string_view text, size_t end) {
+  return char_class(decode_utf8(text, previous_code_point(text, end)).value);
+}
+
+CharClass class_at(std::string_view text, size_t begin) { return char_class(decode_utf8(text, begin).value); }
+
+bool within_word(std::string_view text, size_t begin, size_t end) {
+  return (begin > 0 && is_word(class_before(text, begin))) ||
+         (end < text.size() && is_word(class_at(text, end)));
+}
+
+}  // namespace
+
+void AddedTokenFinder::add(std::string pattern, const AddedToken& token) {
+  if (pattern.empty()) return;
+  std::vector<Entry>& entries = by_first_byte_[static_cast<uint8_t>(pattern.front())];
+  const auto place = std::find_if(entries.begin(), entries.end(),
+                                  [&](const Entry& e) { return e.pattern.size() < pattern.size(); });
+  entries.insert(place, {std::move(pattern), token});
+}
+
+const AddedTokenFinder::Entry* AddedTokenFinder::longest_at(std::string_view text, size_t position) const {
+  for (const Entry& entry : by_first_byte_[static_cast<uint8_t>(text[position])]) {
+    if (text.substr(position).starts_with(entry.pattern)) return &entry;
+  }
+  return nullptr;
+}
+
+std::vector<AddedTokenFinder::Part> AddedTokenFinder::split(std::string_view text) const {
+  std::vector<Part> parts;
+  size_t done = 0;  // everything before is in `parts`
+  for (size_t i = 0; i < text.size();) {
+    const Entry* entry = longest_at(text, i);
+    if (entry == nullptr) {
+      ++i;
+      continue;
+    }
+    size_t begin = i, end = i + entry->pattern.size();
+    // Past a match that is dropped, too: no shorter token is tried in its place. Not past the spaces that
+    // rstrip takes: a token made of spaces is still found there, as HuggingFace does.
+    i = end;
+    if (entry->token.single_word && within_word(text, begin, end)) continue;
+    if (entry->token.lstrip) {
+      while (begin > done && class_before(text, begin) == CharClass::kSpace)
+        begin = previous_code_point(text, begin);
+    }
+    if (entry->token.rstrip) {
+      while (end < text.size() && class_at(text, end) == CharClass::kSpace)
+        end += decode_utf8(text, end).length;
+    }
+    if (done < begin) parts.push_back({done, begin, -1});
+    parts.push_back({begin, end, entry->token.id});
+    done = end;
+  }
+  if (done < text.size()) parts.push_back({done, text.size(), -1});
+  return parts;
+}
+
+}  // namespace stbllm
