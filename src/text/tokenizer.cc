@@ -315,6 +315,7 @@ class HuggingFaceTokenizer : public Tokenizer {
       special_[token.id] = token.special;
       std::string pattern = content;
       if (token.normalized) normalizer_(pattern);
+      tokens_[token.id] = pattern;  // what the text had, so that decoding gives it back
       (token.normalized ? normalized_tokens_ : raw_tokens_).add(std::move(pattern), token);
     }
     for (const auto* ids : {&prefix_, &suffix_}) {
