@@ -17,10 +17,12 @@ namespace stbllm {
 class TensorSource {
  public:
   virtual ~TensorSource() = default;
+  virtual const std::filesystem::path& path() const = 0;
   virtual std::vector<std::string> names() const = 0;
-  virtual bool contains(const std::string& name) const = 0;
   virtual std::vector<int64_t> shape(const std::string& name) const = 0;
-  /// A view of the mapped file (no copy) in the file's own dtype. Do not write to it.
+  /// A contiguous view of the mapped file in the file's own dtype (F32, F16, BF16). Do not write to it.
+  /// Copied is only what cannot be a view: elements that are compressed, strided or not aligned to their
+  /// size. Throws Error(kUnsupported) for another dtype.
   virtual at::Tensor load(const std::string& name) const = 0;
   /// The tensor's pages may leave memory.
   virtual void release(const std::string& name) const = 0;
@@ -29,8 +31,8 @@ class TensorSource {
 class Checkpoint {
  public:
   /// Opens `directory`: config.json, then the first of model.safetensors, model.safetensors.index.json,
-  /// pytorch_model.bin, pytorch_model.bin.index.json. Headers of all shards are validated here.
-  /// Throws Error(kNotFound | kCorrupt | kMismatch | kUnsupported).
+  /// pytorch_model.bin, pytorch_model.bin.index.json. The index and the headers of all shards are validated
+  /// here. Throws Error(kNotFound | kCorrupt | kMismatch | kUnsupported).
   static Checkpoint open(const std::filesystem::path& directory);
 
   const std::filesystem::path& directory() const { return directory_; }
@@ -45,9 +47,13 @@ class Checkpoint {
   at::Tensor load(const std::string& name, const std::vector<int64_t>& shape) const;
   void release(const std::string& name) const;
   /// Bytes of all tensor files.
-  int64_t file_bytes() const;
+  int64_t file_bytes() const { return file_bytes_; }
 
  private:
+  void add(std::shared_ptr<const TensorSource> source);
+  void add_shards(const std::filesystem::path& index);
+  const TensorSource& source(const std::string& name) const;
+
   std::filesystem::path directory_;
   nlohmann::json config_;
   std::map<std::string, std::shared_ptr<const TensorSource>> tensors_;  // by tensor name
