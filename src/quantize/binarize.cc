@@ -221,46 +221,32 @@ at::Tensor assign_sets(const ColumnBlock& block, const std::vector<uint8_t>& sal
 }
 
 BinarizedBlock binarize_sets(const at::Tensor& values, const at::Tensor& sets, int levels, bool means) {
-  const int cols = static_cast<int>(values.size(0));
-  const int64_t rows = values.size(1);
+  // Plain tensor operations, and on (rows, cols) so that sums run along rows: where a residual is zero up to rounding, its sign
+  // is then the one of the released code.
+  const at::Tensor w = values.t().contiguous(), set_of = sets.t().contiguous();
+  const int64_t rows = w.size(0);
   const int slots = levels + 2;
-  BinarizedBlock result{at::zeros({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat), at::zeros({cols, rows}, at::kChar),
-                        at::zeros({cols, rows}, at::kChar)};
-  float* scale = result.scale.data_ptr<float>();
-  float* mean = result.mean.data_ptr<float>();
-  int8_t* sign = result.sign.data_ptr<int8_t>();
-  int8_t* residual_sign = result.residual_sign.data_ptr<int8_t>();
-  const uint8_t* set_of = sets.data_ptr<uint8_t>();
+  BinarizedBlock result{at::zeros({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat), at::zeros_like(w, at::kChar),
+                        at::zeros_like(w, at::kChar)};
   for (int slot = 0; slot <= levels; ++slot) {
-    const uint8_t set = slot == levels ? kSalientSet : static_cast<uint8_t>(slot + 1);
-    const int orders = slot == levels ? 2 : 1;
-    const ColumnBlock members{values, sets.eq(set).to(at::kByte), {}};
-    at::parallel_for(0, ceil_div(rows, kLanes), 4, [&](int64_t begin, int64_t end) {
-      Tile tile;
-      SetFit fit;
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = t * kLanes;
-        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows - first));
-        load_tile(members, nullptr, first, tile);
-        fit_set(tile.value, tile.kept, 0, cols, orders, means, fit);
-        for (int lane = 0; lane < lanes; ++lane)
-          for (int order = 0; order < orders; ++order) {
-            scale[(first + lane) * slots + slot + order] = fit.scale[order][lane];
-            mean[(first + lane) * slots + slot + order] = fit.mean[order][lane];
-          }
-        for (int c = 0; c < cols; ++c)
-          for (int lane = 0; lane < lanes; ++lane) {
-            const int64_t i = c * rows + first + lane;
-            if (set_of[i] != set) continue;
-            // A weight exactly at the mean has no sign in the released code; a packed weight always has one.
-            const float centred = tile.value[c][lane] - fit.mean[0][lane];
-            sign[i] = centred < 0 ? -1 : centred > 0 || !means ? 1 : 0;
-            const float rest = residual_of(tile.value[c][lane], fit, 1, lane) - fit.mean[1][lane];
-            residual_sign[i] = orders == 1 ? 0 : rest < 0 ? -1 : rest > 0 || !means ? 1 : 0;
-          }
-      }
-    });
+    const at::Tensor member = set_of.eq(slot == levels ? kSalientSet : slot + 1);
+    at::Tensor residual = w;
+    for (int order = 0; order < (slot == levels ? 2 : 1); ++order) {
+      at::Tensor masked = at::where(member, residual, NAN);
+      const at::Tensor mean = means ? at::nanmean(masked, 1).nan_to_num(0) : at::zeros({rows}, at::kFloat);
+      masked.sub_(mean.unsqueeze(1));
+      const at::Tensor scale = at::nanmean(masked.abs(), 1).nan_to_num(0);
+      result.mean.select(1, slot + order).copy_(mean);
+      result.scale.select(1, slot + order).copy_(scale);
+      // A weight exactly at the mean has no sign in the released code; a packed weight always has one.
+      const at::Tensor sign = means ? masked.sign() : at::where(masked.lt(0), -1.f, 1.f);
+      at::Tensor& out = order == 0 ? result.sign : result.residual_sign;
+      out = at::where(member, sign.nan_to_num(0).to(at::kChar), out);
+      residual = residual - (sign * scale.unsqueeze(1) + mean.unsqueeze(1));
+    }
   }
+  result.sign = result.sign.t().contiguous();
+  result.residual_sign = result.residual_sign.t().contiguous();
   return result;
 }
 

@@ -47,8 +47,8 @@ void BinarizedWeight::expand_scales() {
 double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian) {
   const at::Tensor w = weight.to(at::kFloat);
   const at::Tensor d = quantized - w;
-  const double error = d.mm(hessian).mul_(d).sum(at::kDouble).item<double>();
-  const double energy = w.mm(hessian).mul_(w).sum(at::kDouble).item<double>();
+  const double error = d.mm(hessian).mul_(d).sum(0, false, at::kDouble).sum().item<double>();
+  const double energy = w.mm(hessian).mul_(w).sum(0, false, at::kDouble).sum().item<double>();
   return energy > 0 ? error / energy : 0;
 }
 

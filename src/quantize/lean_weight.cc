@@ -40,7 +40,7 @@ at::Tensor LeanWeight::dense() const {
 
 double LeanWeight::error() const {
   const at::Tensor d = dense().sub_(target);
-  return hessian.mm(d).mul_(d).sum(at::kDouble).item<double>();
+  return hessian.mm(d).mul_(d).sum(0, false, at::kDouble).sum().item<double>();
 }
 
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code) {

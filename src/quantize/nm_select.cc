@@ -23,7 +23,11 @@ at::Tensor importance(const at::Tensor& weight_t, const at::Tensor& norm_sq, con
       return relative() * norm_sq.sqrt().sqrt().unsqueeze(1);
     case Importance::kSi: {
       const at::Tensor mu = relative();
-      return (mu - mu.mean()) / (mu.std() + 1e-12) * norm_sq.sqrt().unsqueeze(1);
+      // Sums go column by column first: a reduction over all elements would be cut differently by another number of threads.
+      const double count = static_cast<double>(mu.numel());
+      const at::Tensor mean = mu.sum(1, false, at::kDouble).sum() / count;
+      const at::Tensor deviation = (mu - mean).square().sum(1, false, at::kDouble).sum().div(count - 1).sqrt();
+      return ((mu - mean) / (deviation + 1e-12)).to(at::kFloat) * norm_sq.sqrt().unsqueeze(1);
     }
     case Importance::kObs:
       return (weight_t / inverse_diag.unsqueeze(1)).square();

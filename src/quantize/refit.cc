@@ -106,8 +106,8 @@ void refit_levels(LeanWeight& lean) {
   }
   std::vector<double> p(levels * levels), r(levels), value(levels), rounded(levels);
   for (int i = 0; i < levels; ++i) {
-    r[i] = (product[i] * lean.target).sum(at::kDouble).item<double>();
-    for (int j = 0; j < levels; ++j) p[i * levels + j] = (product[i] * part[j]).sum(at::kDouble).item<double>();
+    r[i] = (product[i] * lean.target).sum(0, false, at::kDouble).sum().item<double>();
+    for (int j = 0; j < levels; ++j) p[i * levels + j] = (product[i] * part[j]).sum(0, false, at::kDouble).sum().item<double>();
     value[i] = rounded[i] = lean.level_values[i];
   }
   const double before = quadratic(p.data(), r.data(), value);

@@ -1,0 +1,278 @@
+#include "stbllm/quantize/quantize_linear.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+#include "stbllm/quantize/binarize.h"
+#include "stbllm/quantize/compensate.h"
+#include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/nm_select.h"
+
+namespace stbllm {
+namespace {
+
+at::Tensor round_to_half(const at::Tensor& x) { return x.to(at::kHalf).to(at::kFloat); }
+
+/// Columns that carry at least `share` of trace(H), the largest first `limit` of them, ascending.
+std::vector<int64_t> find_outliers(const at::Tensor& hessian, double share, int limit) {
+  std::vector<int64_t> columns;
+  if (share <= 0 || limit <= 0) return columns;
+  const at::Tensor diagonal = hessian.diagonal().contiguous();
+  const float* energy = diagonal.data_ptr<float>();
+  const double threshold = share * diagonal.sum(at::kDouble).item<double>();
+  for (int64_t j = 0; j < diagonal.numel(); ++j)
+    if (energy[j] > 0 && energy[j] >= threshold) columns.push_back(j);
+  std::stable_sort(columns.begin(), columns.end(), [&](int64_t a, int64_t b) { return energy[a] > energy[b]; });
+  if (static_cast<int>(columns.size()) > limit) columns.resize(limit);
+  std::sort(columns.begin(), columns.end());
+  return columns;
+}
+
+at::Tensor shrink_hessian(const at::Tensor& hessian, double s) {
+  at::Tensor h = hessian * (1 - s);
+  h.diagonal().copy_(hessian.diagonal());
+  return h;
+}
+
+void zero_columns(at::Tensor& hessian, const at::Tensor& columns) {
+  hessian.index_fill_(0, columns, 0);
+  hessian.index_fill_(1, columns, 0);
+}
+
+/// numpy.quantile of float32 values at float32 positions: index, fraction and interpolation are float32 too, and many
+/// weights of a checkpoint are equal, so that a threshold often falls exactly on one of them.
+std::vector<float> quantiles(std::vector<float> values, int count, float low, float high) {
+  std::sort(values.begin(), values.end());
+  std::vector<float> result(count);
+  const at::Tensor grid = at::linspace(low, high, count, at::kFloat);
+  for (int i = 0; i < count; ++i) {
+    const float position = grid.data_ptr<float>()[i] * static_cast<float>(values.size() - 1);
+    const auto below = static_cast<size_t>(position);
+    const float a = values[below], b = values[std::min(below + 1, values.size() - 1)];
+    const float t = position - std::floor(position);
+    result[i] = t < 0.5f ? a + (b - a) * t : b - (b - a) * (1 - t);
+  }
+  return result;
+}
+
+/// The paper's path: fixed support, salient columns, regions by magnitude, block-wise compensation.
+BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& norm_sq,
+                                    const std::vector<int64_t>& outliers, const Recipe& recipe, LinearReport& report) {
+  const int64_t cols = weight_t.size(0), rows = weight_t.size(1);
+  const InverseFactor factor = inverse_factor(hessian, recipe.damping, /*three_steps=*/true);
+  report.damping = factor.damping;
+  report.damping_retries = factor.retries;
+  const at::Tensor& upper = factor.upper;
+  const at::Tensor d = upper.diagonal().contiguous();
+  at::Tensor work = weight_t.clone();
+  work.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);  // dead inputs
+
+  const int slots = recipe.levels + 2;
+  const int64_t blocks = ceil_div(cols, recipe.column_block);
+  BinarizedWeight result;
+  result.nm = recipe.nm;
+  result.levels = recipe.levels;
+  result.column_block = recipe.column_block;
+  result.scale_bits = recipe.scale_bits;
+  at::Tensor symbols_t = at::zeros({cols, rows}, at::kChar);
+  at::Tensor scales = at::zeros({rows, blocks, slots}, at::kFloat);
+  at::Tensor dense = recipe.packable() ? at::Tensor() : at::zeros({cols, rows}, at::kFloat);
+  std::vector<int32_t> salient_columns;
+  std::vector<at::Tensor> salient_signs;
+  // The released code prunes the whole layer first and then forgets the mask: pruned weights are zeros that take part.
+  if (!recipe.support_carried) work.mul_(nm_mask(importance(work, norm_sq, d, recipe.importance), recipe.nm));
+
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t start = b * recipe.column_block, width = std::min<int64_t>(recipe.column_block, cols - start);
+    const at::Tensor w = work.narrow(0, start, width).contiguous();
+    const at::Tensor d_block = d.narrow(0, start, width);
+    const at::Tensor kept =
+        recipe.support_carried
+            ? nm_mask(importance(w, norm_sq.narrow(0, start, width), d_block, recipe.importance).contiguous(), recipe.nm)
+            : at::ones({width, rows}, at::kByte);
+    const at::Tensor saliency = w.square() / d_block.square().unsqueeze(1);
+    const bool on_saliency = recipe.search_on == SearchOn::kSaliency;
+    const ColumnBlock search{on_saliency ? saliency : w, kept,
+                             on_saliency ? at::ones({width}, at::kFloat) : d_block.square().reciprocal().contiguous()};
+
+    std::vector<uint8_t> salient(width, 0);
+    int salient_count = 0;
+    if (recipe.max_salient > 0) {
+      const at::Tensor total = (saliency * kept).sum(1);
+      const float* sum = total.data_ptr<float>();
+      std::vector<int64_t> order(width);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return sum[x] > sum[y]; });
+      // Differs from STBLLM: the released code tries 1..49 and binarizes the rest with order 2 during this search.
+      const int minimum = on_saliency ? 1 : 0;
+      const int maximum = on_saliency ? recipe.max_salient - 1 : recipe.max_salient;
+      salient_count = search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means);
+      for (int i = 0; i < salient_count; ++i) salient[order[i]] = 1;
+    }
+    for (const int64_t column : outliers)  // stored exactly: not salient, and no reason for a scale
+      if (column >= start && column < start + width) salient[column - start] = 0;
+    report.salient_count.push_back(static_cast<int>(std::count(salient.begin(), salient.end(), 1)));
+
+    float p1 = 0;
+    if (recipe.levels > 1) {
+      std::vector<float> values;
+      values.reserve(width * rows);
+      const float* v = search.values.data_ptr<float>();
+      const uint8_t* k = kept.data_ptr<uint8_t>();
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t i = c * rows; i < (c + 1) * rows; ++i) {
+          if (recipe.support_carried && (salient[c] || !k[i])) continue;
+          values.push_back(salient[c] ? 0.f : std::fabs(v[i]));
+        }
+      if (!values.empty()) {
+        const std::vector<float> thresholds = quantiles(std::move(values), 160, 0.10f, 0.90f);
+        p1 = search_regions(search, salient, thresholds, recipe.levels, recipe.means, recipe.upper_quantile_rule);
+      }
+      report.threshold.push_back(p1);
+    }
+    const at::Tensor sets = assign_sets(search, salient, p1, recipe.levels);
+    const BinarizedBlock fit = binarize_sets(w, sets, recipe.levels, recipe.means);
+    const at::Tensor scale = recipe.packable() ? round_to_half(fit.scale) : fit.scale;
+
+    // The block's values: slot scales gathered by set.
+    const at::Tensor set_index = sets.to(at::kLong);
+    const at::Tensor slot = at::where(set_index.eq(kSalientSet), at::full_like(set_index, recipe.levels), (set_index - 1).clamp_min(0));
+    const at::Tensor scale_t = scale.t().contiguous(), mean_t = fit.mean.t().contiguous();  // (slots, rows)
+    at::Tensor q = scale_t.gather(0, slot) * fit.sign + mean_t.gather(0, slot);
+    q += sets.eq(kSalientSet) * (scale_t[recipe.levels + 1].unsqueeze(0) * fit.residual_sign + mean_t[recipe.levels + 1].unsqueeze(0));
+    q *= sets.ne(0);
+
+    if (recipe.packable()) {
+      const at::Tensor level = at::where(set_index.eq(kSalientSet), at::zeros_like(set_index), (set_index - 1).clamp_min(0));
+      symbols_t.narrow(0, start, width).copy_((fit.sign.to(at::kLong) * (level + 1) * sets.ne(0)).to(at::kChar));
+      scales.select(1, b).copy_(scale);
+      for (int64_t c = 0; c < width; ++c)
+        if (salient[c]) {
+          salient_columns.push_back(static_cast<int32_t>(start + c));
+          // Pruned weights of a salient column have no residual; any sign will do.
+          salient_signs.push_back(at::where(fit.residual_sign[c].eq(0), at::ones({rows}, at::kChar), fit.residual_sign[c]));
+        }
+    } else {
+      dense.narrow(0, start, width).copy_(q);
+    }
+    at::Tensor delta = w - q;
+    for (const int64_t column : outliers)
+      if (column >= start && column < start + width) delta[column - start].zero_();
+    const int64_t rest = cols - start - width;
+    if (recipe.compensate == Compensate::kBlock && rest > 0) {
+      const at::Tensor error = delta / d_block.unsqueeze(1);
+      work.narrow(0, start + width, rest)
+          .addmm_(upper.narrow(0, start, width).narrow(1, start + width, rest).t(), error, 1, -1);
+    }
+  }
+  if (!recipe.packable()) {
+    result.unpackable = dense.t().contiguous();
+    return result;
+  }
+  result.symbols = symbols_t.t().contiguous();
+  result.scales = salient_columns.empty() ? scales.narrow(2, 0, recipe.levels).contiguous() : scales;
+  if (!salient_columns.empty()) {
+    result.salient_columns = at::tensor(salient_columns, at::kInt);
+    result.salient_signs = at::stack(salient_signs);
+  }
+  return result;
+}
+
+/// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards.
+LeanWeight optimize_lean(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& outliers, double shrink, int sweeps,
+                         const Recipe& recipe, LinearReport& report) {
+  LeanWeight lean;
+  lean.nm = recipe.nm;
+  lean.column_block = recipe.column_block;
+  lean.scale_bits = recipe.scale_bits;
+  lean.target = weight_t.clone();
+  lean.hessian = shrink > 0 ? shrink_hessian(hessian, shrink) : hessian.clone();
+  if (outliers.numel() > 0) {
+    lean.target.index_fill_(0, outliers, 0);
+    zero_columns(lean.hessian, outliers);
+  }
+  lean.target.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);
+  const InverseFactor factor = inverse_factor(lean.hessian, recipe.damping);
+  report.damping = factor.damping;
+  report.damping_retries = factor.retries;
+  initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
+  encode_columns(lean, factor.upper, recipe.compensate);
+  if (recipe.refit > 0) refit(lean);
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    const double changed = descend(lean);
+    if (sweep < recipe.refit) refit(lean);
+    if (changed < 1e-4) break;
+  }
+  return lean;
+}
+
+BinarizedWeight finish_lean(const LeanWeight& lean) {
+  BinarizedWeight result;
+  result.nm = lean.nm;
+  result.levels = static_cast<int>(lean.level_values.size());
+  result.column_block = lean.column_block;
+  result.scale_bits = lean.scale_bits;
+  result.symbols = lean.symbols.t().contiguous();
+  if (lean.scale_bits == 16) {
+    result.scales = lean.scales.t().contiguous().unsqueeze(2);
+  } else {
+    result.scale_codes = lean.scale_codes.t().contiguous();
+    result.row_scales = lean.row_scales;
+    result.level_values = at::tensor(lean.level_values, at::kFloat);
+    result.expand_scales();
+  }
+  return result;
+}
+
+}  // namespace
+
+BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe, LinearReport* report) {
+  const auto started = std::chrono::steady_clock::now();
+  LinearReport local;
+  LinearReport& out = report ? *report : local;
+  const at::Tensor w = weight.to(at::kFloat);
+  STBLLM_CHECK(stats.hessian.size(0) == w.size(1), "H has {} columns, the weight {}", stats.hessian.size(0), w.size(1));
+  const at::Tensor weight_t = w.t().contiguous();
+  const std::vector<int64_t> outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
+  const at::Tensor outlier_columns = at::tensor(outliers, at::kLong);
+
+  BinarizedWeight result;
+  if (recipe.lean()) {
+    double shrink = recipe.shrink;
+    if (shrink < 0) {
+      shrink = 0.3;  // without held-out windows: the middle of what they choose on real layers
+      if (stats.holdout_hessian.defined()) {
+        double best = INFINITY;
+        for (const double candidate : {0.03, 0.1, 0.3, 0.6}) {
+          const LeanWeight trial = optimize_lean(weight_t, stats.hessian, outlier_columns, candidate, std::min(recipe.descend, 1), recipe, out);
+          at::Tensor holdout = stats.holdout_hessian.clone();
+          if (!outliers.empty()) zero_columns(holdout, outlier_columns);
+          const double error = relative_output_error(weight_t.t(), trial.dense().t(), holdout);
+          if (error < best) best = error, shrink = candidate;
+        }
+      }
+    }
+    out.shrink = shrink;
+    result = finish_lean(optimize_lean(weight_t, stats.hessian, outlier_columns, shrink, recipe.descend, recipe, out));
+  } else {
+    result = quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq(), outliers, recipe, out);
+  }
+  if (!outliers.empty() && recipe.packable()) {
+    result.outlier_columns = outlier_columns.to(at::kInt);
+    result.outlier_values = round_to_half(w.index_select(1, outlier_columns)).t().contiguous();
+    // The codes at these columns do not count; one fixed symbol keeps the bytes canonical.
+    at::Tensor symbols = result.symbols.index_select(1, outlier_columns);
+    result.symbols.index_copy_(1, outlier_columns, symbols.ne(0).to(at::kChar));
+  }
+  const at::Tensor dense = result.to_dense();
+  out.output_error = relative_output_error(w, dense, stats.hessian);
+  if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
+  out.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return result;
+}
+
+}  // namespace stbllm

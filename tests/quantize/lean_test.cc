@@ -1,0 +1,253 @@
+// Properties of the lean code: exactly N kept, steps that never raise the error, exhaustive twins, thread independence.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include "stbllm/base/error.h"
+#include "stbllm/quantize/compensate.h"
+#include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/quantize_linear.h"
+
+namespace stbllm {
+namespace {
+
+/// Inputs with correlated features, and weights: a layer as the quantizer sees it.
+struct Layer {
+  at::Tensor weight, inputs;
+  InputStats stats;
+};
+
+Layer make_layer(int64_t rows, int64_t cols, uint64_t seed) {
+  at::manual_seed(seed);
+  Layer layer;
+  layer.weight = at::randn({rows, cols}) * 0.05;
+  const at::Tensor mix = at::randn({cols, cols}) / std::sqrt(static_cast<double>(cols)) + at::eye(cols);
+  layer.inputs = at::randn({2 * cols + 64, cols}).mm(mix);
+  StatsAccumulator accumulator(cols, false);
+  accumulator.add(layer.inputs, false);
+  accumulator.add(at::randn({cols, cols}).mm(mix), true);
+  layer.stats = accumulator.finish();
+  return layer;
+}
+
+Recipe lean_recipe(NmPattern nm, int levels, int scale_bits) {
+  Recipe recipe;
+  recipe.nm = nm;
+  recipe.levels = levels;
+  recipe.scale_bits = scale_bits;
+  recipe.compensate = Compensate::kColumn;
+  recipe.refit = 2;
+  recipe.descend = 2;
+  return recipe;
+}
+
+void expect_exactly_n_kept(const at::Tensor& symbols, NmPattern nm) {
+  const int64_t cols = symbols.size(1);
+  for (int64_t first = 0; first < cols; first += nm.group) {
+    const int64_t width = std::min<int64_t>(nm.group, cols - first);
+    const at::Tensor kept = symbols.narrow(1, first, width).ne(0).sum(1);
+    EXPECT_TRUE(kept.eq(std::min<int64_t>(nm.keep, width)).all().item<bool>()) << nm.str() << " group at column " << first;
+  }
+}
+
+LeanWeight start(const Layer& layer, NmPattern nm, int levels, int scale_bits) {
+  LeanWeight lean;
+  lean.nm = nm;
+  lean.scale_bits = scale_bits;
+  lean.target = layer.weight.t().contiguous();
+  lean.hessian = layer.stats.hessian.clone();
+  initialize_scales(lean, levels, lean.hessian.diagonal().contiguous());
+  encode_columns(lean, inverse_factor(lean.hessian, 0.01).upper, Compensate::kColumn);
+  return lean;
+}
+
+class LeanCode : public ::testing::TestWithParam<std::tuple<NmPattern, int, int>> {};
+
+TEST_P(LeanCode, KeepsExactlyNOfEveryGroup) {
+  const auto [nm, levels, scale_bits] = GetParam();
+  const Layer layer = make_layer(70, 172, 1);  // 172 is no multiple of 8 or 128, 70 none of 64
+  const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  expect_exactly_n_kept(result.symbols, nm);
+  EXPECT_TRUE(result.to_dense().isfinite().all().item<bool>());
+  EXPECT_LE(result.symbols.abs().max().item<int>(), levels);
+}
+
+TEST_P(LeanCode, RefitAndDescendNeverRaiseTheError) {
+  const auto [nm, levels, scale_bits] = GetParam();
+  LeanWeight lean = start(make_layer(70, 172, 2), nm, levels, scale_bits);
+  double error = lean.error();
+  const double first = error;
+  for (int round = 0; round < 3; ++round) {
+    refit(lean);
+    // The steps decide with float32 products; 1e-5 of the error is their rounding.
+    EXPECT_LE(lean.error(), error * (1 + 1e-5)) << "refit, round " << round;
+    error = lean.error();
+    descend(lean);
+    EXPECT_LE(lean.error(), error * (1 + 1e-5)) << "descend, round " << round;
+    error = lean.error();
+  }
+  EXPECT_LT(error, 0.95 * first) << "the steps should gain something";
+}
+
+TEST_P(LeanCode, ScalesAreWhatTheCodingCanRepresent) {
+  const auto [nm, levels, scale_bits] = GetParam();
+  const Layer layer = make_layer(16, 256, 3);
+  const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  EXPECT_GT(result.scales.min().item<float>(), 0);
+  if (scale_bits == 16) {
+    EXPECT_TRUE(at::equal(result.scales, result.scales.to(at::kHalf).to(at::kFloat)));
+  } else {
+    EXPECT_LT(result.scale_codes.max().item<int>(), 1 << scale_bits);
+    EXPECT_TRUE(at::equal(result.row_scales, result.row_scales.to(at::kHalf).to(at::kFloat)));
+    EXPECT_TRUE(at::equal(result.level_values, result.level_values.to(at::kHalf).to(at::kFloat)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Codes, LeanCode,
+                         ::testing::Values(std::tuple(NmPattern{1, 8}, 1, 5), std::tuple(NmPattern{1, 4}, 1, 4),
+                                           std::tuple(NmPattern{2, 8}, 1, 6), std::tuple(NmPattern{3, 8}, 1, 5),
+                                           std::tuple(NmPattern{2, 4}, 1, 16), std::tuple(NmPattern{2, 4}, 1, 5),
+                                           std::tuple(NmPattern{2, 4}, 2, 5), std::tuple(NmPattern{2, 4}, 3, 5),
+                                           std::tuple(NmPattern{4, 8}, 1, 5), std::tuple(NmPattern{7, 8}, 1, 5),
+                                           std::tuple(NmPattern{8, 8}, 1, 5), std::tuple(NmPattern{4, 8}, 3, 5),
+                                           std::tuple(NmPattern{6, 16}, 1, 5)));
+
+TEST(GroupSearch, FindsTheBestStateOfAll) {
+  at::manual_seed(4);
+  for (const auto& [nm, levels] : {std::pair(NmPattern{2, 4}, 3), std::pair(NmPattern{3, 8}, 1), std::pair(NmPattern{2, 4}, 1)}) {
+    const std::vector<float> values = levels == 3 ? std::vector<float>{0.5f, 1.f, 2.f} : std::vector<float>{1.f};
+    const int m = nm.group;
+    const at::Tensor root = at::randn({m, m}, at::kDouble), a = root.mm(root.t());
+    const GroupCodebook book(nm, levels, m);
+    const GroupTable table(book, values, a.data_ptr<double>(), m);
+    const at::Tensor b = at::randn({m, kTileRows}), scale = at::rand({kTileRows}) + 0.1;
+    int8_t symbols[16][kTileRows];
+    best_codes(table, reinterpret_cast<const float(*)[kTileRows]>(b.data_ptr<float>()), scale.data_ptr<float>(), m, symbols);
+    // The twin: all (2 levels + 1)^M symbol strings with N of them not zero.
+    for (int lane = 0; lane < kTileRows; lane += 7) {
+      const double s = scale[lane].item<double>();
+      const auto cost = [&](const std::vector<double>& v) {
+        double sum = 0;
+        for (int i = 0; i < m; ++i) {
+          for (int j = 0; j < m; ++j) sum += s * s * v[i] * v[j] * a[i][j].item<double>();
+          sum -= 2 * s * v[i] * b[i][lane].item<double>();
+        }
+        return sum;
+      };
+      double best = INFINITY;
+      int64_t total = 1;
+      for (int i = 0; i < m; ++i) total *= 2 * levels + 1;
+      std::vector<double> v(m), got(m);
+      for (int64_t state = 0; state < total; ++state) {
+        int64_t rest = state;
+        int kept = 0;
+        for (int i = 0; i < m; ++i, rest /= 2 * levels + 1) {
+          const int digit = static_cast<int>(rest % (2 * levels + 1)) - levels;
+          v[i] = digit == 0 ? 0 : digit > 0 ? values[digit - 1] : -values[-digit - 1];
+          kept += digit != 0;
+        }
+        if (kept == nm.keep) best = std::min(best, cost(v));
+      }
+      for (int i = 0; i < m; ++i) {
+        const int symbol = symbols[i][lane];
+        got[i] = symbol == 0 ? 0 : symbol > 0 ? values[symbol - 1] : -values[-symbol - 1];
+      }
+      EXPECT_NEAR(cost(got), best, 1e-4 * std::abs(best)) << nm.str();  // float32 costs pick among near-ties
+    }
+  }
+}
+
+TEST(InverseFactor, OneStepAndThreeStepsAgreeAndInvertH) {
+  const Layer layer = make_layer(4, 96, 5);
+  const InverseFactor one = inverse_factor(layer.stats.hessian, 0.01), three = inverse_factor(layer.stats.hessian, 0.01, true);
+  EXPECT_LT((one.upper - three.upper).abs().max().item<double>(), 1e-3 * one.upper.abs().max().item<double>());
+  at::Tensor h = layer.stats.hessian.clone();
+  h.diagonal().add_(0.01 * h.diagonal().mean().item<double>());
+  const at::Tensor identity = one.upper.t().mm(one.upper).mm(h);
+  EXPECT_LT((identity - at::eye(96)).abs().max().item<double>(), 1e-3);  // condition number of H times float32 epsilon
+}
+
+TEST(InverseFactor, RaisesTheDampingOfASingularHessianAndSaysSo) {
+  const at::Tensor x = at::randn({3, 32});
+  const InverseFactor factor = inverse_factor(x.t().mm(x), 0);
+  EXPECT_GT(factor.retries, 0);
+  EXPECT_GT(factor.damping, 0);
+}
+
+TEST(QuantizeLinear, GivesTheSameResultForOneAndTwoThreads) {
+  const Layer layer = make_layer(130, 192, 6);
+  const int before = at::get_num_threads();
+  for (const char* name : {"stbllm", "stbllm-paper", "stbllm-sub1"}) {
+    Recipe recipe = Recipe::load(name);
+    at::set_num_threads(1);
+    const BinarizedWeight one = quantize_linear(layer.weight, layer.stats, recipe);
+    at::set_num_threads(2);
+    const BinarizedWeight two = quantize_linear(layer.weight, layer.stats, recipe);
+    EXPECT_TRUE(at::equal(one.symbols, two.symbols)) << name;
+    EXPECT_TRUE(at::equal(one.scales, two.scales)) << name;
+  }
+  at::set_num_threads(before);
+}
+
+TEST(QuantizeLinear, StoresOutlierColumnsExactly) {
+  Layer layer = make_layer(32, 64, 7);
+  StatsAccumulator accumulator(64, false);
+  layer.inputs.select(1, 17).mul_(100);
+  accumulator.add(layer.inputs, false);
+  Recipe recipe = lean_recipe({2, 4}, 1, 5);
+  recipe.outlier_share = 0.2;
+  recipe.max_outliers = 2;
+  const at::Tensor weight = layer.weight.to(at::kHalf).to(at::kFloat);
+  const BinarizedWeight result = quantize_linear(weight, accumulator.finish(), recipe);
+  ASSERT_EQ(result.outlier_columns.numel(), 1);
+  EXPECT_EQ(result.outlier_columns[0].item<int>(), 17);
+  EXPECT_TRUE(at::equal(result.to_dense().select(1, 17), weight.select(1, 17)));
+  expect_exactly_n_kept(result.symbols, recipe.nm);
+}
+
+TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
+  const Layer layer = make_layer(64, 256, 8);
+  Recipe recipe = lean_recipe({2, 4}, 1, 5);
+  double last = 1;
+  LinearReport report;
+  for (const auto& [compensate, refit, descend] :
+       {std::tuple(Compensate::kNone, 0, 0), std::tuple(Compensate::kColumn, 0, 0), std::tuple(Compensate::kColumn, 1, 0),
+        std::tuple(Compensate::kColumn, 4, 4)}) {
+    recipe.compensate = compensate;
+    recipe.refit = refit;
+    recipe.descend = descend;
+    quantize_linear(layer.weight, layer.stats, recipe, &report);
+    EXPECT_LT(report.output_error, last);
+    last = report.output_error;
+  }
+}
+
+class PaperRecipe : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(PaperRecipe, KeepsExactlyNOfEveryGroupForEveryPattern) {
+  const Layer layer = make_layer(24, 172, 9);
+  for (const int group : {4, 8, 16})
+    for (int keep = 1; keep <= group; keep += group == 16 ? 5 : 1) {
+      Recipe recipe = Recipe::load(GetParam());
+      recipe.nm = {keep, group};
+      const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, recipe);
+      expect_exactly_n_kept(result.symbols, recipe.nm);
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Recipes, PaperRecipe, ::testing::Values("rtn", "billm", "stbllm-paper"));
+
+TEST(RecipeFile, RoundTripsAndRefusesUnknownFields) {
+  for (const std::string& name : Recipe::preset_names()) {
+    const Recipe recipe = Recipe::load(name);
+    EXPECT_EQ(recipe.name, name);
+    EXPECT_EQ(Recipe::from_json(recipe.to_json()).to_json(), recipe.to_json());
+  }
+  EXPECT_THROW(Recipe::from_json({{"levles", 3}}), Error);
+  EXPECT_THROW(Recipe::from_json({{"levels", 4}}), Error);
+  EXPECT_THROW(Recipe::from_json({{"importance", "best"}}), Error);
+  EXPECT_THROW(Recipe::load("no-such-preset"), Error);
+}
+
+}  // namespace
+}  // namespace stbllm
