@@ -45,7 +45,6 @@ constexpr std::array<std::pair<std::string_view, int64_t>, 17> kDtypeBytes = {{
     {"C64", 8},
 }};
 
-constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
 constexpr int64_t kDataAlignment = 256;
 constexpr std::string_view kMetadata = "__metadata__", kChecksums = "checksums",
                            kHeaderChecksum = "header_checksum";
@@ -135,7 +134,7 @@ std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const fs::path& pat
   if (bytes.size() < sizeof header_bytes)
     fail(ErrorCode::kCorrupt, "{}: {} bytes are too few for a safetensors file", where, bytes.size());
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
-  if (header_bytes > std::min<uint64_t>(bytes.size() - sizeof header_bytes, kMaxHeaderBytes))
+  if (header_bytes > std::min<uint64_t>(bytes.size() - sizeof header_bytes, kMaxSafetensorsHeader))
     fail(ErrorCode::kCorrupt,
          "{}: a header of {} bytes in a file of {}: truncated, or not a safetensors file", where,
          header_bytes, bytes.size());
@@ -336,9 +335,9 @@ fs::path SafetensorsWriter::finish() {
   std::string text = header.dump();
   uint64_t header_bytes = text.size();
   header_bytes += (kDataAlignment - (sizeof header_bytes + header_bytes) % kDataAlignment) % kDataAlignment;
-  if (header_bytes > kMaxHeaderBytes)
+  if (header_bytes > kMaxSafetensorsHeader)
     fail(ErrorCode::kUnsupported, "{}: a header of {} bytes; the format allows {}", impl_->path.string(),
-         header_bytes, kMaxHeaderBytes);
+         header_bytes, kMaxSafetensorsHeader);
   text.resize(header_bytes, ' ');
   std::string start(sizeof header_bytes, '\0');
   std::memcpy(start.data(), &header_bytes, sizeof header_bytes);

@@ -292,8 +292,9 @@ StructuredBinaryMatrix::StructuredBinaryMatrix(const Layout& layout, Planes plan
     if (!is_scale(load_half_bits(plane(Plane::kLevels), slot)))
       fail(ErrorCode::kCorrupt, "{}: plane 'levels': slot {} is not finite or is negative", what, slot);
 
+  const bool worth_threads = layout_.rows * layout_.groups() > 1 << 16;
   int64_t first_fault = layout_.rows;
-#pragma omp parallel for schedule(static) reduction(min : first_fault)
+#pragma omp parallel for schedule(static) reduction(min : first_fault) if (worth_threads)
   for (int64_t row = 0; row < layout_.rows; ++row)
     if (row < first_fault && !row_fault(row).empty()) first_fault = row;
   if (first_fault < layout_.rows)

@@ -26,6 +26,9 @@ struct TensorEntry {
   std::span<const std::byte> data;
 };
 
+/// The longest header that the format's own library accepts.
+inline constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
+
 /// Bytes of one element; 0 for a dtype that the format does not know.
 int64_t dtype_bytes(std::string_view dtype);
 
