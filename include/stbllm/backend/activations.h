@@ -1,0 +1,47 @@
+#pragma once
+// Element access to activations, one at a time: for the reference and for tests.
+
+#include <bit>
+#include <cstdint>
+
+#include "stbllm/backend/backend.h"
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+
+constexpr int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+/// bfloat16 -> binary32, exact.
+inline float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
+
+/// binary32 -> bfloat16, round to nearest even; NaN stays NaN.
+inline uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline float load_element(const ActivationView& view, int64_t index) {
+  if (view.type == ElementType::kFloat32) return static_cast<const float*>(view.data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(view.data)[index];
+  return view.type == ElementType::kFloat16 ? half_to_float(bits) : bfloat16_to_float(bits);
+}
+
+inline void store_element(const ActivationView& view, int64_t index, float value) {
+  if (view.type == ElementType::kFloat32)
+    static_cast<float*>(view.data)[index] = value;
+  else
+    static_cast<uint16_t*>(view.data)[index] =
+        view.type == ElementType::kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
+}
+
+/// Throws Error(kMismatch) unless x is (tokens, cols) and y (tokens, rows) with at least one token.
+inline void check_activations(int64_t rows, int64_t cols, const ActivationView& x, const ActivationView& y) {
+  if (x.width != cols || y.width != rows || x.tokens != y.tokens || x.tokens < 1)
+    fail(ErrorCode::kMismatch,
+         "activations ({}, {}) and result ({}, {}) do not fit a packed matrix of {} rows and {} columns",
+         x.tokens, x.width, y.tokens, y.width, rows, cols);
+}
+
+}  // namespace stbllm

@@ -1,0 +1,267 @@
+// y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of two ways:
+//
+//  panels   for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all
+//  tokens.
+//           float32 activations always go this way and are used as they are; bfloat16 ones where codes have
+//           no lookup, and then weights are rounded to bfloat16 too if the machine multiplies that type.
+//  lookups  for each chunk: tabulate what every state of a group contributes to the dot product with these
+//  activations,
+//           then add up one table entry per row and group. Activations become integers on a grid of a power
+//           of two per token and chunk, fine enough that sums just fit 16 bits; the sums are exact.
+//
+// No result depends on the number of threads: a row belongs to one thread and its chunks are added in order.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu_matrix.h"
+#include "stbllm/backend/activations.h"
+#include "stbllm/backend/builtin.h"
+
+namespace stbllm {
+namespace cpu {
+namespace {
+
+// Tokens whose tables are kept at once, and the bytes of tables that all threads share between two barriers:
+// both such that tables and sums stay in the second-level cache.
+constexpr int64_t kTokenBatch = 16;
+constexpr int64_t kTableBudget = 512 * 1024;
+
+// A thread is worth its start from about this many products of weight and token on.
+constexpr int64_t kLookupsPerThread = 1 << 19;
+constexpr int64_t kProductsPerThread = 1 << 17;
+
+int thread_count(int64_t work, int64_t work_per_thread, int64_t tiles) {
+  const int64_t useful = std::min(std::max<int64_t>(work / work_per_thread, 1), tiles);
+  return static_cast<int>(std::min<int64_t>(useful, omp_get_max_threads()));
+}
+
+void load_activations(const Kernels& kernels, const ActivationView& x, int64_t first, int64_t count,
+                      float* to) {
+  if (x.type == ElementType::kFloat32)
+    std::copy_n(static_cast<const float*>(x.data) + first, count, to);
+  else
+    kernels.load_floats(static_cast<const uint16_t*>(x.data) + first, x.type == ElementType::kFloat16, count,
+                        to);
+}
+
+void store_result(const Kernels& kernels, const float* from, int64_t count, const ActivationView& y,
+                  int64_t first) {
+  if (y.type == ElementType::kFloat32)
+    std::copy_n(from, count, static_cast<float*>(y.data) + first);
+  else
+    kernels.store_floats(from, y.type == ElementType::kFloat16, count,
+                         static_cast<uint16_t*>(y.data) + first);
+}
+
+int64_t tile_rows(const MatrixView& m, int64_t tile) {
+  return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
+}
+
+// --- panels ---
+
+void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
+                     const ActivationView& y) {
+  static const bool machine_has_bf16 = __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = x.type == ElementType::kBFloat16 && kernels.multiply_bf16 != nullptr && machine_has_bf16;
+  const int64_t tokens = x.tokens, width = m.chunk_columns;
+  // Activations as (chunks, tokens, width): what one panel needs lies together.
+  thread_local AlignedVector<float> float_scratch;
+  thread_local AlignedVector<uint16_t> bf16_scratch;
+  const auto elements = static_cast<size_t>(m.chunks * tokens * width);
+  if (bf16)
+    bf16_scratch.resize(std::max(elements, bf16_scratch.size()));
+  else
+    float_scratch.resize(std::max(elements, float_scratch.size()));
+  float* floats = float_scratch.data();
+  uint16_t* halves = bf16_scratch.data();
+
+#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+  {
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < tokens; ++token)
+      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+        const int64_t first = chunk * width, count = std::min(width, m.cols - first);
+        const int64_t to = (chunk * tokens + token) * width;
+        if (bf16) {
+          std::copy_n(static_cast<const uint16_t*>(x.data) + token * m.cols + first, count, halves + to);
+          std::fill_n(halves + to + count, width - count, uint16_t{0});
+        } else {
+          load_activations(kernels, x, token * m.cols + first, count, floats + to);
+          std::fill_n(floats + to + count, width - count, 0.0f);
+        }
+      }
+
+    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)),
+        sums(static_cast<size_t>(tokens * kTileRows));
+    AlignedVector<uint16_t> rounded(bf16 ? panel.size() : 0);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < m.tiles; ++tile) {
+      std::ranges::fill(sums, 0.0f);
+      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+        kernels.decode(m, tile, chunk, panel.data());
+        if (bf16) {
+          kernels.round_panel(panel.data(), width, rounded.data());
+          kernels.multiply_bf16(rounded.data(), width, halves + chunk * tokens * width, tokens, sums.data(),
+                                kTileRows);
+        } else {
+          kernels.multiply(panel.data(), width, floats + chunk * tokens * width, tokens, sums.data(),
+                           kTileRows);
+        }
+      }
+      for (int64_t token = 0; token < tokens; ++token)
+        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y,
+                     token * m.rows + tile * kTileRows);
+    }
+  }
+}
+
+// --- lookups ---
+
+// The activations of one token's chunk, without outlier columns and with zeros after the last column.
+void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
+                int64_t chunk, float* to) {
+  const int64_t first = chunk * kChunkColumns, count = std::min<int64_t>(kChunkColumns, m.cols - first);
+  load_activations(kernels, x, token * m.cols + first, count, to);
+  std::fill(to + count, to + kChunkColumns, 0.0f);
+  const int32_t* end = m.outlier_columns + m.outliers;
+  for (const int32_t* col = std::lower_bound(m.outlier_columns, end, first);
+       col != end && *col < first + count; ++col)
+    to[*col - first] = 0.0f;
+}
+
+// What the tables leave out: row scales and outlier columns.
+void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x,
+                 int64_t first_token, int64_t tokens, float* sums, int64_t stride) {
+  if (m.row_scales != nullptr) {
+    const float level = m.levels == 1 ? m.level[0] : 1.0f;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int r = 0; r < kTileRows; ++r) sums[t * stride + r] *= m.row_scales[tile * kTileRows + r] * level;
+  }
+  if (m.outliers == 0) return;
+  AlignedVector<float> panel(static_cast<size_t>(m.outliers * kTileRows)),
+      values(static_cast<size_t>(tokens * m.outliers));
+  kernels.decode_outliers(m, tile, panel.data());
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < m.outliers; ++i)
+      values[t * m.outliers + i] = load_element(x, (first_token + t) * m.cols + m.outlier_columns[i]);
+  kernels.multiply(panel.data(), m.outliers, values.data(), tokens, sums, stride);
+}
+
+void multiply_lookups(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
+                      const ActivationView& y) {
+  const int64_t batch = std::min(kTokenBatch, x.tokens), padded_rows = m.tiles * kTileRows;
+  const int64_t chunk_table_bytes = kChunkColumns / m.group * m.table_bytes;
+  const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * chunk_table_bytes), 1, m.chunks);
+  thread_local AlignedVector<uint8_t> table_scratch;
+  thread_local AlignedVector<float> sum_scratch, step_scratch;
+  const auto grow = [](auto& scratch, int64_t size) {
+    scratch.resize(std::max(static_cast<size_t>(size), scratch.size()));
+    return scratch.data();
+  };
+  uint8_t* tables = grow(table_scratch, panel_chunks * batch * chunk_table_bytes);
+  float* steps = grow(step_scratch, panel_chunks * batch);
+  float* sums = grow(sum_scratch, batch * padded_rows);
+
+#pragma omp parallel num_threads(thread_count(x.tokens* m.rows* m.cols, kLookupsPerThread, m.tiles))
+  {
+    const int64_t first_tile = m.tiles * omp_get_thread_num() / omp_get_num_threads();
+    const int64_t last_tile = m.tiles * (omp_get_thread_num() + 1) / omp_get_num_threads();
+    for (int64_t first = 0; first < x.tokens; first += batch) {
+      const int64_t tokens = std::min(batch, x.tokens - first);
+      for (int64_t t = 0; t < tokens; ++t)
+        std::fill(sums + t * padded_rows + first_tile * kTileRows,
+                  sums + t * padded_rows + last_tile * kTileRows, 0.0f);
+
+      for (int64_t panel = 0; panel < m.chunks; panel += panel_chunks) {
+        const int64_t chunks = std::min(panel_chunks, m.chunks - panel);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < chunks * tokens; ++i) {
+          alignas(64) float values[kChunkColumns];
+          load_chunk(kernels, m, x, first + i % tokens, panel + i / tokens, values);
+          kernels.tabulate(m, values, tables + i * chunk_table_bytes, steps + i);
+        }
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          kernels.look_up(m, panel + chunk, first_tile, last_tile,
+                          tables + chunk * tokens * chunk_table_bytes, steps + chunk * tokens, tokens, sums,
+                          padded_rows);
+#pragma omp barrier
+      }
+
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        float* tile_sums = sums + tile * kTileRows;
+        finish_tile(kernels, m, tile, x, first, tokens, tile_sums, padded_rows);
+        for (int64_t t = 0; t < tokens; ++t)
+          store_result(kernels, tile_sums + t * padded_rows, tile_rows(m, tile), y,
+                       (first + t) * m.rows + tile * kTileRows);
+      }
+    }
+  }
+}
+
+class CpuBackend : public Backend {
+ public:
+  explicit CpuBackend(const Kernels& kernels) : kernels_(kernels) {}
+  std::string_view name() const override { return kernels_.name; }
+
+  std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const override {
+    return std::make_unique<CpuMatrix>(matrix, kernels_);
+  }
+
+  void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y,
+              void*) const override {
+    const auto& matrix = dynamic_cast<const CpuMatrix&>(prepared);
+    STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
+                 matrix.kernels().name, kernels_.name);
+    const MatrixView& m = matrix.view();
+    check_activations(m.rows, m.cols, x, y);
+    if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32)
+      multiply_panels(kernels_, m, x, y);
+    else
+      multiply_lookups(kernels_, m, x, y);
+  }
+
+ private:
+  const Kernels& kernels_;
+};
+
+}  // namespace
+}  // namespace cpu
+
+const Backend& cpu_backend(CpuIsa isa) {
+  static const cpu::CpuBackend generic(cpu::kGenericKernels), avx2(cpu::kAvx2Kernels),
+      avx512(cpu::kAvx512Kernels);
+  switch (isa) {
+    case CpuIsa::kGeneric:
+      return generic;
+    case CpuIsa::kAvx2:
+      return avx2;
+    case CpuIsa::kAvx512:
+      return avx512;
+  }
+  return generic;
+}
+
+std::string_view missing_cpu_feature(CpuIsa isa) {
+#define STBLLM_NEED(feature) \
+  if (!__builtin_cpu_supports(feature)) return feature
+  if (isa >= CpuIsa::kAvx2) {
+    STBLLM_NEED("avx2");
+    STBLLM_NEED("fma");
+    STBLLM_NEED("f16c");
+  }
+  if (isa >= CpuIsa::kAvx512) {
+    STBLLM_NEED("avx512f");
+    STBLLM_NEED("avx512bw");
+    STBLLM_NEED("avx512vl");
+    STBLLM_NEED("avx512dq");
+    STBLLM_NEED("avx512vbmi");
+    STBLLM_NEED("avx512vbmi2");
+  }
+#undef STBLLM_NEED
+  return {};
+}
+
+}  // namespace stbllm

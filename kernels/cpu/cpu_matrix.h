@@ -1,0 +1,56 @@
+#pragma once
+// prepare(): from the planes of the file to the layout of the CPU kernels.
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "stbllm/backend/backend.h"
+
+namespace stbllm::cpu {
+
+/// Aligns vectors to whole 512-bit registers.
+template <typename T>
+struct CacheLineAllocator {
+  using value_type = T;
+  CacheLineAllocator() = default;
+  template <typename U>
+  CacheLineAllocator(const CacheLineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete (p, std::align_val_t{64}); }
+  template <typename U>
+  bool operator==(const CacheLineAllocator<U>&) const {
+    return true;
+  }
+};
+template <typename T>
+using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
+
+class CpuMatrix : public PreparedMatrix {
+ public:
+  /// Chooses the form of the codes: a lookup form where `kernels` has lookups for it and the scales allow it.
+  CpuMatrix(const StructuredBinaryMatrix& matrix, const Kernels& kernels);
+
+  int64_t bytes() const override;
+  const MatrixView& view() const { return view_; }
+  const Kernels& kernels() const { return kernels_; }
+
+ private:
+  void prepare_plane(const StructuredBinaryMatrix& matrix);
+  void prepare_lookups(const StructuredBinaryMatrix& matrix);
+  void prepare_scales(const StructuredBinaryMatrix& matrix);
+  void prepare_columns(const StructuredBinaryMatrix& matrix);
+
+  const Kernels& kernels_;
+  MatrixView view_{};
+  AlignedVector<uint8_t> codes_, positions_, digits_, unit_tables_, half_base_, scale_codes_, salient_signs_;
+  AlignedVector<int8_t> symbols_;
+  AlignedVector<int16_t> terms_;
+  AlignedVector<uint16_t> half_scales_, outlier_values_;
+  AlignedVector<float> row_scales_;
+  AlignedVector<int32_t> salient_columns_, outlier_columns_;
+};
+
+}  // namespace stbllm::cpu

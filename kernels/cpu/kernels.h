@@ -1,0 +1,116 @@
+#pragma once
+// What every instruction set provides, and the matrix as its kernels see it. README.md tells how it fits
+// together.
+//
+// Files that include this are compiled for different machines, so it holds plain data only: an inline
+// function or a container here could be compiled with AVX and then be chosen by the linker for everyone.
+
+#include <cstdint>
+
+namespace stbllm::cpu {
+
+inline constexpr int kTileRows =
+    64;  ///< rows that are decoded together: one byte each fills a 512-bit register
+inline constexpr int kChunkColumns =
+    128;  ///< most columns that are decoded together; a chunk never straddles a column block
+inline constexpr int kMaxSlots =
+    5;  ///< scales per row and column block: three levels and two for salient columns
+
+/// How prepare() stores the group codes.
+enum class CodeForm {
+  kPlane,   ///< as in the file, row after row
+  kWords,   ///< the bits of the file, cut into 16-bit words that are interleaved over the rows of a tile:
+            ///< codes of 3..7 bits
+  kBytes,   ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
+  kHalves,  ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
+};
+
+/// A table entry is a sum of sources: column c of the group at level l is source l * group + c, its negative
+/// 32 more.
+inline constexpr int kNegative = 32;
+inline constexpr int kNoSource = 31;  ///< always 0, so group * levels must stay below 32
+
+/// A prepared matrix. Rows and columns beyond the last are stored as zeros unless noted.
+struct MatrixView {
+  int64_t rows, cols;
+  int64_t tiles;             ///< ceil(rows / 64)
+  int64_t chunks;            ///< per row
+  int64_t chunk_columns;     ///< 4..128; the lookup forms need 128
+  int64_t chunks_per_block;  ///< chunks that share scales
+  int keep, group, levels, code_bits;
+
+  CodeForm form;
+  bool signs;
+  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. Otherwise (chunks, tiles, chunk_bytes).
+  const uint8_t* codes;
+  int64_t code_row_bytes;
+  int64_t chunk_bytes;  ///< of one tile's chunk
+
+  // kPlane: what a code means, as signed levels 0 (pruned), +-1 .. +-levels.
+  const int8_t* symbols;      ///< (states, group), null when there are too many states; then:
+  const uint8_t* positions;   ///< (supports, 16): kept positions, ascending
+  const uint8_t* digits;      ///< (levels^min(keep, 8), 8): level digits
+  uint64_t digit_states;      ///< levels^keep
+  uint64_t low_digit_states;  ///< levels^min(keep, 8)
+
+  // Lookup forms: a group's table holds the contribution of every state to a dot product.
+  int entries;          ///< per table
+  int64_t table_bytes;  ///< entries * 2
+  int term_count;
+  const int16_t* terms;  ///< (term_count, entries): which sources each state adds up, see kNoSource
+  const uint8_t*
+      unit_tables;  ///< (group, table_bytes): the tables of the unit vectors, with level l worth l + 1
+  const uint8_t* half_base;  ///< kHalves, (128): first right index by left index
+
+  // scale(row, block, slot) = half scale, or row_scale * factor[code] * level[slot].
+  int slots;
+  const uint16_t* half_scales;  ///< (blocks, slots, tiles * 64), null when scales are coded; then:
+  const uint8_t* scale_codes;   ///< (blocks, tiles * 64)
+  const float* row_scales;      ///< (tiles * 64)
+  float factors[64];
+  float level[kMaxSlots];
+
+  int64_t salient, outliers;
+  const int32_t* salient_columns;
+  const uint8_t* salient_signs;  ///< (salient, tiles * 8)
+  const int32_t* outlier_columns;
+  const uint16_t* outlier_values;  ///< (outliers, tiles * 64), fp16
+};
+
+/// The kernels of one instruction set. Panels are (columns, 64): the weights of a tile, rows adjacent.
+struct Kernels {
+  const char* name;
+  /// True when lookup() handles this form with tables of `entries`.
+  bool (*can_look_up)(CodeForm form, int entries);
+
+  /// panel = the weights of a tile's chunk in float32, all of at(): scales, salient and outlier columns.
+  void (*decode)(const MatrixView&, int64_t tile, int64_t chunk, float* panel);
+  /// panel (outliers, 64) = the outlier columns of a tile.
+  void (*decode_outliers)(const MatrixView&, int64_t tile, float* panel);
+  /// y[t][0..63] += sum_c x[t][c] panel[c][0..63]; x has `columns` per token, y has `y_stride`.
+  void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
+                   int64_t y_stride);
+
+  /// The same in bfloat16 with float32 sums. Null where the machine has no such product.
+  /// Rounds a panel with an even number of columns to (columns / 2, 64, 2).
+  void (*round_panel)(const float* panel, int64_t columns, uint16_t* rounded);
+  void (*multiply_bf16)(const uint16_t* rounded, int64_t columns, const uint16_t* x, int64_t tokens, float* y,
+                        int64_t y_stride);
+
+  /// The tables of one token's chunk, in units of *step, a power of two: (128 / group, table_bytes). x holds
+  /// 128 floats, zero at outlier columns. Null where there are no lookups.
+  void (*tabulate)(const MatrixView&, const float* x, uint8_t* tables, float* step);
+  /// y[t][row] += steps[t] * scale * (sum of table entries) for the rows of tiles [first, last); without the
+  /// row scales, and without level[0] when that is the only level. `tables` is (tokens, 128 / group,
+  /// table_bytes).
+  void (*look_up)(const MatrixView&, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
+                  const float* steps, int64_t tokens, float* y, int64_t y_stride);
+
+  void (*load_floats)(const uint16_t* from, bool half, int64_t count, float* to);
+  void (*store_floats)(const float* from, bool half, int64_t count, uint16_t* to);
+};
+
+// Constants, so that a machine that cannot run them can still read them.
+extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels;
+
+}  // namespace stbllm::cpu

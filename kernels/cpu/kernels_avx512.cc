@@ -1,0 +1,489 @@
+// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2; BF16 for one of the products).
+//
+// Lookups. A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction; a group of M columns
+// costs, for 64 rows and one token:
+//   words of 3..5 bits   2 x (extract, vpermw, add)                                           6 instructions
+//   words of 7 bits      2 x (extract, test, 2 vpermi2w, blend, add)                          12
+//   bytes                4 vpermi2b, 2 blends, 1 mask, 2 unpacks, 2 adds (+ 2 if signed)      11 (13)
+//   halves               5 vpermi2b, 4 unpacks, 4 adds, 4 to make the second index            17
+// so 2:4 is bound at 43, 3:8 at 79, 2:8 at 85 and 4:8 at 60 weights per cycle of two such instructions.
+
+// g++ 12 takes the "undefined" operands inside its own intrinsics for a mistake (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "plain_loops.h"
+
+namespace stbllm::cpu {
+namespace {
+
+#define STBLLM_INLINE inline __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) with the index as a constant.
+template <typename F, int... I>
+STBLLM_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, typename F>
+STBLLM_INLINE void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>());
+}
+
+STBLLM_INLINE __m512i load(const void* p) { return _mm512_load_si512(p); }
+
+// --- lookups
+// ----------------------------------------------------------------------------------------------------------
+// A form knows how its codes are stored and how an index is looked up. Rows 0..31 of a tile are the lanes of
+// the first sum, rows 32..63 those of the second.
+
+// The lower half of each 32-bit pair high:low, shifted right: one field of a stream of 16-bit words.
+template <int Shift, int Bits>
+STBLLM_INLINE __m512i field(const __m512i* low, const __m512i* high) {
+  if constexpr (Shift == 0)
+    return load(low);
+  else if constexpr (Shift + Bits <= 16)
+    return _mm512_srli_epi16(load(low), Shift);
+  else
+    return _mm512_shrdi_epi16(load(low), load(high), Shift);
+}
+
+template <int Bits>
+struct Words {
+  static constexpr int kTableBytes = Bits <= 5 ? 64 : Bits == 6 ? 128 : 256;
+  struct Index {
+    __m512i first, second;  // what lies above the index bits is ignored by the permutations
+  };
+
+  template <int Tiles, typename F>
+  STBLLM_INLINE void for_each_group(const uint8_t* const (&codes)[Tiles], int groups, F&& f) const {
+    for (int unit = 0; unit < groups / 16; ++unit)
+      unroll<16>([&](auto g) __attribute__((always_inline)) {
+        constexpr int kOffset = g * Bits, kWord = kOffset / 16, kShift = kOffset % 16;
+        Index index[Tiles];
+        for (int v = 0; v < Tiles; ++v) {
+          const __m512i* words = reinterpret_cast<const __m512i*>(codes[v]) + (unit * Bits + kWord) * 2;
+          index[v] = {field<kShift, Bits>(words, words + 2), field<kShift, Bits>(words + 1, words + 3)};
+        }
+        f(unit * 16 + g, index);
+      });
+  }
+
+  static STBLLM_INLINE __m512i look_up(__m512i index, const __m512i* table) {
+    if constexpr (Bits <= 5) return _mm512_permutexvar_epi16(index, load(table));
+    const __m512i low = _mm512_permutex2var_epi16(load(table), index, load(table + 1));
+    if constexpr (Bits == 6) return low;
+    const __m512i high = _mm512_permutex2var_epi16(load(table + 2), index, load(table + 3));
+    return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)), low, high);
+  }
+
+  static STBLLM_INLINE void add(const Index& index, const uint8_t* table, __m512i (&sum)[2]) {
+    const auto* entries = reinterpret_cast<const __m512i*>(table);
+    sum[0] = _mm512_add_epi16(sum[0], look_up(index.first, entries));
+    sum[1] = _mm512_add_epi16(sum[1], look_up(index.second, entries));
+  }
+};
+
+// Low and high bytes of 64 entries of 128: words after unpacking.
+struct BytePair {
+  __m512i low, high;
+};
+STBLLM_INLINE BytePair look_up_128(__m512i index, const __m512i* table) {
+  return {_mm512_permutex2var_epi8(load(table), index, load(table + 1)),
+          _mm512_permutex2var_epi8(load(table + 2), index, load(table + 3))};
+}
+
+template <bool Signed>
+struct Bytes {
+  static constexpr int kTableBytes = 512;
+  struct Index {
+    __m512i bytes;
+    __mmask64 upper;     // index >= 128
+    __mmask64 negative;  // by row
+  };
+
+  template <int Tiles, typename F>
+  STBLLM_INLINE void for_each_group(const uint8_t* const (&codes)[Tiles], int groups, F&& f) const {
+    for (int g = 0; g < groups; ++g) {
+      Index index[Tiles];
+      for (int v = 0; v < Tiles; ++v) {
+        index[v].bytes = load(codes[v] + g * kTileRows);
+        index[v].upper = _mm512_movepi8_mask(index[v].bytes);
+        if (Signed) std::memcpy(&index[v].negative, codes[v] + groups * kTileRows + g * 8, 8);
+      }
+      f(g, index);
+    }
+  }
+
+  static STBLLM_INLINE void add(const Index& index, const uint8_t* table, __m512i (&sum)[2]) {
+    const auto* entries = reinterpret_cast<const __m512i*>(table);
+    const BytePair lower = look_up_128(index.bytes, entries), upper = look_up_128(index.bytes, entries + 4);
+    const __m512i low = _mm512_mask_blend_epi8(index.upper, lower.low, upper.low);
+    const __m512i high = _mm512_mask_blend_epi8(index.upper, lower.high, upper.high);
+    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    const __m512i before[2] = {sum[0], sum[1]};
+    sum[0] = _mm512_add_epi16(sum[0], first);
+    sum[1] = _mm512_add_epi16(sum[1], second);
+    if (Signed) {
+      sum[0] = _mm512_mask_sub_epi16(sum[0], static_cast<__mmask32>(index.negative), before[0], first);
+      sum[1] = _mm512_mask_sub_epi16(sum[1], static_cast<__mmask32>(index.negative >> 32), before[1], second);
+    }
+  }
+};
+
+struct Halves {
+  static constexpr int kTableBytes = 512;
+  struct Index {
+    __m512i left, right;
+  };
+
+  // The right index is stored relative to the first state with as many kept as the left half leaves.
+  static STBLLM_INLINE __m512i right_index(__m512i left, __m512i low_bits, __m512i base0, __m512i base1) {
+    const __m512i base = _mm512_permutex2var_epi8(base0, left, base1);
+    const __m512i sum = _mm512_add_epi8(base, low_bits);
+    return _mm512_mask_add_epi8(sum, _mm512_movepi8_mask(left), sum, _mm512_set1_epi8(16));
+  }
+
+  template <int Tiles, typename F>
+  STBLLM_INLINE void for_each_group(const uint8_t* const (&codes)[Tiles], int groups, F&& f) const {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int pair = 0; pair < groups / 2; ++pair) {
+      Index even[Tiles], odd[Tiles];
+      for (int v = 0; v < Tiles; ++v) {
+        const uint8_t* from = codes[v] + pair * 3 * kTileRows;
+        const __m512i left0 = load(from), left1 = load(from + 64), nibbles = load(from + 128);
+        even[v] = {left0, right_index(left0, _mm512_and_si512(nibbles, nibble), base0, base1)};
+        odd[v] = {left1,
+                  right_index(left1, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), nibble), base0, base1)};
+      }
+      f(2 * pair, even);
+      f(2 * pair + 1, odd);
+    }
+  }
+
+  static STBLLM_INLINE void add(const Index& index, const uint8_t* table, __m512i (&sum)[2]) {
+    const auto* entries = reinterpret_cast<const __m512i*>(table);
+    const BytePair left = look_up_128(index.left, entries), right = look_up_128(index.right, entries + 4);
+    sum[0] = _mm512_add_epi16(sum[0], _mm512_unpacklo_epi8(left.low, left.high));
+    sum[1] = _mm512_add_epi16(sum[1], _mm512_unpackhi_epi8(left.low, left.high));
+    sum[0] = _mm512_add_epi16(sum[0], _mm512_unpacklo_epi8(right.low, right.high));
+    sum[1] = _mm512_add_epi16(sum[1], _mm512_unpackhi_epi8(right.low, right.high));
+  }
+
+  __m512i base0, base1;
+};
+
+// Sixteen scales of a tile's chunk, without the row scales: fp16, or a factor by its code.
+STBLLM_INLINE __m512 load_scales(const MatrixView& m, int64_t block, int64_t row) {
+  const int64_t at = block * m.tiles * kTileRows + row;
+  if (m.half_scales != nullptr)
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(m.half_scales + at)));
+  const __m512i code =
+      _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(m.scale_codes + at)));
+  const __m512 low =
+      _mm512_permutex2var_ps(_mm512_loadu_ps(m.factors), code, _mm512_loadu_ps(m.factors + 16));
+  const __m512 high =
+      _mm512_permutex2var_ps(_mm512_loadu_ps(m.factors + 32), code, _mm512_loadu_ps(m.factors + 48));
+  return _mm512_mask_blend_ps(_mm512_test_epi32_mask(code, _mm512_set1_epi32(32)), low, high);
+}
+
+// y[0..31] += step * scale * sum
+STBLLM_INLINE void add_scaled(__m512i sum, __m512 scale0, __m512 scale1, float step, float* y) {
+  const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(sum)));
+  const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sum, 1)));
+  const __m512 steps = _mm512_set1_ps(step);
+  _mm512_store_ps(y, _mm512_fmadd_ps(first, _mm512_mul_ps(scale0, steps), _mm512_load_ps(y)));
+  _mm512_store_ps(y + 16, _mm512_fmadd_ps(second, _mm512_mul_ps(scale1, steps), _mm512_load_ps(y + 16)));
+}
+
+// Tiles [tile, tile + Tiles) for Tokens tokens: an index, once extracted, serves all tokens, and a table,
+// once loaded, all tiles.
+template <int Tokens, int Tiles, typename Form>
+STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, int64_t chunk, int64_t tile,
+                                 const uint8_t* tables, const float* steps, float* y, int64_t y_stride) {
+  const int groups = kChunkColumns / m.group;
+  const int64_t token_bytes = groups * Form::kTableBytes;
+  const uint8_t* codes[Tiles];
+  for (int v = 0; v < Tiles; ++v) codes[v] = m.codes + (chunk * m.tiles + tile + v) * m.chunk_bytes;
+  __m512i sums[Tokens][Tiles][2] = {};
+  form.for_each_group(
+      codes, groups, [&](int g, const auto& index) __attribute__((always_inline)) {
+        for (int t = 0; t < Tokens; ++t)
+          for (int v = 0; v < Tiles; ++v)
+            form.add(index[v], tables + t * token_bytes + g * Form::kTableBytes, sums[t][v]);
+      });
+  const int64_t block = chunk / m.chunks_per_block;
+  for (int v = 0; v < Tiles; ++v)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = (tile + v) * kTileRows + half * 32;
+      const __m512 scale0 = load_scales(m, block, row), scale1 = load_scales(m, block, row + 16);
+      for (int t = 0; t < Tokens; ++t)
+        add_scaled(sums[t][v][half], scale0, scale1, steps[t], y + t * y_stride + row);
+    }
+}
+
+// All tiles and tokens, in passes of at most Tokens tokens (whose tables stay in the first-level cache) and
+// Tiles tiles.
+template <int Tokens, int Tiles, typename Form>
+void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t first, int64_t last,
+                  const uint8_t* tables, const float* steps, int64_t tokens, float* y, int64_t y_stride) {
+  const int64_t token_bytes = kChunkColumns / m.group * Form::kTableBytes;
+  int64_t t = 0;
+  for (; t + Tokens <= tokens; t += Tokens) {
+    const uint8_t* pass_tables = tables + t * token_bytes;
+    int64_t tile = first;
+    for (; tile + Tiles <= last; tile += Tiles)
+      look_up_tiles<Tokens, Tiles>(form, m, chunk, tile, pass_tables, steps + t, y + t * y_stride, y_stride);
+    for (; tile < last; ++tile)
+      look_up_tiles<Tokens, 1>(form, m, chunk, tile, pass_tables, steps + t, y + t * y_stride, y_stride);
+  }
+  if constexpr (Tokens > 1)
+    if (t < tokens)
+      look_up_form<Tokens / 2, Tiles>(form, m, chunk, first, last, tables + t * token_bytes, steps + t,
+                                      tokens - t, y + t * y_stride, y_stride);
+}
+
+bool can_look_up(CodeForm, int) { return true; }
+
+// Calls f with the form of this matrix: f(form, tokens per pass, tiles per pass). Word tables are small, so
+// that several tokens share the extraction of an index; byte tables fill eight registers, so that several
+// tiles share their loading.
+template <typename F>
+STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 4> four;
+  switch (m.form) {
+    case CodeForm::kPlane:
+      return;
+    case CodeForm::kWords:
+      if (m.code_bits == 3) return f(Words<3>(), four, one);
+      if (m.code_bits == 4) return f(Words<4>(), four, one);
+      if (m.code_bits == 5) return f(Words<5>(), four, one);
+      if (m.code_bits == 6) return f(Words<6>(), four, one);
+      return f(Words<7>(), two, one);
+    case CodeForm::kBytes:
+      if (m.signs) return f(Bytes<true>(), one, two);
+      return f(Bytes<false>(), one, two);
+    case CodeForm::kHalves:
+      return f(Halves{load(m.half_base), load(m.half_base + 64)}, one, two);
+  }
+}
+
+void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
+             const float* steps, int64_t tokens, float* y, int64_t y_stride) {
+  with_form(m, [&](const auto& form, auto pass_tokens, auto pass_tiles) {
+    look_up_form<pass_tokens, pass_tiles>(form, m, chunk, first, last, tables, steps, tokens, y, y_stride);
+  });
+}
+
+// --- tables
+// -----------------------------------------------------------------------------------------------------------
+
+// An upper bound of the sum over groups of the largest contribution of any state to a dot product with x: the
+// `keep` largest magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and
+// infinity propagate.
+float bound_of(const MatrixView& m, const float* x) {
+  __m512 bound = _mm512_setzero_ps(), all = _mm512_setzero_ps();
+  const __m512 keep = _mm512_set1_ps(static_cast<float>(m.keep));
+  for (int c = 0; c < kChunkColumns; c += 16) {
+    const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
+    all = _mm512_add_ps(all, magnitude);
+    __m512 sum = magnitude, largest = magnitude;
+    const auto fold = [&](__m512 sums, __m512 maxima) {
+      sum = _mm512_add_ps(sum, sums);
+      largest = _mm512_max_ps(largest, maxima);
+    };
+    fold(_mm512_permute_ps(sum, 0xb1), _mm512_permute_ps(largest, 0xb1));
+    fold(_mm512_permute_ps(sum, 0x4e), _mm512_permute_ps(largest, 0x4e));
+    if (m.group >= 8)
+      fold(_mm512_shuffle_f32x4(sum, sum, 0xb1), _mm512_shuffle_f32x4(largest, largest, 0xb1));
+    if (m.group == 16)
+      fold(_mm512_shuffle_f32x4(sum, sum, 0x4e), _mm512_shuffle_f32x4(largest, largest, 0x4e));
+    bound = _mm512_add_ps(bound, _mm512_min_ps(sum, _mm512_mul_ps(keep, largest)));
+  }
+  const float total = _mm512_reduce_add_ps(all);
+  float level = 1.0f;
+  if (m.levels > 1) {
+    level = m.level[0];
+    for (int l = 1; l < m.levels; ++l) level = m.level[l] > level ? m.level[l] : level;
+  }
+  // A sum that is not finite must not look like a small one; 0 * total is NaN then.
+  return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.group) + 0.0f * total;
+}
+
+// The smallest power of two, but at least 2^-100, of which `bound` is at most 32639 multiples: 128 terms
+// rounded by at most a half each still fit 16 bits. NaN when the bound is not finite.
+float step_of(float bound) {
+  const float exact = bound * (1.0f / 32639.0f);
+  if (!(exact < float_of_bits(0x7f800000u))) return float_of_bits(0x7fc00000u);
+  if (exact < 0x1p-100f) return 0x1p-100f;
+  return float_of_bits((bits_of_float(exact) + 0x7fffffu) & 0x7f800000u);
+}
+
+void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step) {
+  *step = step_of(bound_of(m, x));
+  alignas(64) int16_t integers[3][kChunkColumns];
+  for (int level = 0; level < m.levels; ++level) {
+    const float factor = m.levels > 1 ? m.level[level] : 1.0f;
+    const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f),
+                 factors = _mm512_set1_ps(factor);
+    for (int c = 0; c < kChunkColumns; c += 16) {
+      // NaN and infinity become some integer here; the step makes the result NaN.
+      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + c), factors), inverse);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(&integers[level][c]),
+                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled)));
+    }
+  }
+
+  const bool words = m.form == CodeForm::kWords;
+  const __m512i even = _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100,
+                                       98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64,
+                                       62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28,
+                                       26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi8(1));
+  for (int group = 0; group < kChunkColumns / m.group; ++group) {
+    __m512i sources = _mm512_setzero_si512();
+    for (int level = 0; level < m.levels; ++level) {
+      const int lane = level * m.group;
+      const auto lanes = static_cast<__mmask32>(((1u << m.group) - 1u) << lane);
+      sources = _mm512_mask_loadu_epi16(sources, lanes, integers[level] + group * m.group - lane);
+    }
+    const __m512i negatives = _mm512_sub_epi16(_mm512_setzero_si512(), sources);
+    const auto entries = [&](int first) {  // 32 of them
+      __m512i sum = _mm512_permutex2var_epi16(sources, load(m.terms + first), negatives);
+      for (int k = 1; k < m.term_count; ++k)
+        sum = _mm512_add_epi16(
+            sum, _mm512_permutex2var_epi16(sources, load(m.terms + k * m.entries + first), negatives));
+      return sum;
+    };
+    uint8_t* table = tables + group * m.table_bytes;
+    if (words) {
+      for (int first = 0; first < m.entries; first += 32)
+        _mm512_store_si512(table + 2 * first, entries(first));
+      continue;
+    }
+    for (int first = 0; first < m.entries; first += 64) {
+      const __m512i lower = entries(first), upper = entries(first + 32);
+      uint8_t* low = table + first / 128 * 256 + first % 128;
+      _mm512_store_si512(low, _mm512_permutex2var_epi8(lower, even, upper));
+      _mm512_store_si512(low + 128, _mm512_permutex2var_epi8(lower, odd, upper));
+    }
+  }
+}
+
+// --- panels
+// -----------------------------------------------------------------------------------------------------------
+
+void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
+  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
+  if (m.form == CodeForm::kPlane) {
+    decode_plane(m, tile, chunk, symbols);
+  } else {
+    // The weight of a column is the dot product with its unit vector.
+    const uint8_t* codes[1] = {m.codes + (chunk * m.tiles + tile) * m.chunk_bytes};
+    with_form(m, [&](const auto& form, auto, auto) {
+      form.for_each_group(codes, kChunkColumns / m.group, [&](int g, const auto& index) {
+        for (int c = 0; c < m.group; ++c) {
+          __m512i sums[2] = {};
+          form.add(index[0], m.unit_tables + c * m.table_bytes, sums);
+          auto* out = reinterpret_cast<__m256i*>(symbols[g * m.group + c]);
+          _mm256_store_si256(out, _mm512_cvtepi16_epi8(sums[0]));
+          _mm256_store_si256(out + 1, _mm512_cvtepi16_epi8(sums[1]));
+        }
+      });
+    });
+  }
+  scale_symbols(m, tile, chunk, symbols, panel);
+}
+
+// Registers: 4 of a tile's rows x 6 tokens of sums, 4 of weights, 1 broadcast activation.
+constexpr int kPassTokens = 6;
+
+template <int Tokens>
+void multiply_tokens(const float* panel, int64_t columns, const float* x, float* y, int64_t y_stride) {
+  __m512 sums[Tokens][4];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_loadu_ps(y + t * y_stride + 16 * v);
+  for (int64_t c = 0; c < columns; ++c) {
+    __m512 weights[4];
+    for (int v = 0; v < 4; ++v) weights[v] = _mm512_load_ps(panel + c * kTileRows + 16 * v);
+    for (int t = 0; t < Tokens; ++t) {
+      const __m512 activation = _mm512_set1_ps(x[t * columns + c]);
+      for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_fmadd_ps(activation, weights[v], sums[t][v]);
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(y + t * y_stride + 16 * v, sums[t][v]);
+}
+
+template <int Tokens>
+void multiply_tokens_bf16(const uint16_t* panel, int64_t columns, const uint16_t* x, float* y,
+                          int64_t y_stride) {
+  __m512 sums[Tokens][4];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_loadu_ps(y + t * y_stride + 16 * v);
+  for (int64_t c = 0; c < columns; c += 2) {
+    __m512i weights[4];
+    for (int v = 0; v < 4; ++v) weights[v] = load(panel + c * kTileRows + 32 * v);
+    for (int t = 0; t < Tokens; ++t) {
+      int32_t pair;
+      std::memcpy(&pair, x + t * columns + c, sizeof pair);
+      const auto activations = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      for (int v = 0; v < 4; ++v)
+        sums[t][v] = _mm512_dpbf16_ps(sums[t][v], activations, reinterpret_cast<__m512bh>(weights[v]));
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(y + t * y_stride + 16 * v, sums[t][v]);
+}
+
+void multiply(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
+              int64_t y_stride) {
+  int64_t t = 0;
+  for (; t + kPassTokens <= tokens; t += kPassTokens)
+    multiply_tokens<kPassTokens>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
+  for (; t < tokens; ++t) multiply_tokens<1>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
+}
+
+void multiply_bf16(const uint16_t* rounded, int64_t columns, const uint16_t* x, int64_t tokens, float* y,
+                   int64_t y_stride) {
+  int64_t t = 0;
+  for (; t + kPassTokens <= tokens; t += kPassTokens)
+    multiply_tokens_bf16<kPassTokens>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
+  for (; t < tokens; ++t)
+    multiply_tokens_bf16<1>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
+}
+
+void round_panel(const float* panel, int64_t columns, uint16_t* rounded) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t c = 0; c < columns; c += 2)
+    for (int v = 0; v < 4; ++v) {
+      const float* from = panel + c * kTileRows + 16 * v;
+      const auto pair = reinterpret_cast<__m512i>(
+          _mm512_cvtne2ps_pbh(_mm512_load_ps(from + kTileRows), _mm512_load_ps(from)));
+      _mm512_store_si512(rounded + c * kTileRows + 32 * v, _mm512_permutexvar_epi16(interleave, pair));
+    }
+}
+
+}  // namespace
+
+constinit const Kernels kAvx512Kernels = {
+    .name = "cpu-avx512",
+    .can_look_up = can_look_up,
+    .decode = decode,
+    .decode_outliers = decode_outliers,
+    .multiply = multiply,
+    .round_panel = round_panel,
+    .multiply_bf16 = multiply_bf16,
+    .tabulate = tabulate,
+    .look_up = look_up,
+    .load_floats = load_floats,
+    .store_floats = store_floats,
+};
+
+}  // namespace stbllm::cpu

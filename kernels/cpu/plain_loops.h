@@ -1,0 +1,182 @@
+#pragma once
+// Kernels as plain loops, which each instruction set compiles for itself: everything here is static, so that
+// no two files share a function. Twins of the hand-written kernels; tested like them.
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace stbllm::cpu {
+namespace {
+
+// --- half precision
+// ---------------------------------------------------------------------------------------------------
+
+inline float float_of_bits(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint32_t bits_of_float(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+inline float half_to_float(uint16_t h) {
+#ifdef __F16C__
+  return _cvtsh_ss(h);
+#else
+  // The exponent moves by multiplication, which treats subnormals like all others.
+  const float magnitude = float_of_bits(static_cast<uint32_t>(h & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t infinite = magnitude >= 65536.0f ? 0x7f800000u : 0u;
+  return float_of_bits(bits_of_float(magnitude) | infinite | static_cast<uint32_t>(h & 0x8000u) << 16);
+#endif
+}
+
+inline uint16_t float_to_half(float f) {
+#ifdef __F16C__
+  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: the adder rounds to multiples of 2^-24
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  return static_cast<uint16_t>(sign | half);
+#endif
+}
+
+void load_floats(const uint16_t* from, bool half, int64_t count, float* to) {
+  if (half)
+    for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+}
+
+void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
+  if (half) {
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = bits_of_float(from[i]);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
+    to[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  }
+}
+
+// --- decoding
+// ---------------------------------------------------------------------------------------------------------
+
+// scales[slot][row] of a tile.
+inline void tile_scales(const MatrixView& m, int64_t tile, int64_t block, float (*scales)[kTileRows]) {
+  const int64_t rows = m.tiles * kTileRows, first = tile * kTileRows;
+  for (int slot = 0; slot < m.slots; ++slot) {
+    if (m.half_scales != nullptr) {
+      load_floats(m.half_scales + (block * m.slots + slot) * rows + first, true, kTileRows, scales[slot]);
+      continue;
+    }
+    const uint8_t* codes = m.scale_codes + block * rows + first;
+    for (int r = 0; r < kTileRows; ++r)
+      scales[slot][r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
+  }
+}
+
+// Signed levels of one group by its digits, for codes with too many states for a table.
+inline void group_symbols(const MatrixView& m, uint64_t code, int8_t* symbols) {
+  const uint64_t rest = code >> m.keep, digits = rest % m.digit_states;
+  const uint8_t* position = m.positions + rest / m.digit_states * 16;
+  const uint8_t* low = m.digits + digits % m.low_digit_states * 8;
+  const uint8_t* high = m.digits + digits / m.low_digit_states * 8;
+  std::memset(symbols, 0, static_cast<size_t>(m.group));
+  for (int k = 0; k < m.keep; ++k) {
+    const int magnitude = 1 + (k < 8 ? low[k] : high[k - 8]);
+    symbols[position[k]] = static_cast<int8_t>(code >> k & 1 ? -magnitude : magnitude);
+  }
+}
+
+// symbols[column][row]: the signed levels of a tile's chunk, from codes in the file's order.
+void decode_plane(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+  const int64_t first_row = tile * kTileRows, first_group = chunk * m.chunk_columns / m.group;
+  const int64_t last_group = (m.cols + m.group - 1) / m.group;
+  const int64_t groups = m.chunk_columns / m.group;
+  const int64_t present = first_group + groups <= last_group ? groups : last_group - first_group;
+  const int rows = static_cast<int>(m.rows - first_row < kTileRows ? m.rows - first_row : kTileRows);
+  const uint64_t mask = (uint64_t{1} << m.code_bits) - 1;
+  std::memset(symbols, 0, static_cast<size_t>(m.chunk_columns) * kTileRows);
+  for (int r = 0; r < rows; ++r) {
+    const uint8_t* stream = m.codes + (first_row + r) * m.code_row_bytes;
+    for (int64_t g = 0; g < present; ++g) {
+      const int64_t offset = (first_group + g) * m.code_bits;
+      uint64_t word;
+      std::memcpy(&word, stream + (offset >> 3), sizeof word);
+      const uint64_t code = word >> (offset & 7) & mask;
+      int8_t expanded[16];
+      const int8_t* group = expanded;
+      if (m.symbols != nullptr)
+        group = m.symbols + code * static_cast<uint64_t>(m.group);
+      else
+        group_symbols(m, code, expanded);
+      for (int c = 0; c < m.group; ++c) symbols[g * m.group + c][r] = group[c];
+    }
+  }
+}
+
+// panel = scales applied to signed levels, then the salient and the outlier columns of the chunk.
+void scale_symbols(const MatrixView& m, int64_t tile, int64_t chunk, const int8_t (*symbols)[kTileRows],
+                   float* panel) {
+  float scales[kMaxSlots][kTileRows] = {};
+  tile_scales(m, tile, chunk / m.chunks_per_block, scales);
+  for (int64_t c = 0; c < m.chunk_columns; ++c) {
+    const int8_t* symbol = symbols[c];
+    float* out = panel + c * kTileRows;
+    if (m.levels == 1) {
+      for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<float>(symbol[r]) * scales[0][r];
+      continue;
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      const int s = symbol[r], magnitude = s < 0 ? -s : s;
+      const float low = magnitude == 2 ? scales[1][r] : scales[0][r];
+      const float scale = magnitude == 3 ? scales[2][r] : low;
+      out[r] = s == 0 ? 0.0f : s < 0 ? -scale : scale;
+    }
+  }
+
+  const int64_t first = chunk * m.chunk_columns, last = first + m.chunk_columns;
+  for (int64_t i = 0; i < m.salient; ++i) {
+    if (m.salient_columns[i] < first || m.salient_columns[i] >= last) continue;
+    const int8_t* symbol = symbols[m.salient_columns[i] - first];
+    const uint8_t* residual = m.salient_signs + i * m.tiles * 8 + tile * 8;
+    float* out = panel + (m.salient_columns[i] - first) * kTileRows;
+    for (int r = 0; r < kTileRows; ++r) {
+      const float base = symbol[r] < 0 ? -scales[m.levels][r] : scales[m.levels][r];
+      const float rest = residual[r / 8] >> r % 8 & 1 ? -scales[m.levels + 1][r] : scales[m.levels + 1][r];
+      out[r] = symbol[r] == 0 ? 0.0f : base + rest;
+    }
+  }
+  for (int64_t i = 0; i < m.outliers; ++i)
+    if (m.outlier_columns[i] >= first && m.outlier_columns[i] < last)
+      load_floats(m.outlier_values + (i * m.tiles + tile) * kTileRows, true, kTileRows,
+                  panel + (m.outlier_columns[i] - first) * kTileRows);
+}
+
+void decode_outliers(const MatrixView& m, int64_t tile, float* panel) {
+  for (int64_t i = 0; i < m.outliers; ++i)
+    load_floats(m.outlier_values + (i * m.tiles + tile) * kTileRows, true, kTileRows, panel + i * kTileRows);
+}
+
+}  // namespace
+}  // namespace stbllm::cpu

@@ -1,0 +1,268 @@
+// Every backend against the reference.
+
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "stbllm/backend/activations.h"
+#include "stbllm/backend/backend.h"
+#include "support/random_matrix.h"
+
+namespace stbllm {
+namespace {
+
+using test::Content;
+
+struct Buffer {
+  Buffer(ElementType type, int64_t tokens, int64_t width)
+      : bytes(static_cast<size_t>(tokens * width * element_bytes(type))),
+        type(type),
+        tokens(tokens),
+        width(width) {}
+  ActivationView view() { return {bytes.data(), type, tokens, width}; }
+  std::vector<std::byte> bytes;
+  ElementType type;
+  int64_t tokens, width;
+};
+
+// Integers of -8..8 when exact, so that every sum of products with exact matrices is exact; otherwise normal
+// with one activation in a hundred fifty times as large.
+Buffer random_activations(ElementType type, int64_t tokens, int64_t cols, Content content, uint64_t seed) {
+  Buffer x(type, tokens, cols);
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < tokens * cols; ++i) {
+    const float value = content == Content::kExact ? static_cast<float>(static_cast<int>(rng() % 17) - 8)
+                                                   : normal(rng) * (rng() % 100 == 0 ? 50.0f : 1.0f);
+    store_element(x.view(), i, value);
+  }
+  return x;
+}
+
+Buffer run(std::string_view backend, const StructuredBinaryMatrix& matrix, Buffer& x) {
+  const Backend& b = find_backend(backend);
+  Buffer y(ElementType::kFloat32, x.tokens, matrix.layout().rows);
+  b.matmul(*b.prepare(matrix), x.view(), y.view());
+  return y;
+}
+
+// sum_c |w| |x| of every result.
+std::vector<float> magnitudes(const StructuredBinaryMatrix& matrix, Buffer& x) {
+  const Layout& layout = matrix.layout();
+  std::vector<float> result, row(static_cast<size_t>(layout.cols));
+  result.resize(static_cast<size_t>(x.tokens * layout.rows));
+  for (int64_t r = 0; r < layout.rows; ++r) {
+    matrix.decode_row(r, row.data());
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      float sum = 0;
+      for (int64_t c = 0; c < layout.cols; ++c)
+        sum += std::fabs(row[c] * load_element(x.view(), t * layout.cols + c));
+      result[t * layout.rows + r] = sum;
+    }
+  }
+  return result;
+}
+
+std::string describe(const Layout& l) {
+  return fmt::format("{}x{} {} levels {} block {} scale bits {} salient {} outliers {}", l.rows, l.cols,
+                     l.nm.str(), l.levels, l.column_block, l.scale_bits, l.salient, l.outliers);
+}
+
+// All codes: those with a lookup form and some of each kind without.
+std::vector<Layout> swept_layouts() {
+  std::vector<Layout> layouts;
+  const auto add = [&](NmPattern nm, int levels, int scale_bits, int64_t salient = 0, int64_t outliers = 0,
+                       int block = 128) {
+    layouts.push_back({.rows = 70,
+                       .cols = 300,
+                       .nm = nm,
+                       .levels = levels,
+                       .column_block = block,
+                       .scale_bits = scale_bits,
+                       .salient = salient,
+                       .outliers = outliers});
+  };
+  for (const int group : {4, 8, 16})
+    for (int keep = 1; keep <= group; ++keep)
+      for (int levels = 1; levels <= 3; ++levels) {
+        if (group == 16 && keep > 3 && keep % 4 != 0) continue;
+        add({keep, group}, levels, 4 + (keep + levels) % 3);
+        add({keep, group}, levels, 16);
+      }
+  for (const NmPattern nm : {NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{4, 8}})
+    for (const int levels : {1, 3})
+      for (const int scale_bits : {5, 16}) {
+        add(nm, levels, scale_bits, 7);
+        add(nm, levels, scale_bits, 0, 5);
+        add(nm, levels, scale_bits, 9, 5);
+        for (const int block : {16, 64, 120, 192, 256, 304, 512}) add(nm, levels, scale_bits, 2, 1, block);
+        for (const int block : {64, 256, 512}) add(nm, levels, scale_bits, 0, 1, block);
+      }
+  return layouts;
+}
+
+class EveryBackend : public testing::TestWithParam<std::string_view> {};
+
+TEST_P(EveryBackend, IsBitEqualToTheReferenceWhereSumsAreExact) {
+  const Backend& backend = find_backend(GetParam());
+  for (const Layout& layout : swept_layouts()) {
+    const auto matrix = test::random_matrix(layout, 1, Content::kExact);
+    const auto prepared = backend.prepare(matrix);
+    Buffer x = random_activations(ElementType::kFloat32, 3, layout.cols, Content::kExact, 2);
+    const Buffer expected = run("reference", matrix, x);
+    for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16}) {
+      Buffer same_x(type, x.tokens, x.width), y(ElementType::kFloat32, x.tokens, layout.rows);
+      for (int64_t i = 0; i < x.tokens * x.width; ++i)
+        store_element(same_x.view(), i, load_element(x.view(), i));
+      backend.matmul(*prepared, same_x.view(), y.view());
+      ASSERT_TRUE(y.bytes == expected.bytes)
+          << describe(layout) << ", element type " << static_cast<int>(type);
+    }
+  }
+}
+
+TEST_P(EveryBackend, IsBitEqualForAnyNumberOfRowsColumnsAndTokens) {
+  for (const NmPattern nm :
+       {NmPattern{2, 4}, NmPattern{2, 8}, NmPattern{3, 8}, NmPattern{5, 8}, NmPattern{8, 8}})
+    for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16}) {
+      const auto check = [&](int64_t rows, int64_t cols, int64_t tokens) {
+        const Layout layout = {.rows = rows, .cols = cols, .nm = nm, .scale_bits = 4};
+        const auto matrix = test::random_matrix(layout, 3, Content::kExact);
+        Buffer x = random_activations(type, tokens, cols, Content::kExact, 4);
+        const Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
+        ASSERT_TRUE(y.bytes == expected.bytes) << describe(layout) << ", tokens " << tokens;
+      };
+      for (int64_t rows = 1; rows <= 70; ++rows) check(rows, 40, 1);
+      for (const int64_t rows : {127, 128, 129, 192, 321}) check(rows, 128, 2);
+      for (const int64_t cols : {1, 3, 4, 7, 8, 9, 127, 128, 129, 255, 256, 257, 640}) check(5, cols, 2);
+      for (int64_t tokens = 1; tokens <= 18; ++tokens) check(65, 132, tokens);
+      for (const int64_t tokens : {31, 33, 50}) check(65, 132, tokens);
+    }
+}
+
+TEST_P(EveryBackend, StaysWithinFloat32RoundingOnFloat32Activations) {
+  for (const Layout& layout : swept_layouts()) {
+    const auto matrix = test::random_matrix(layout, 5);
+    Buffer x = random_activations(ElementType::kFloat32, 2, layout.cols, Content::kReal, 6);
+    Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
+    const std::vector<float> magnitude = magnitudes(matrix, x);
+    // 300 float32 additions, each rounding a partial sum of at most sum |w||x|, and two roundings of a scale.
+    // A wrong weight would show at about 2^-8.
+    for (size_t i = 0; i < magnitude.size(); ++i)
+      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), 302 * 0x1p-24 * magnitude[i])
+          << describe(layout) << ", result " << i;
+  }
+}
+
+TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
+  for (const Layout& layout : swept_layouts()) {
+    const auto matrix = test::random_matrix(layout, 7);
+    Buffer x = random_activations(ElementType::kBFloat16, 2, layout.cols, Content::kReal, 8);
+    Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
+    const std::vector<float> magnitude = magnitudes(matrix, x);
+    // Weights rounded to bfloat16 err by at most 2^-8 each; lookups round activations to 2^-15 of the largest
+    // sum that a chunk can have, which is less.
+    for (size_t i = 0; i < magnitude.size(); ++i)
+      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), 0x1p-8 * magnitude[i])
+          << describe(layout) << ", result " << i;
+  }
+}
+
+TEST_P(EveryBackend, GivesTheSameBytesForAnyNumberOfThreads) {
+  const int threads = omp_get_max_threads();
+  for (const NmPattern nm : {NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{6, 8}, NmPattern{3, 16}})
+    for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16}) {
+      const Layout layout = {.rows = 1000, .cols = 1100, .nm = nm, .scale_bits = 5, .outliers = 3};
+      const auto matrix = test::random_matrix(layout, 9);
+      Buffer x = random_activations(type, 5, layout.cols, Content::kReal, 10);
+      omp_set_num_threads(1);
+      const Buffer one = run(GetParam(), matrix, x);
+      omp_set_num_threads(3);
+      const Buffer three = run(GetParam(), matrix, x);
+      omp_set_num_threads(threads);
+      ASSERT_TRUE(one.bytes == three.bytes) << describe(layout);
+    }
+}
+
+TEST_P(EveryBackend, GivesATokenTheSameResultInAnyCompany) {
+  for (const NmPattern nm : {NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{6, 8}, NmPattern{3, 16}}) {
+    const Layout layout = {.rows = 200, .cols = 500, .nm = nm, .scale_bits = 5};
+    const auto matrix = test::random_matrix(layout, 11);
+    Buffer x = random_activations(ElementType::kBFloat16, 37, layout.cols, Content::kReal, 12);
+    const Buffer all = run(GetParam(), matrix, x);
+    Buffer last(ElementType::kBFloat16, 1, layout.cols);
+    std::copy(x.bytes.end() - std::ssize(last.bytes), x.bytes.end(), last.bytes.begin());
+    const Buffer alone = run(GetParam(), matrix, last);
+    ASSERT_TRUE(std::equal(alone.bytes.begin(), alone.bytes.end(), all.bytes.end() - std::ssize(alone.bytes)))
+        << describe(layout);
+  }
+}
+
+TEST_P(EveryBackend, WritesEveryElementType) {
+  const Layout layout = {.rows = 70, .cols = 130, .nm = {2, 4}, .scale_bits = 4};
+  const auto matrix = test::random_matrix(layout, 13);
+  Buffer x = random_activations(ElementType::kBFloat16, 2, layout.cols, Content::kReal, 14);
+  const Backend& backend = find_backend(GetParam());
+  const auto prepared = backend.prepare(matrix);
+  Buffer floats(ElementType::kFloat32, 2, layout.rows);
+  backend.matmul(*prepared, x.view(), floats.view());
+  for (const ElementType type : {ElementType::kBFloat16, ElementType::kFloat16}) {
+    Buffer y(type, 2, layout.rows), expected(type, 2, layout.rows);
+    backend.matmul(*prepared, x.view(), y.view());
+    for (int64_t i = 0; i < 2 * layout.rows; ++i)
+      store_element(expected.view(), i, load_element(floats.view(), i));
+    EXPECT_TRUE(y.bytes == expected.bytes);
+  }
+}
+
+TEST_P(EveryBackend, PassesActivationsThatAreNotFiniteOn) {
+  const Layout layout = {.rows = 8, .cols = 256, .nm = {4, 4}, .scale_bits = 4};
+  const auto matrix = test::random_matrix(layout, 15, Content::kExact);
+  for (const float poison : {NAN, INFINITY}) {
+    Buffer x = random_activations(ElementType::kBFloat16, 2, layout.cols, Content::kExact, 16);
+    store_element(x.view(), layout.cols + 200, poison);
+    Buffer y = run(GetParam(), matrix, x);
+    for (int64_t r = 0; r < layout.rows; ++r) {
+      EXPECT_TRUE(std::isfinite(load_element(y.view(), r)));
+      EXPECT_FALSE(std::isfinite(load_element(y.view(), layout.rows + r)));
+    }
+  }
+}
+
+TEST_P(EveryBackend, RefusesActivationsOfAnotherWidth) {
+  const auto matrix = test::random_matrix({.rows = 8, .cols = 16, .nm = {2, 4}}, 17);
+  const Backend& backend = find_backend(GetParam());
+  const auto prepared = backend.prepare(matrix);
+  Buffer x(ElementType::kFloat32, 1, 15), y(ElementType::kFloat32, 1, 8);
+  EXPECT_THROW(backend.matmul(*prepared, x.view(), y.view()), Error);
+}
+
+TEST_P(EveryBackend, HoldsLittleMoreThanTheFile) {
+  // What prepare() may add: padding of rows and columns (none here), a bit per group where a code does not
+  // fit its form, scale codes as bytes, and tables that do not grow with the matrix.
+  for (const NmPattern nm :
+       {NmPattern{1, 8}, NmPattern{2, 8}, NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{4, 8}}) {
+    const Layout layout = {.rows = 1024, .cols = 4096, .nm = nm, .scale_bits = 4};
+    const auto matrix = test::random_matrix(layout, 18);
+    EXPECT_LE(find_backend(GetParam()).prepare(matrix)->bytes(), 1.15 * matrix.bytes() + 32768)
+        << describe(layout);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, EveryBackend, testing::ValuesIn([] {
+                           std::vector<std::string_view> names;
+                           for (const std::string_view name : available_backends())
+                             if (name != "reference" && name != "cuda") names.push_back(name);
+                           return names;
+                         }()),
+                         [](const auto& info) {
+                           std::string name(info.param);
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace stbllm
