@@ -39,7 +39,14 @@ fi
 # --- libtorch -----------------------------------------------------------------------------------
 usable() { [ -f "$1/lib/libtorch_cpu.so" ] && [ -f "$1/include/ATen/ATen.h" ]; }
 
+scratch=''
+make_scratch() {  # beside the result: /tmp may be small
+  [ -n "$scratch" ] && return
+  mkdir -p .deps && scratch=$(mktemp -d "$PWD/.deps/fetch.XXXXXX") && trap 'rm -rf "$scratch"' EXIT
+}
+
 fetch_wheel() {  # name==version, platform tag, target directory
+  [ "$(uname -m)" = x86_64 ] || die "$1 is only fetched for x86_64; set TORCH_ROOT to a libtorch $torch_version"
   # The wheel's own Python tag does not matter: none of its Python is ever imported.
   python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
     --python-version 3.12 --implementation cp --platform "$2" -d "$3" "$1" ||
@@ -63,24 +70,24 @@ PY
 )
   if [ -z "$torch_root" ] || ! usable "$torch_root"; then
     say "fetching libtorch: torch==$torch_version (530 MB)"
-    scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+    make_scratch
     fetch_wheel "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
-    mkdir -p .deps && rm -rf .deps/torch.part .deps/torch
     unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' \
-      'torch/lib/libgomp*' -d .deps/torch.part
-    mv .deps/torch.part/torch .deps/torch && rmdir .deps/torch.part
+      'torch/lib/libgomp*' -d "$scratch"
+    rm -rf .deps/torch && mv "$scratch/torch" .deps/torch
     torch_root=$PWD/.deps/torch
   fi
 fi
 
 # libtorch_cpu.so was linked against two CUDA libraries even when no GPU is used.
-needs_cuda_libraries() { ! ldconfig -p | grep -q 'libcudart.so.13' || ! ldconfig -p | grep -q 'libcupti.so.13'; }
-if [ "$torch_root" = "$PWD/.deps/torch" ] && needs_cuda_libraries && [ ! -d .deps/nvidia ]; then
+known=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p)
+has_cuda_libraries() { [[ $known == *libcudart.so.13* && $known == *libcupti.so.13* ]]; }
+if [ "$torch_root" = "$PWD/.deps/torch" ] && [ ! -d .deps/nvidia ] && ! has_cuda_libraries; then
   say "fetching the CUDA run-time libraries that libtorch links (3 MB + 11 MB)"
-  scratch=${scratch:-$(mktemp -d)} && trap 'rm -rf "$scratch"' EXIT
-  mkdir -p "$scratch/cuda"
-  fetch_wheel nvidia-cuda-runtime==13.0.96 manylinux_2_27_x86_64 "$scratch/cuda"
-  fetch_wheel nvidia-cuda-cupti==13.0.85 manylinux_2_27_x86_64 "$scratch/cuda"
-  for wheel in "$scratch"/cuda/*.whl; do unzip -qo "$wheel" 'nvidia/*' -d .deps; done
+  make_scratch
+  fetch_wheel nvidia-cuda-runtime==13.0.96 manylinux_2_17_x86_64 "$scratch"
+  fetch_wheel nvidia-cuda-cupti==13.0.85 manylinux_2_25_x86_64 "$scratch"
+  for wheel in "$scratch"/nvidia_*.whl; do unzip -qo "$wheel" 'nvidia/*' -d "$scratch"; done
+  mv "$scratch/nvidia" .deps/nvidia
 fi
 say "libtorch: $torch_root"
