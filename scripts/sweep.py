@@ -32,7 +32,7 @@ def die(message):
 
 def parse_arguments(arguments):
     """(checkpoint, patterns, directory, options of quantize, options of eval-ppl)."""
-    parser = argparse.ArgumentParser(usage=__doc__, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="scripts/sweep.sh CHECKPOINT --nm PATTERNS -o DIR [options]", add_help=False, allow_abbrev=False)
     parser.add_argument("--nm", required=True)
     parser.add_argument("-o", "--output", required=True)
     evaluate_only, both = ["--data", "--windows", "--backend"], ["--seqlen", "--threads", "--device"]
@@ -144,9 +144,10 @@ def main():
             try:
                 done[key] = point.run()
             except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError) as error:
-                with open(point.stem + ".log", encoding="utf-8", errors="replace") as log:
-                    last = log.read().strip().splitlines()[-1]
-                say(f"{pattern} failed ({type(error).__name__}: {error}): {last}")
+                if isinstance(error, subprocess.CalledProcessError):
+                    with open(point.stem + ".log", encoding="utf-8", errors="replace") as log:
+                        error = f"exit status {error.returncode}: {log.read().splitlines()[-1]}"
+                say(f"{pattern} failed: {error}")
                 failed.append(pattern)
                 continue
             with open(path, "a", encoding="utf-8") as file:
