@@ -9,17 +9,16 @@
 namespace stbllm {
 
 struct Divergence {
-  double mean_kl = 0;         ///< nats per token
+  double mean_kl = 0;         ///< nats per position
   double kl_error = 0;        ///< standard error of mean_kl over windows
   double top1_agreement = 0;  ///< share of positions, 0 .. 1
-  double max_logit_difference =
-      0;               ///< largest |difference| of two log-probabilities of predicted (actual next) tokens
-  int64_t tokens = 0;  ///< positions compared
+  int64_t positions = 0;      ///< windows * (seqlen - 1), as many as perplexity predicts from
   Perplexity reference;
   Perplexity model;
 };
 
-/// Both decoders have the same vocabulary. Memory is bounded as in evaluate_perplexity. Errors as there.
+/// Both decoders have the same vocabulary, else Error(kMismatch). Memory is bounded and windows are checked
+/// as in evaluate_perplexity.
 Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, const Windows& windows,
                                const EvaluationOptions& options = {});
 

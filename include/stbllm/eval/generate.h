@@ -23,7 +23,8 @@ struct Generation {
   std::vector<int32_t> ids;  ///< new tokens
   int64_t prompt_tokens = 0;
   double prefill_seconds = 0;
-  double decode_seconds = 0;  ///< of ids.size() - 1 passes: the first token comes from the prefill
+  double decode_seconds = 0;  ///< of the `decode_passes`, the caller's on_token included
+  int64_t decode_passes = 0;  ///< single-token passes; the first token comes from the prefill
 };
 
 /// Calls on_token for every new token; generation ends early when it returns false. Stops at the model's last

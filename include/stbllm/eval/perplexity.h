@@ -3,6 +3,8 @@
 // mean NLL over all predicted tokens; perplexity = exp(mean NLL). Natural logarithms.
 
 #include <cstdint>
+#include <functional>
+#include <span>
 #include <vector>
 
 #include "stbllm/model/decoder.h"
@@ -25,28 +27,47 @@ struct Perplexity {
 };
 
 struct EvaluationOptions {
-  int64_t hidden_bytes =
-      int64_t{1} << 30;  ///< bound on the hidden states of the windows that go through the blocks together
+  /// Bound on the hidden states of the windows that go through the blocks together; results do not depend on
+  /// it.
+  int64_t hidden_bytes = int64_t{1} << 30;
 };
 
-/// Sums of a window's results, from which both perplexity and divergence are made.
-Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seconds);
-
 /// Runs chunks of windows block after block (each block is loaded once per chunk), the head over a few tokens
-/// at a time. The same result for every chunk size. Throws Error(kUsage) when windows are empty, unequal,
-/// shorter than two tokens or longer than the model's positions; Error(kMismatch) for an id beyond the
-/// vocabulary.
+/// at a time. Throws as check_windows does.
 Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
                                const EvaluationOptions& options = {});
 
-/// Hidden states that leave the last block, (windows, seqlen, hidden), in the decoder's dtype: block after
-/// block over all the windows given. The part that perplexity, divergence and verification share.
-/// `on_block(done)` reports blocks.
-at::Tensor final_hidden_states(const Decoder& decoder, const Windows& windows,
-                               const std::function<void(int64_t)>& on_block = {});
+// --- the parts, shared with divergence and with the verification of a packed file
+// ----------------------------------
 
-/// NLL (tokens - 1) of each token but the first, float64, from the hidden states (tokens, hidden) of one
+/// Throws Error(kUsage) when windows are empty, unequal, shorter than two tokens or longer than the model's
+/// positions; Error(kMismatch) for an id beyond the vocabulary.
+void check_windows(const Decoder& decoder, const Windows& windows);
+
+/// How many windows stay within the bound; a multiple of what goes through a block in one call.
+int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options);
+
+/// Hidden states (windows, seqlen, hidden) that leave the last block, in the decoder's dtype: all the windows
+/// go through block after block. `on_block` is told the number of blocks done.
+at::Tensor final_hidden_states(const Decoder& decoder, std::span<const std::vector<int32_t>> windows,
+                               const std::function<void(int64_t blocks)>& on_block = {});
+
+/// Tokens whose float32 log-probabilities are held at a time.
+int64_t tokens_per_head_pass(const Decoder& decoder);
+/// Log-softmax in float32 (tokens, vocab) of the logits of hidden states (tokens, hidden).
+at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden);
+
+/// NLL (tokens - 1) of every token but the first, float64, from the hidden states (tokens, hidden) of one
 /// window.
 at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window);
+
+struct MeanAndError {
+  double mean = 0;
+  double error = 0;  ///< standard error of the mean; 0 for a single value
+};
+MeanAndError mean_and_error(const std::vector<double>& values);
+
+/// The figures of windows whose mean NLLs are given.
+Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seconds);
 
 }  // namespace stbllm

@@ -1,0 +1,121 @@
+#include "stbllm/eval/generate.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014): one 64-bit state, the same sequence on every machine.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  /// Uniform in [0, 1), 53 bits.
+  double uniform() {
+    uint64_t z = (state_ += 0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+/// Draws from softmax(logits / temperature) restricted to the fewest tokens whose probabilities reach top_p.
+/// Equal logits are ordered by id, so that the result is defined.
+int32_t sample(const at::Tensor& logits, const GenerateOptions& options, Random& random) {
+  const std::span<const float> values(logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel()));
+  const auto best = static_cast<int32_t>(std::ranges::max_element(values) - values.begin());
+  if (options.temperature == 0) return best;
+
+  const float highest = values[static_cast<size_t>(best)];
+  std::vector<double> weight(values.size());
+  std::ranges::transform(values, weight.begin(), [&](float value) {
+    return std::exp((double{value} - highest) / options.temperature);
+  });
+  const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
+  std::vector<int32_t> order(values.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::greater(),
+                           [&](int32_t id) { return weight[static_cast<size_t>(id)]; });
+
+  double nucleus = 0;
+  size_t kept = 0;
+  while (kept < order.size() && nucleus < options.top_p * total)
+    nucleus += weight[static_cast<size_t>(order[kept++])];
+  double rest = random.uniform() * nucleus;
+  for (size_t i = 0; i + 1 < kept; ++i) {
+    rest -= weight[static_cast<size_t>(order[i])];
+    if (rest < 0) return order[i];
+  }
+  return order[kept - 1];
+}
+
+void check_options(const Decoder& decoder, std::span<const int32_t> prompt, const GenerateOptions& options) {
+  const int64_t longest = decoder.spec().max_positions;
+  if (prompt.empty()) fail(ErrorCode::kUsage, "generation needs a prompt of at least one token");
+  if (static_cast<int64_t>(prompt.size()) >= longest)
+    fail(ErrorCode::kUsage, "a prompt of {} tokens leaves no room: the model takes {}", prompt.size(),
+         longest);
+  if (options.max_tokens < 1)
+    fail(ErrorCode::kUsage, "max_tokens = {} must be at least 1", options.max_tokens);
+  if (!(options.temperature >= 0))
+    fail(ErrorCode::kUsage, "temperature = {} must be at least 0", options.temperature);
+  if (!(options.top_p > 0 && options.top_p <= 1))
+    fail(ErrorCode::kUsage, "top_p = {} must be above 0 and at most 1", options.top_p);
+  for (const int32_t id : prompt)
+    if (id < 0 || id >= decoder.spec().vocab)
+      fail(ErrorCode::kMismatch, "token id {} is not in the model's vocabulary of {}; is this its tokenizer?",
+           id, decoder.spec().vocab);
+}
+
+}  // namespace
+
+Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, const GenerateOptions& options,
+                    const std::function<bool(int32_t)>& on_token) {
+  check_options(decoder, prompt, options);
+  const at::NoGradGuard no_grad;
+  const auto prompt_tokens = static_cast<int64_t>(prompt.size());
+  const int64_t max_tokens = std::min(options.max_tokens, decoder.spec().max_positions - prompt_tokens);
+  KeyValueCache cache = decoder.make_cache(1, prompt_tokens + max_tokens);
+  Random random(options.seed);
+  const auto next_token = [&](std::span<const int32_t> ids) {
+    const at::Tensor input = at::tensor(at::ArrayRef<int32_t>(ids.data(), ids.size()), at::kInt).unsqueeze(0);
+    const at::Tensor hidden = decoder.forward(input, &cache);
+    const at::Tensor logits = decoder.logits(hidden.slice(1, -1)).flatten().to(at::kCPU, at::kFloat);
+    return sample(logits, options, random);
+  };
+
+  Generation result;
+  result.prompt_tokens = prompt_tokens;
+  Clock::time_point start = Clock::now();
+  int32_t token = next_token(prompt);
+  result.prefill_seconds = seconds_since(start);
+
+  start = Clock::now();
+  while (std::ranges::find(options.stop_ids, token) == options.stop_ids.end()) {
+    result.ids.push_back(token);
+    const bool go_on = !on_token || on_token(token);
+    if (!go_on || static_cast<int64_t>(result.ids.size()) == max_tokens) break;
+    token = next_token({&token, 1});
+    ++result.decode_passes;
+  }
+  result.decode_seconds = seconds_since(start);
+  return result;
+}
+
+}  // namespace stbllm

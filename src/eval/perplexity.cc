@@ -1,0 +1,155 @@
+#include "stbllm/eval/perplexity.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "stbllm/base/error.h"
+#include "stbllm/base/log.h"
+
+namespace stbllm {
+namespace {
+
+/// Tokens that go through a block in one call. Windows shorter than that are batched; a fixed number, because
+/// the shape of a product decides how it is rounded.
+constexpr int64_t kTokensPerPass = 2048;
+/// Bound on the float32 logits held at a time.
+constexpr int64_t kLogitBytes = int64_t{64} << 20;
+
+int64_t windows_per_pass(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerPass / seqlen); }
+
+}  // namespace
+
+void check_windows(const Decoder& decoder, const Windows& windows) {
+  if (windows.empty()) fail(ErrorCode::kUsage, "evaluation needs at least one window of tokens");
+  const size_t seqlen = windows.front().size();
+  const int64_t longest = decoder.spec().max_positions;
+  if (seqlen < 2 || static_cast<int64_t>(seqlen) > longest)
+    fail(ErrorCode::kUsage, "windows of {} tokens cannot be evaluated; this model takes 2 to {}", seqlen,
+         longest);
+  const int64_t vocab = decoder.spec().vocab;
+  for (const std::vector<int32_t>& window : windows) {
+    if (window.size() != seqlen)
+      fail(ErrorCode::kUsage, "windows have {} and {} tokens; they must be equally long", seqlen,
+           window.size());
+    for (const int32_t id : window)
+      if (id < 0 || id >= vocab)
+        fail(ErrorCode::kMismatch,
+             "token id {} is not in the model's vocabulary of {}; is this its tokenizer?", id, vocab);
+  }
+}
+
+int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options) {
+  const int64_t bytes_per_window =
+      seqlen * decoder.spec().hidden * static_cast<int64_t>(at::elementSize(decoder.dtype()));
+  const int64_t pass = windows_per_pass(seqlen);
+  return std::max<int64_t>(1, options.hidden_bytes / bytes_per_window / pass) * pass;
+}
+
+at::Tensor final_hidden_states(const Decoder& decoder, std::span<const std::vector<int32_t>> windows,
+                               const std::function<void(int64_t)>& on_block) {
+  const at::NoGradGuard no_grad;
+  const auto count = static_cast<int64_t>(windows.size());
+  const auto seqlen = static_cast<int64_t>(windows.front().size());
+  const int64_t pass = windows_per_pass(seqlen);
+  at::Tensor hidden = at::empty({count, seqlen, decoder.spec().hidden},
+                                at::TensorOptions().dtype(decoder.dtype()).device(decoder.device()));
+  // Every pass replaces its own windows, so that there is one copy of the hidden states, not two.
+  const auto replace_each_pass = [&](const auto& step) {
+    for (int64_t first = 0; first < count; first += pass) {
+      at::Tensor slice = hidden.slice(0, first, std::min(first + pass, count));
+      slice.copy_(step(slice, first));
+    }
+  };
+  replace_each_pass([&](const at::Tensor& slice, int64_t first) {
+    at::Tensor ids = at::empty({slice.size(0), seqlen}, at::kInt);
+    for (int64_t i = 0; i < slice.size(0); ++i)
+      std::ranges::copy(windows[static_cast<size_t>(first + i)], ids.data_ptr<int32_t>() + i * seqlen);
+    return decoder.embed(ids);
+  });
+  const Positions positions = decoder.positions(0, seqlen);
+  for (int64_t index = 0; index < decoder.spec().layers; ++index) {
+    const std::shared_ptr<DecoderBlock> block = decoder.block(index);
+    replace_each_pass([&](const at::Tensor& slice, int64_t) { return block->forward(slice, positions); });
+    if (on_block) on_block(index + 1);
+  }
+  return hidden;
+}
+
+int64_t tokens_per_head_pass(const Decoder& decoder) {
+  return std::max<int64_t>(1, kLogitBytes / (decoder.spec().vocab * int64_t{sizeof(float)}));
+}
+
+at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden) {
+  return at::log_softmax(decoder.logits(hidden.unsqueeze(0)).squeeze(0), -1, at::kFloat);
+}
+
+at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window) {
+  const at::NoGradGuard no_grad;
+  const int64_t predicted = hidden.size(0) - 1;
+  const at::Tensor targets = at::tensor(window, at::kLong).slice(0, 1).unsqueeze(1).to(decoder.device());
+  const int64_t step = tokens_per_head_pass(decoder);
+  at::Tensor nll = at::empty({predicted}, at::kDouble);
+  for (int64_t first = 0; first < predicted; first += step) {
+    const int64_t last = std::min(first + step, predicted);
+    const at::Tensor log_p = log_probabilities(decoder, hidden.slice(0, first, last));
+    nll.slice(0, first, last).copy_(-log_p.gather(1, targets.slice(0, first, last)).squeeze(1));
+  }
+  return nll;
+}
+
+MeanAndError mean_and_error(const std::vector<double>& values) {
+  const auto count = static_cast<double>(values.size());
+  const double mean = std::accumulate(values.begin(), values.end(), 0.0) / count;
+  if (values.size() < 2) return {mean, 0.0};
+  double squares = 0;
+  for (const double value : values) squares += (value - mean) * (value - mean);
+  return {mean, std::sqrt(squares / (count - 1) / count)};
+}
+
+Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seconds) {
+  Perplexity result;
+  const auto [mean, error] = mean_and_error(window_nll);
+  result.mean_nll = mean;
+  result.nll_error = error;
+  result.perplexity = std::exp(mean);
+  result.perplexity_error = result.perplexity * error;
+  result.windows = static_cast<int64_t>(window_nll.size());
+  result.seqlen = seqlen;
+  result.tokens = result.windows * (seqlen - 1);
+  result.seconds = seconds;
+  result.tokens_per_second = seconds > 0 ? static_cast<double>(result.windows * seqlen) / seconds : 0;
+  result.window_nll = std::move(window_nll);
+  return result;
+}
+
+Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
+                               const EvaluationOptions& options) {
+  check_windows(decoder, windows);
+  const auto start = std::chrono::steady_clock::now();
+  const auto count = static_cast<int64_t>(windows.size());
+  const auto seqlen = static_cast<int64_t>(windows.front().size());
+  const int64_t chunk = windows_per_chunk(decoder, seqlen, options);
+  const int64_t layers = decoder.spec().layers;
+
+  log::Progress progress("perplexity", count * layers);  // in windows through one block
+  std::vector<double> window_nll;
+  for (int64_t first = 0; first < count; first += chunk) {
+    const auto part = std::span(windows).subspan(static_cast<size_t>(first),
+                                                 static_cast<size_t>(std::min(chunk, count - first)));
+    const at::Tensor hidden = final_hidden_states(decoder, part, [&](int64_t blocks) {
+      progress.update(first * layers + blocks * static_cast<int64_t>(part.size()));
+    });
+    for (size_t i = 0; i < part.size(); ++i)
+      window_nll.push_back(
+          token_nll(decoder, hidden[static_cast<int64_t>(i)], part[i]).mean().item<double>());
+  }
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return summarize(std::move(window_nll), seqlen, elapsed.count());
+}
+
+}  // namespace stbllm
