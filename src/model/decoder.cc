@@ -1,6 +1,7 @@
 #include "stbllm/model/decoder.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <fmt/ranges.h>
 
 #include <map>
@@ -38,25 +39,54 @@ std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, c
   return block;
 }
 
-/// A dense tensor of a packed file, a view of the mapping.
-at::Tensor view_of(const PackedReader& packed, const TensorSpec& spec) {
-  static const std::map<std::string, at::ScalarType> kDtypes = {
-      {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
-  const std::string path = packed.file()->file()->path().string();
-  if (!packed.has_dense(spec.name))
-    fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path,
-         spec.name);
-  const TensorEntry& entry = packed.dense(spec.name);
-  if (entry.shape != spec.shape)
-    fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but the configuration asks for [{}]", path,
-         spec.name, fmt::join(entry.shape, ", "), fmt::join(spec.shape, ", "));
-  const auto dtype = kDtypes.find(entry.dtype);
-  if (dtype == kDtypes.end())
-    fail(ErrorCode::kUnsupported, "{}: tensor {} has dtype {}; expected F32, F16 or BF16", path, spec.name,
-         entry.dtype);
-  void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
-  return at::from_blob(data, entry.shape, dtype->second);
-}
+/// Tensors of a packed file that are not packed linears: dense ones, or rows of integers (the embedding and
+/// the head, under their name without ".weight"), which are widened.
+class PackedTensors {
+ public:
+  explicit PackedTensors(const PackedReader& packed)
+      : packed_(packed), path_(packed.file()->file()->path().string()) {}
+
+  /// A view of the mapping where it can be.
+  at::Tensor load(const TensorSpec& spec) const {
+    const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
+    if (spec.name.ends_with(".weight") && rows != packed_.quantized_rows().end())
+      return decode(spec, rows->second);
+    if (!packed_.has_dense(spec.name))
+      fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path_,
+           spec.name);
+    const TensorEntry& entry = packed_.dense(spec.name);
+    check_shape(spec, entry.shape);
+    static const std::map<std::string, at::ScalarType> kDtypes = {
+        {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
+    const auto dtype = kDtypes.find(entry.dtype);
+    if (dtype == kDtypes.end())
+      fail(ErrorCode::kUnsupported, "{}: tensor {} has dtype {}; expected F32, F16 or BF16", path_, spec.name,
+           entry.dtype);
+    void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
+    return at::from_blob(data, entry.shape, dtype->second);
+  }
+
+ private:
+  void check_shape(const TensorSpec& spec, const std::vector<int64_t>& found) const {
+    if (found != spec.shape)
+      fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but the configuration asks for [{}]", path_,
+           spec.name, fmt::join(found, ", "), fmt::join(spec.shape, ", "));
+  }
+
+  at::Tensor decode(const TensorSpec& spec, const QuantizedRows& matrix) const {
+    const auto& [rows, cols, bits] = matrix.layout();
+    check_shape(spec, {rows, cols});
+    const at::Tensor dense = at::empty({rows, cols}, at::kFloat);
+    float* out = dense.data_ptr<float>();
+    at::parallel_for(0, rows, /*grain_size=*/64, [&, cols = cols](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) matrix.decode_row(row, out + row * cols);
+    });
+    return dense;
+  }
+
+  const PackedReader& packed_;
+  std::string path_;
+};
 
 }  // namespace
 
@@ -103,8 +133,9 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
   });
 
   Decoder decoder(std::move(spec), dtype, backend.on_cuda() ? at::kCUDA : at::kCPU);
+  const PackedTensors tensors(packed);
   const TensorLoader load = [&](const TensorSpec& tensor) {
-    return view_of(packed, tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
+    return tensors.load(tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
   };
   decoder.load_outer(load);
   const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {

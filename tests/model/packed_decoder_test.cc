@@ -1,0 +1,137 @@
+// A packed file against the dense model of the weights it stands for.
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "stbllm/base/error.h"
+#include "stbllm/model/decoder.h"
+#include "support/random_matrix.h"
+#include "support/scratch_directory.h"
+#include "support/tiny_checkpoint.h"
+
+namespace stbllm {
+namespace {
+
+using test::ScratchDirectory;
+using test::TinyModel;
+
+class PackedDecoder : public testing::Test {
+ protected:
+  /// Every linear of `model` as a random packed matrix except block 1's o_proj, which stays dense; the
+  /// embedding as rows of 8-bit integers; all else as float32. `skip` is left out, linears get `extra_rows`
+  /// more rows.
+  PackedReader pack(const TinyModel& model, const std::string& skip = "", int64_t extra_rows = 0) {
+    const ModelSpec spec = ModelSpec::from_config(model.config);
+    PackedWriter writer(path_, /*force=*/true);
+    writer.set_metadata("config", model.config.dump());
+    for (int64_t block = 0; block < spec.layers; ++block)
+      for (const LinearSpec& linear : spec.linears(block)) {
+        const Layout layout{.rows = linear.rows + extra_rows, .cols = linear.cols, .nm = {2, 4}};
+        if (linear.role == Role::kO && block == 1) {
+          add_dense(writer, linear.weight());
+        } else if (linear.name != skip) {
+          writer.add_linear(linear.name, test::random_matrix(layout, seed_of(linear)));
+        }
+      }
+    for (const TensorSpec& tensor : spec.other_tensors()) {
+      if (tensor.name == skip) continue;
+      tensor.name == spec.embedding().name ? add_rows(writer, tensor) : add_dense(writer, tensor);
+    }
+    writer.finish();
+    writer.commit();
+    return PackedReader::open(path_);
+  }
+
+  static uint64_t seed_of(const LinearSpec& linear) { return std::hash<std::string>()(linear.name); }
+
+  void add_dense(PackedWriter& writer, const TensorSpec& tensor) {
+    const std::vector<std::byte> bytes =
+        test::encode(test::tensor_values(tensor.name, tensor.shape, 0), "F32");
+    writer.add_dense(tensor.name, "F32", tensor.shape, bytes);
+  }
+
+  /// Values that 8-bit rows hold exactly: multiples of 2^-7, 127 of them the largest of every row.
+  void add_rows(PackedWriter& writer, const TensorSpec& tensor) {
+    const at::Tensor values = embedding(tensor.shape);
+    const QuantizedRows rows = QuantizedRows::encode(
+        {.rows = tensor.shape[0], .cols = tensor.shape[1], .bits = 8},
+        [&](int64_t row, float* out) {
+          std::memcpy(out, values[row].data_ptr<float>(),
+                      static_cast<size_t>(tensor.shape[1]) * sizeof(float));
+        },
+        tensor.name);
+    writer.add_quantized_rows(tensor.name.substr(0, tensor.name.rfind('.')), rows);
+  }
+  static at::Tensor embedding(const std::vector<int64_t>& shape) {
+    at::Tensor values = (at::arange(shape[0] * shape[1]) * 37 % 255 - 127).to(at::kFloat).view(shape) / 128;
+    values.slice(1, 0, 1).fill_(127.0 / 128);
+    return values;
+  }
+
+  /// The dense model with the same weights, made without any packed file.
+  Decoder dense(const TinyModel& model) {
+    const ScratchDirectory directory;
+    test::write_checkpoint(directory.path(), model);
+    const Decoder decoder =
+        Decoder::from_checkpoint(Checkpoint::open(directory.path()), {.keep_blocks = true});
+    for (int64_t index = 0; index < decoder.spec().layers; ++index)
+      for (const LinearSpec& linear : decoder.block(index)->linears()) {
+        if (linear.role == Role::kO && index == 1) continue;
+        const StructuredBinaryMatrix matrix =
+            test::random_matrix({.rows = linear.rows, .cols = linear.cols, .nm = {2, 4}}, seed_of(linear));
+        const at::Tensor weight = at::empty({linear.rows, linear.cols});
+        for (int64_t row = 0; row < linear.rows; ++row) matrix.decode_row(row, weight[row].data_ptr<float>());
+        const at::Tensor bias =
+            dynamic_cast<const DenseLinear&>(decoder.block(index)->linear(linear.role)).bias();
+        decoder.block(index)->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias));
+      }
+    return decoder;
+  }
+
+  void expect_mismatch(const PackedReader& packed, const std::vector<std::string>& words) {
+    try {
+      Decoder::from_packed(packed, find_backend("reference"));
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kMismatch);
+      for (const std::string& word : words) EXPECT_THAT(error.what(), testing::HasSubstr(word));
+    }
+  }
+
+  ScratchDirectory directory_;
+  const std::filesystem::path path_ = directory_ / "model.safetensors";
+};
+
+TEST_F(PackedDecoder, EqualsTheDenseModelOfItsWeights) {
+  for (TinyModel model : {test::tiny_llama(), test::tiny_opt()}) {
+    model.config["tie_word_embeddings"] = false;
+    const PackedReader packed = pack(model);
+    const Decoder expected = dense(model);
+    const Decoder decoder = Decoder::from_packed(packed, find_backend("reference"));
+    const at::Tensor ids = at::arange(20).mul(13).remainder(test::kTinyVocabSize).view({2, 10});
+
+    const at::Tensor expected_rows = at::embedding(embedding(decoder.spec().embedding().shape), ids);
+    if (decoder.spec().architecture->position == Position::kRotary)  // nothing is added to the rows
+      EXPECT_TRUE(at::equal(decoder.embed(ids), expected_rows));
+    at::Tensor hidden = decoder.embed(ids);
+    const Positions positions = expected.positions(0, 10);
+    for (int64_t index = 0; index < expected.spec().layers; ++index)
+      hidden = expected.block(index)->forward(hidden, positions);
+    const at::Tensor difference = decoder.logits(decoder.forward(ids)) - expected.logits(hidden);
+    // Float32 sums of at most 176 products in another order, through two blocks; logits are of size one.
+    EXPECT_LT(difference.abs().max().item<double>(), 1e-4);
+  }
+}
+
+TEST_F(PackedDecoder, NamesWhatIsMissingOrMisshapen) {
+  const TinyModel model = test::tiny_llama();
+  expect_mismatch(pack(model, "model.norm.weight"), {"model.norm.weight", "missing"});
+  expect_mismatch(pack(model, "model.embed_tokens.weight"), {"model.embed_tokens.weight", "missing"});
+  expect_mismatch(pack(model, "model.layers.1.mlp.up_proj"),
+                  {"model.layers.1.mlp.up_proj.weight", "missing"});
+  expect_mismatch(pack(model, "", 8), {"model.layers.0.self_attn.q_proj", "72 x 64", "64 x 64"});
+}
+
+}  // namespace
+}  // namespace stbllm
