@@ -1,0 +1,23 @@
+#pragma once
+// A model to run, from either kind of file, with its tokenizer.
+
+#include <memory>
+#include <string>
+
+#include "stbllm/model/decoder.h"
+#include "stbllm/text/tokenizer.h"
+
+namespace stbllm {
+
+struct LoadedModel {
+  Decoder decoder;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::string backend;             ///< "dense" for a checkpoint
+  std::string calibration_sha256;  ///< of the text a packed model was calibrated on; empty for a checkpoint
+};
+
+/// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense blocks stay in memory
+/// once loaded (generation runs through them again and again).
+LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype, bool keep_blocks = false);
+
+}  // namespace stbllm

@@ -1,0 +1,61 @@
+#pragma once
+// A checkpoint in, a packed file out: block by block, the inputs of each block coming from the quantized blocks before it.
+//
+// Resident at any time: one decoder block, the Hessians of its four taps, the hidden states of the calibration windows.
+// Every finished block is a file in a work directory beside the output, so that a run can be continued after any interruption;
+// the finished model is assembled there, verified against the quantizer's own result, and renamed into place.
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/eval/perplexity.h"
+#include "stbllm/quantize/quantize_linear.h"
+
+namespace stbllm {
+
+struct Calibration {
+  Windows windows;           ///< equally long; the last `holdout` of them are kept out of H
+  int64_t holdout = 0;
+  nlohmann::json provenance; ///< corpus, sha256, counts, seed: stored in the packed file and in the fingerprint of a run
+};
+
+/// Random windows of a corpus for a tokenizer's model (GPTQ's protocol). Throws Error(kTooLittleText).
+/// A share of 1/8 of the windows (none when there are fewer than 8) is held out to choose shrinkage and to report errors.
+Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t seqlen, uint64_t seed);
+
+struct QuantizeOptions {
+  std::filesystem::path output;  ///< the packed file; with `dense_output` a HuggingFace directory of dequantized weights
+  bool dense_output = false;
+  bool force = false;            ///< overwrite `output`, discard an unfinished run
+  bool resume = false;           ///< continue the unfinished run beside `output`
+  int64_t blocks = -1;           ///< quantize only so many blocks, the others stay dense; below 0: all
+};
+
+struct LinearResult {
+  std::string name;
+  NmPattern nm;
+  int64_t rows = 0, cols = 0;
+  double salient_share = 0;
+  LinearReport report;
+};
+
+struct QuantizeResult {
+  std::vector<LinearResult> linears;
+  double nominal_bits = 0;      ///< mean of N/M (1 + share of salient columns) over the quantized weights
+  double seconds = 0;
+  double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify
+};
+
+/// Throws before the first expensive step: Error(kUnsupported | kMismatch | kUsage | kExists); later Error(kWriteFailed |
+/// kVerifyFailed | kInterrupted). Deterministic, whatever the number of threads and after a resume.
+QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                              const QuantizeOptions& options);
+
+/// Asks a running quantize_model to stop after the current linear; safe to call from a signal handler.
+void request_interrupt();
+
+}  // namespace stbllm

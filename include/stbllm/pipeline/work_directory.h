@@ -1,0 +1,34 @@
+#pragma once
+// The finished blocks of an unfinished run, on disk beside the output.
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "stbllm/pipeline/quantize_block.h"
+
+namespace stbllm {
+
+class WorkDirectory {
+ public:
+  /// `<output>.work` with a fingerprint of everything that decides the result. With `resume` the directory of an earlier run is
+  /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
+  /// existing one is discarded with `force`, and Error(kExists) without.
+  WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
+
+  const std::filesystem::path& path() const { return path_; }
+  /// A block's file appears by rename: it is complete or not there.
+  void save(int64_t block, const QuantizedBlock& quantized) const;
+  /// Block `block` of an earlier run, or nothing.
+  std::optional<QuantizedBlock> load(int64_t block) const;
+  void remove() const;
+
+ private:
+  std::filesystem::path block_path(int64_t block) const;
+  std::filesystem::path path_;
+};
+
+nlohmann::json to_json(const LinearResult& result, bool with_seconds);
+LinearResult linear_result_from_json(const nlohmann::json& json);
+
+}  // namespace stbllm

@@ -1,0 +1,89 @@
+#include "stbllm/pipeline/quantize_block.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+/// Tokens that go through a block in one call: enough for full-speed products, few enough for small intermediates.
+constexpr int64_t kTokensPerPass = 2048;
+
+}  // namespace
+
+at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t first_held_out,
+                     const CalibrationObserver& observer) {
+  const int64_t windows = hidden.size(0), seqlen = hidden.size(1);
+  const Positions positions(spec, 0, seqlen, at::kFloat, at::kCPU);
+  const int64_t step = std::max<int64_t>(1, kTokensPerPass / seqlen);
+  at::Tensor outputs = at::empty_like(hidden);
+  for (int64_t first = 0; first < windows;) {
+    int64_t count = std::min(step, windows - first);
+    const bool holdout = first_held_out >= 0 && first >= first_held_out;
+    if (first_held_out > first) count = std::min(count, first_held_out - first);  // a pass is held out as a whole or not at all
+    TapObserver tap;
+    if (observer) tap = [&](Tap which, const at::Tensor& inputs) { observer(which, inputs, holdout); };
+    outputs.narrow(0, first, count).copy_(block.forward(hidden.narrow(0, first, count).to(at::kFloat), positions, tap));
+    first += count;
+  }
+  return outputs;
+}
+
+QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
+                              const Recipe& recipe, const std::function<NmPattern(const LinearSpec&)>& pattern,
+                              const std::function<void(const LinearResult&)>& on_linear) {
+  std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
+  for (const LinearSpec& linear : block.linears()) {
+    auto& accumulator = accumulators[static_cast<size_t>(linear.tap)];
+    if (!accumulator) accumulator.emplace(linear.cols, recipe.token_weights);
+  }
+  run_block(block, spec, hidden, hidden.size(0) - holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
+    accumulators[static_cast<size_t>(tap)]->add(inputs, held_out);
+  });
+  std::array<std::optional<InputStats>, kTapCount> stats;
+  for (size_t tap = 0; tap < kTapCount; ++tap)
+    if (accumulators[tap]) {
+      stats[tap] = accumulators[tap]->finish();
+      accumulators[tap].reset();
+    }
+
+  QuantizedBlock quantized;
+  for (const LinearSpec& linear : block.linears()) {
+    const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
+    Recipe own = recipe;
+    own.nm = pattern(linear);
+    LinearResult result{linear.name, own.nm, linear.rows, linear.cols, 0, {}};
+    BinarizedWeight weight = quantize_linear(dense.weight(), *stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    result.salient_share = weight.salient_share();
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(weight.to_dense(), dense.bias()));
+    quantized.linears.emplace(linear.name, std::move(weight));
+    quantized.results.push_back(result);
+    on_linear(result);
+  }
+  return quantized;
+}
+
+void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {
+  const auto tuned = [&](const std::string& name, const at::Tensor& otherwise) {
+    const auto found = quantized.tensors.find(name);
+    return found == quantized.tensors.end() ? otherwise : found->second;
+  };
+  for (const LinearSpec& linear : block.linears()) {
+    const at::Tensor bias = dynamic_cast<const DenseLinear&>(block.linear(linear.role)).bias();
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(quantized.linears.at(linear.name).to_dense(),
+                                                               tuned(linear.name + ".bias", bias)));
+  }
+  const auto set_norm = [&](NormWeights& norm, const std::string& name) {
+    norm.weight = tuned(name + ".weight", norm.weight);
+    norm.bias = tuned(name + ".bias", norm.bias);
+  };
+  set_norm(block.attn_norm(), spec.attn_norm(block.index()));
+  set_norm(block.mlp_norm(), spec.mlp_norm(block.index()));
+}
+
+}  // namespace stbllm

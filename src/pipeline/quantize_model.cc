@@ -1,0 +1,336 @@
+#include "stbllm/pipeline/quantize_model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+
+#include "stbllm/backend/backend.h"
+#include "stbllm/base/error.h"
+#include "stbllm/base/log.h"
+#include "stbllm/model/decoder.h"
+#include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/pipeline/quantize_block.h"
+#include "stbllm/pipeline/work_directory.h"
+#include "stbllm/plan/allocate.h"
+#include "stbllm/quantize/nm_select.h"
+#include "stbllm/text/corpus.h"
+#include "stbllm/text/tokenizer.h"
+
+namespace stbllm {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::atomic<bool> g_interrupt{false};
+
+/// Windows whose logits are compared after packing; their hidden states are kept until then.
+constexpr int64_t kVerifiedWindows = 2;
+/// Packed and dense logits differ by float32 rounding only, which deep models amplify.
+constexpr double kLogitTolerance = 2e-3;
+
+at::Tensor ids_of(const Windows& windows, size_t count) {
+  at::Tensor ids = at::empty({static_cast<int64_t>(count), static_cast<int64_t>(windows[0].size())}, at::kInt);
+  for (size_t i = 0; i < count; ++i)
+    std::copy(windows[i].begin(), windows[i].end(), ids.data_ptr<int32_t>() + i * windows[0].size());
+  return ids;
+}
+
+std::string_view dtype_name(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
+}
+
+std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
+}
+
+/// L2 norm of the weights of each block.
+std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  std::vector<double> norms;
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    double sum = 0;
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const TensorSpec weight = linear.weight();
+      sum += checkpoint.load(weight.name, weight.shape).to(at::kFloat).square().sum(1, false, at::kDouble).sum().item<double>();
+      checkpoint.release(weight.name);
+    }
+    norms.push_back(std::sqrt(sum));
+  }
+  return norms;
+}
+
+/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass over the calibration windows.
+std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor hidden) {
+  const ModelSpec& spec = decoder.spec();
+  std::vector<double> shares;
+  log::Progress progress("scores for the outlier allocation: block", spec.layers);
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    const auto block = decoder.block(i);
+    std::array<at::Tensor, kTapCount> norm_sq;
+    hidden = run_block(*block, spec, hidden, -1, [&](Tap tap, const at::Tensor& inputs, bool) {
+      at::Tensor& sum = norm_sq[static_cast<size_t>(tap)];
+      const at::Tensor squares = inputs.reshape({-1, inputs.size(-1)}).square().sum(0);
+      sum = sum.defined() ? sum + squares : squares;
+    });
+    double total = 0, above = 0;
+    int64_t count = 0;
+    std::vector<at::Tensor> scores;
+    for (const LinearSpec& linear : block->linears()) {
+      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight();
+      scores.push_back(importance(weight.t().contiguous(), norm_sq[static_cast<size_t>(linear.tap)], {}, Importance::kWanda));
+      total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
+      count += scores.back().numel();
+    }
+    const float threshold = static_cast<float>(6 * total / static_cast<double>(count));
+    for (const at::Tensor& score : scores) above += score.gt(threshold).sum().item<double>();
+    shares.push_back(100 * above / static_cast<double>(count));
+    progress.update(i + 1);
+  }
+  return shares;
+}
+
+std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& decoder, const at::Tensor& hidden, const Recipe& recipe) {
+  switch (recipe.allocation) {
+    case Allocation::kNorm:
+      return allocate_by_norm(recipe.nm, block_norms(checkpoint, decoder.spec()));
+    case Allocation::kOutlier:
+      return allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden));
+    case Allocation::kUniform:
+      break;
+    case Allocation::kBudget:
+      fail(ErrorCode::kUnsupported, "allocation 'budget' is not implemented; use uniform, norm or outlier");
+  }
+  return std::vector<NmPattern>(decoder.spec().layers, recipe.nm);
+}
+
+/// Writes the assembled model, whatever its container is.
+class ModelWriter {
+ public:
+  virtual ~ModelWriter() = default;
+  virtual void add_linear(const std::string& name, const BinarizedWeight& weight) = 0;
+  virtual void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) = 0;
+};
+
+class PackedModelWriter : public ModelWriter {
+ public:
+  explicit PackedModelWriter(PackedWriter& file) : file_(file) {}
+  void add_linear(const std::string& name, const BinarizedWeight& weight) override { file_.add_linear(name, pack_weight(weight, name)); }
+  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
+    if (coding == RowCoding::kInt8 || coding == RowCoding::kInt4) {
+      const QuantizedRows::Layout layout{tensor.size(0), tensor.size(1), coding == RowCoding::kInt8 ? 8 : 4};
+      const auto load = [&](int64_t row, float* out) {
+        at::from_blob(out, {layout.cols}, at::kFloat).copy_(tensor[row]);
+      };
+      file_.add_quantized_rows(name, QuantizedRows::encode(layout, load, name));
+      return;
+    }
+    const at::Tensor stored = (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf) : tensor).contiguous();
+    file_.add_dense(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
+  }
+
+ private:
+  PackedWriter& file_;
+};
+
+class DenseModelWriter : public ModelWriter {
+ public:
+  explicit DenseModelWriter(SafetensorsWriter& file) : file_(file) {}
+  void add_linear(const std::string& name, const BinarizedWeight& weight) override {
+    add_tensor(name + ".weight", weight.to_dense(), RowCoding::kKeep);
+  }
+  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding) override {
+    const at::Tensor stored = tensor.contiguous();
+    file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
+  }
+
+ private:
+  SafetensorsWriter& file_;
+};
+
+/// Everything of the model, in the order of the checkpoint's blocks.
+void write_model(ModelWriter& writer, const Checkpoint& checkpoint, const ModelSpec& spec, const WorkDirectory& work, int64_t quantized_blocks,
+                 const Recipe& recipe) {
+  std::map<std::string, at::Tensor> tuned;
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    if (i < quantized_blocks) {
+      const auto block = work.load(i);
+      STBLLM_CHECK(block.has_value(), "block {} is not in the work directory", i);
+      for (const LinearSpec& linear : spec.linears(i)) writer.add_linear(linear.name, block->linears.at(linear.name));
+      tuned.insert(block->tensors.begin(), block->tensors.end());
+    } else {
+      for (const LinearSpec& linear : spec.linears(i)) {
+        const TensorSpec weight = linear.weight();
+        writer.add_tensor(weight.name, checkpoint.load(weight.name, weight.shape), RowCoding::kKeep);
+        checkpoint.release(weight.name);
+      }
+    }
+  }
+  for (const TensorSpec& tensor : spec.other_tensors()) {
+    const auto found = tuned.find(tensor.name);
+    const RowCoding coding = tensor.name == spec.embedding().name ? recipe.embedding
+                             : tensor.name == spec.head().name    ? recipe.head
+                                                                  : RowCoding::kKeep;
+    writer.add_tensor(tensor.name, found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape), coding);
+    checkpoint.release(tensor.name);
+  }
+}
+
+/// Relative L2 distance between the logits of the packed file and those of the dense blocks the quantizer went on with.
+double verify_packed(const fs::path& path, const Decoder& dense, const Windows& windows, const at::Tensor& dense_hidden, bool exact_head) {
+  const PackedReader reader = PackedReader::open(path);
+  const Decoder packed = Decoder::from_packed(reader, find_backend("cpu"), at::kFloat);
+  const size_t count = static_cast<size_t>(dense_hidden.size(0));
+  const at::Tensor hidden = final_hidden_states(packed, std::span(windows).subspan(0, count));
+  double difference = 0, energy = 0;
+  for (size_t w = 0; w < count; ++w) {
+    // With a coded embedding the packed model differs from the start on purpose: compare its own dense twin's hidden states then.
+    const at::Tensor a = dense.logits(dense_hidden[static_cast<int64_t>(w)].unsqueeze(0)).to(at::kFloat);
+    const at::Tensor b = packed.logits(hidden[static_cast<int64_t>(w)].unsqueeze(0)).to(at::kFloat);
+    difference += (a - b).square().sum(at::kDouble).item<double>();
+    energy += a.square().sum(at::kDouble).item<double>();
+  }
+  const double distance = std::sqrt(difference / energy);
+  if (exact_head && !(distance < kLogitTolerance))
+    fail(ErrorCode::kVerifyFailed,
+         "the packed file does not reproduce the quantizer's logits: relative distance {:.2e}, expected below {:.0e}; nothing was written",
+         distance, kLogitTolerance);
+  return distance;
+}
+
+double nominal_bits(const std::vector<LinearResult>& linears) {
+  double bits = 0, weights = 0;
+  for (const LinearResult& linear : linears) {
+    const double count = static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
+    bits += count * linear.nm.density() * (1 + linear.salient_share);
+    weights += count;
+  }
+  return bits / weights;
+}
+
+}  // namespace
+
+void request_interrupt() { g_interrupt = true; }
+
+Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t seqlen, uint64_t seed) {
+  const Corpus corpus = read_corpus(data);
+  const auto tokenizer = Tokenizer::load(checkpoint.directory());
+  const std::vector<int32_t> ids = tokenizer->encode(corpus.text);
+  Calibration calibration;
+  calibration.windows = calibration_windows(ids, samples, seqlen, seed, corpus.description);
+  calibration.holdout = samples >= 8 ? samples / 8 : 0;
+  calibration.provenance = {{"corpus", corpus.description}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
+                            {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout}};
+  return calibration;
+}
+
+QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                              const QuantizeOptions& options) {
+  const auto started = std::chrono::steady_clock::now();
+  const at::NoGradGuard no_grad;
+  recipe.validate();
+  if (!recipe.packable() && !options.dense_output)
+    fail(ErrorCode::kUnsupported, "recipe '{}' does not give N:M sparse weights and has no packed form; write a dense checkpoint with --dense",
+         recipe.name);
+  if (fs::exists(options.output) && !options.force)
+    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.output.string());
+  const auto tokenizer = Tokenizer::load(checkpoint.directory());
+  const Decoder decoder = Decoder::from_checkpoint(checkpoint);
+  const ModelSpec& spec = decoder.spec();
+  check_windows(decoder, calibration.windows);
+  const int64_t block_count = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+
+  const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
+                                      {"config", checkpoint.config()},
+                                      {"checkpoint_bytes", checkpoint.file_bytes()},
+                                      {"calibration", calibration.provenance},
+                                      {"recipe", recipe.to_json()},
+                                      {"blocks", block_count}};
+  const WorkDirectory work(options.output, fingerprint, options.resume, options.force);
+
+  at::Tensor hidden = at::empty({static_cast<int64_t>(calibration.windows.size()), static_cast<int64_t>(calibration.windows[0].size()), spec.hidden}, at::kFloat);
+  const at::Tensor ids = ids_of(calibration.windows, calibration.windows.size());
+  for (int64_t w = 0; w < hidden.size(0); ++w) hidden[w].copy_(decoder.embed(ids.narrow(0, w, 1))[0]);
+  const std::vector<NmPattern> plan = plan_blocks(checkpoint, decoder, hidden, recipe);
+  log::info("plan: {} ({}), mean kept {:.4f}", describe(plan), nlohmann::json(recipe.to_json())["allocation"].get<std::string>(),
+            mean_density(plan));
+
+  QuantizeResult result;
+  {
+    const int64_t linears_per_block = static_cast<int64_t>(spec.linears(0).size());
+    log::Progress progress("quantize: linear", block_count * linears_per_block);
+    for (int64_t i = 0; i < spec.layers; ++i) {
+      const auto block = decoder.block(i);
+      if (i < block_count) {
+        std::optional<QuantizedBlock> quantized = work.load(i);
+        if (quantized) {
+          install(*quantized, *block, spec);
+        } else {
+          quantized = quantize_block(*block, spec, hidden, calibration.holdout, recipe, [&](const LinearSpec&) { return plan[i]; },
+                                     [&](const LinearResult& linear) {
+                                       result.linears.push_back(linear);
+                                       progress.update(static_cast<int64_t>(result.linears.size()),
+                                                       fmt::format("block {}  error {:.4f}", i, linear.report.output_error));
+                                       if (g_interrupt)
+                                         fail(ErrorCode::kInterrupted, "interrupted in block {} of {}; {} holds what is finished, continue with --resume",
+                                              i, block_count, work.path().string());
+                                       log::debug("{}: {} error {:.5f} held out {:.5f} shrink {:.2f} damping {:g} ({} retries) {:.2f} s", linear.name,
+                                                  linear.nm.str(), linear.report.output_error, linear.report.holdout_error, linear.report.shrink,
+                                                  linear.report.damping, linear.report.damping_retries, linear.report.seconds);
+                                     });
+          result.linears.resize(result.linears.size() - quantized->results.size());
+          work.save(i, *quantized);
+        }
+        result.linears.insert(result.linears.end(), quantized->results.begin(), quantized->results.end());
+        progress.update(static_cast<int64_t>(result.linears.size()));
+      }
+      for (const LinearSpec& linear : spec.linears(i)) checkpoint.release(linear.weight().name);
+      hidden = run_block(*block, spec, hidden);
+    }
+  }
+  result.nominal_bits = nominal_bits(result.linears);
+
+  if (options.dense_output) {
+    std::error_code error;
+    fs::create_directories(options.output, error);
+    SafetensorsWriter file(options.output / "model.safetensors", options.force);
+    DenseModelWriter writer(file);
+    write_model(writer, checkpoint, spec, work, block_count, recipe);
+    file.set_metadata("format", "pt");
+    file.finish();
+    file.commit();
+    for (const auto& entry : fs::directory_iterator(checkpoint.directory())) {
+      const std::string extension = entry.path().extension().string(), name = entry.path().filename().string();
+      if (extension == ".json" && !name.ends_with(".index.json"))
+        fs::copy_file(entry.path(), options.output / entry.path().filename(), fs::copy_options::overwrite_existing);
+      if (name == "tokenizer.model" || name == "merges.txt")
+        fs::copy_file(entry.path(), options.output / entry.path().filename(), fs::copy_options::overwrite_existing);
+    }
+  } else {
+    PackedWriter file(options.output, options.force);
+    PackedModelWriter writer(file);
+    write_model(writer, checkpoint, spec, work, block_count, recipe);
+    nlohmann::json results = nlohmann::json::array();
+    for (const LinearResult& linear : result.linears) results.push_back(to_json(linear, /*with_seconds=*/false));
+    file.set_metadata("config", checkpoint.config().dump());
+    file.set_metadata("tokenizer", tokenizer->serialize());
+    file.set_metadata("recipe", recipe.to_json().dump());
+    file.set_metadata("calibration", calibration.provenance.dump());
+    file.set_metadata("results", results.dump());
+    file.set_metadata("version", STBLLM_VERSION);
+    const fs::path finished = file.finish();
+    const int64_t count = std::min<int64_t>(kVerifiedWindows, hidden.size(0));
+    const bool exact_rows = (recipe.embedding == RowCoding::kKeep || recipe.embedding == RowCoding::kFloat16) &&
+                            (recipe.head == RowCoding::kKeep || recipe.head == RowCoding::kFloat16);
+    result.verified_logits = verify_packed(finished, decoder, calibration.windows, hidden.narrow(0, 0, count), exact_rows);
+    file.commit();
+  }
+  work.remove();
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return result;
+}
+
+}  // namespace stbllm

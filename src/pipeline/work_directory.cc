@@ -1,0 +1,145 @@
+#include "stbllm/pipeline/work_directory.h"
+
+#include <fmt/format.h>
+
+#include <cstring>
+#include <fstream>
+#include <sstream>
+
+#include "stbllm/base/error.h"
+#include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/pack_weight.h"
+
+namespace stbllm {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
+}
+
+nlohmann::json read_json(const fs::path& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  return nlohmann::json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
+}
+
+/// "nsamples: 16 there, 32 here" for the first field that differs.
+std::string first_difference(const nlohmann::json& before, const nlohmann::json& now) {
+  const nlohmann::json was = before.flatten(), is = now.flatten();
+  for (const auto& [key, value] : is.items())
+    if (!was.contains(key) || was[key] != value)
+      return fmt::format("{}: {} there, {} here", key.substr(1), was.contains(key) ? was[key].dump() : "nothing", value.dump());
+  for (const auto& [key, value] : was.items())
+    if (!is.contains(key)) return fmt::format("{}: {} there, nothing here", key.substr(1), value.dump());
+  return "";
+}
+
+}  // namespace
+
+nlohmann::json to_json(const LinearResult& result, bool with_seconds) {
+  const LinearReport& report = result.report;
+  nlohmann::json json = {{"name", result.name},
+                         {"nm", result.nm.str()},
+                         {"rows", result.rows},
+                         {"cols", result.cols},
+                         {"salient_share", result.salient_share},
+                         {"output_error", report.output_error},
+                         {"holdout_error", report.holdout_error},
+                         {"shrink", report.shrink},
+                         {"damping", report.damping},
+                         {"damping_retries", report.damping_retries},
+                         {"salient_count", report.salient_count},
+                         {"threshold", report.threshold}};
+  if (with_seconds) json["seconds"] = report.seconds;
+  return json;
+}
+
+LinearResult linear_result_from_json(const nlohmann::json& json) {
+  LinearResult result{json.at("name"), NmPattern::parse(json.at("nm").get<std::string>()), json.at("rows"), json.at("cols"),
+                      json.at("salient_share"), {}};
+  LinearReport& report = result.report;
+  report.output_error = json.at("output_error");
+  report.holdout_error = json.at("holdout_error");
+  report.shrink = json.at("shrink");
+  report.damping = json.at("damping");
+  report.damping_retries = json.at("damping_retries");
+  report.salient_count = json.at("salient_count").get<std::vector<int>>();
+  report.threshold = json.at("threshold").get<std::vector<double>>();
+  report.seconds = json.value("seconds", 0.0);
+  return result;
+}
+
+WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& fingerprint, bool resume, bool force)
+    : path_(output.string() + ".work") {
+  const fs::path fingerprint_path = path_ / "fingerprint.json";
+  if (resume) {
+    if (!fs::exists(fingerprint_path))
+      fail(ErrorCode::kNotFound, "{}: there is no unfinished run to resume; leave out --resume", path_.string());
+    const std::string difference = first_difference(read_json(fingerprint_path), fingerprint);
+    if (!difference.empty())
+      fail(ErrorCode::kMismatch, "{}: the unfinished run was made with other inputs ({}); use the same, or --force to start again",
+           path_.string(), difference);
+    return;
+  }
+  if (fs::exists(path_)) {
+    if (!force)
+      fail(ErrorCode::kExists, "{}: an unfinished run is there; continue it with --resume or discard it with --force", path_.string());
+    fs::remove_all(path_);
+  }
+  std::error_code error;
+  fs::create_directories(path_, error);
+  std::ofstream file(fingerprint_path);
+  file << fingerprint.dump(1) << '\n';
+  file.close();
+  if (error || !file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
+}
+
+fs::path WorkDirectory::block_path(int64_t block) const { return path_ / fmt::format("block_{:03}.safetensors", block); }
+
+void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {
+  PackedWriter writer(block_path(block), /*force=*/true);
+  nlohmann::json results = nlohmann::json::array();
+  for (const LinearResult& result : quantized.results) results.push_back(to_json(result, true));
+  // Results without a packed form (the released arithmetic) are kept dense.
+  for (const auto& [name, weight] : quantized.linears) {
+    if (weight.unpackable.defined())
+      writer.add_dense(name + ".weight", "F32", weight.unpackable.sizes().vec(), bytes_of(weight.unpackable.contiguous()));
+    else
+      writer.add_linear(name, pack_weight(weight, name));
+  }
+  for (const auto& [name, tensor] : quantized.tensors)
+    writer.add_dense(name, "F32", tensor.sizes().vec(), bytes_of(tensor.contiguous()));
+  writer.set_metadata("results", results.dump());
+  writer.finish();
+  writer.commit();
+}
+
+std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const {
+  const fs::path path = block_path(block);
+  if (!fs::exists(path)) return std::nullopt;
+  const PackedReader reader = PackedReader::open(path);
+  QuantizedBlock quantized;
+  for (const auto& json : nlohmann::json::parse(reader.metadata("results"))) quantized.results.push_back(linear_result_from_json(json));
+  for (const auto& [name, matrix] : reader.linears()) quantized.linears.emplace(name, unpack_weight(matrix));
+  for (const auto& [name, entry] : reader.dense_tensors()) {
+    const at::Tensor tensor = at::from_blob(const_cast<std::byte*>(entry.data.data()), entry.shape, at::kFloat).clone();
+    const std::string linear = name.ends_with(".weight") ? name.substr(0, name.size() - 7) : "";
+    const bool unpackable = std::any_of(quantized.results.begin(), quantized.results.end(),
+                                        [&](const LinearResult& result) { return result.name == linear; });
+    if (unpackable)
+      quantized.linears[linear].unpackable = tensor;
+    else
+      quantized.tensors.emplace(name, tensor);
+  }
+  return quantized;
+}
+
+void WorkDirectory::remove() const {
+  std::error_code ignored;
+  fs::remove_all(path_, ignored);
+}
+
+}  // namespace stbllm

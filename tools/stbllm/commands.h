@@ -1,0 +1,29 @@
+#pragma once
+// The subcommands. Each file holds an options struct, add_*() that describes it to CLI11, and run_*().
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace stbllm {
+
+void add_quantize(CLI::App& app);
+void add_eval_ppl(CLI::App& app);
+void add_inspect(CLI::App& app);
+void add_generate(CLI::App& app);
+
+/// What several subcommands share.
+struct CommonOptions {
+  int threads = 0;    ///< 0: all cores
+  bool json = false;  ///< result as one JSON object on stdout
+};
+void add_common(CLI::App& command, CommonOptions& options);
+void apply(const CommonOptions& options);
+
+/// Highest resident memory of this process so far, in bytes.
+int64_t peak_memory_bytes();
+std::string human_bytes(double bytes);
+
+}  // namespace stbllm

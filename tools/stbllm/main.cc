@@ -1,0 +1,87 @@
+// stbllm: structured binary weights for LLaMA, OPT and Mistral checkpoints.
+
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <sys/resource.h>
+
+#include <csignal>
+#include <cstdio>
+#include <exception>
+
+#include "commands.h"
+#include "stbllm/base/error.h"
+#include "stbllm/base/log.h"
+#include "stbllm/pipeline/quantize_model.h"
+
+namespace stbllm {
+
+void add_common(CLI::App& command, CommonOptions& options) {
+  command.add_option("--threads", options.threads, "CPU threads; 0: all cores")->check(CLI::Range(0, 4096));
+  command.add_flag("--json", options.json, "Print the result as one JSON object");
+}
+
+void apply(const CommonOptions& options) {
+  if (options.threads <= 0) return;
+  at::set_num_threads(options.threads);
+  omp_set_num_threads(options.threads);
+}
+
+int64_t peak_memory_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+std::string human_bytes(double bytes) {
+  if (bytes >= 1e9) return fmt::format("{:.2f} GB", bytes / 1e9);
+  if (bytes >= 1e6) return fmt::format("{:.1f} MB", bytes / 1e6);
+  return fmt::format("{:.1f} kB", bytes / 1e3);
+}
+
+namespace {
+
+int run(int argc, char** argv) {
+  CLI::App app{
+      "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT and Mistral checkpoints.\n\n"
+      "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
+      "  stbllm eval-ppl model.safetensors --data wikitext2\n"
+      "  stbllm inspect model.safetensors\n"
+      "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"};
+  app.set_version_flag("--version", STBLLM_VERSION);
+  app.require_subcommand(1);
+  std::string level = "info";
+  app.add_option("--log-level", level, "trace, debug, info, warning, error or off");
+  app.fallthrough();
+  app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
+  app.footer("Exit codes: 0 done, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 not supported, 7 text too short,\n"
+             "8 output exists, 9 cannot write, 10 verification failed, 130 interrupted.");
+  add_quantize(app);
+  add_eval_ppl(app);
+  add_inspect(app);
+  add_generate(app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int status = app.exit(error);
+    return status == 0 ? 0 : static_cast<int>(ErrorCode::kUsage);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace stbllm
+
+int main(int argc, char** argv) {
+  std::signal(SIGINT, [](int) { stbllm::request_interrupt(); });
+  try {
+    return stbllm::run(argc, argv);
+  } catch (const stbllm::Error& error) {
+    stbllm::log::write(stbllm::log::Level::kError, error.what());
+    return static_cast<int>(error.code());
+  } catch (const std::bad_alloc&) {
+    stbllm::log::write(stbllm::log::Level::kError, "out of memory; use fewer or shorter windows");
+  } catch (const std::exception& error) {
+    stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what());
+  }
+  return 1;
+}
