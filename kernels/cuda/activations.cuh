@@ -48,8 +48,9 @@ STBLLM_DEVICE void load_activations(const WeightView& weights, const InputView& 
     if (input.type == ElementType::kFloat32) {
       const auto* from =
           reinterpret_cast<const Words4*>(static_cast<const float*>(input.data) + row + column);
+      const Words4 words[2] = {from[0], from[1]};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = bits_float(from[i / 4].word[i % 4]);
+      for (int i = 0; i < 8; ++i) value[i] = bits_float(words[i / 4].word[i % 4]);
     } else {
       const Words4 words =
           *reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(input.data) + row + column);

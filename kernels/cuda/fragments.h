@@ -16,6 +16,7 @@ namespace stbllm::cuda {
 
 struct Element {
   int row, col;
+  bool operator==(const Element&) const = default;
 };
 
 /// A of m16n8k16: four registers of two halves. A of the sparse m16n8k32 is the same picture over the *kept*
@@ -39,6 +40,7 @@ STBLLM_HOST_DEVICE constexpr Element d_element(int lane, int index) {
 /// of four lanes, selector 1 those of members 2 and 3.
 struct MetadataSlot {
   int lane, shift;
+  bool operator==(const MetadataSlot&) const = default;
 };
 STBLLM_HOST_DEVICE constexpr MetadataSlot metadata_slot(int selector, int row, int q) {
   return {4 * (row % 8) + 2 * selector + q / 4, 16 * (row / 8) + 4 * (q % 4)};

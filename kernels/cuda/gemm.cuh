@@ -56,14 +56,17 @@ STBLLM_DEVICE void gemm(const WeightView& weights, const uint16_t* staged, const
 
   const auto load = [&](int chunk) {
     if (chunk < chunks) {
-      std::byte* const stage = stages + chunk % kStages * Shape::kStageBytes;
+      // A thread copies the same piece of every kThreads / 8-th token, so that its swizzle is the same, too.
+      static_assert(Shape::kThreads / 8 % 8 == 0);
+      std::byte* const to = stages + chunk % kStages * Shape::kStageBytes + thread / 8 * Shape::kRowBytes +
+                            (thread % 8 ^ thread / 8 % 8) * 16;
+      const uint16_t* const from = staged + static_cast<int64_t>(first_token + thread / 8) * width +
+                                   chunk * kChunkColumns + thread % 8 * 8;
 #pragma unroll
-      for (int i = thread; i < Shape::kBlockTokens * 8; i += Shape::kThreads) {
-        const int token = i / 8, piece = i % 8;
-        const bool valid = first_token + token < output.tokens;
-        const int64_t from = static_cast<int64_t>(valid ? first_token + token : 0) * width;
-        copy_async_16(stage + token * Shape::kRowBytes + (piece ^ token % 8) * 16,
-                      staged + from + chunk * kChunkColumns + piece * 8, valid);
+      for (int token = 0; token < Shape::kBlockTokens; token += Shape::kThreads / 8) {
+        const bool valid = first_token + thread / 8 + token < output.tokens;
+        copy_async_16(to + token * Shape::kRowBytes,
+                      valid ? from + static_cast<int64_t>(token) * width : staged, valid);
       }
     }
     if (chunk < coded_chunks && chunk % 4 == 0) {
@@ -89,21 +92,27 @@ STBLLM_DEVICE void gemm(const WeightView& weights, const uint16_t* staged, const
 
   float d[kRowTiles][kTokenTiles][4] = {};
   const auto multiply_coded = [&](int chunk) {
-    using Chunk = TileChunk<kSparse, kPlanes>;
     const uint32_t* const tile_records =
         records + (chunk / 4 % 2 * Shape::kBlockTiles + warp_tile) * record_words;
-    uint32_t b[kTokenTiles][4];
-    load_b(b, chunk, 0);
+    // Two steps share the decoding of metadata; without metadata the registers are worth more.
+    constexpr int kSteps = kSparse ? 2 : 1;
+#pragma unroll 1
+    for (int first = 0; first < 2; first += kSteps) {
+      uint32_t b[kSteps][kTokenTiles][4];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r)
-      Chunk(tile_records + r * record_words, weights.levels, chunk % 4, lane).template multiply<0>(d[r], b);
-    load_b(b, chunk, 1);
+      for (int s = 0; s < kSteps; ++s) load_b(b[s], chunk, first + s);
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r)
-      Chunk(tile_records + r * record_words, weights.levels, chunk % 4, lane).template multiply<1>(d[r], b);
+      for (int r = 0; r < kRowTiles; ++r) {
+        const TileChunk<kSparse, kPlanes> weight(tile_records + r * record_words, weights.levels, chunk % 4,
+                                                 lane);
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) weight.multiply(d[r], b[s], first + s);
+      }
+    }
   };
   const auto multiply_extra = [&](int chunk) {
     const int first_step = (chunk - coded_chunks) * (kChunkColumns / kExtraColumns);
+#pragma unroll 1  // rare
     for (int step = 0; step < 4 && first_step + step < weights.extra_steps; ++step) {
       uint32_t b[kTokenTiles][4];
       load_b(b, chunk, step / 2);

@@ -104,33 +104,33 @@ STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const
     sync_warp();
 
     float part[kRowTiles][kTokenTiles][4] = {};
-    uint32_t b[kTokenTiles][4];
+    uint32_t b[2][kTokenTiles][4];
     if (tile < weights.column_tiles) {
       const uint32_t* const records = ring + slot * kRowTiles * record_words;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        load_b(b, 2 * c);
+        load_b(b[0], 2 * c);
+        load_b(b[1], 2 * c + 1);
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-          TileChunk<kSparse, kPlanes>(records + r * record_words, weights.levels, c, lane)
-              .template multiply<0>(part[r], b);
-        load_b(b, 2 * c + 1);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-          TileChunk<kSparse, kPlanes>(records + r * record_words, weights.levels, c, lane)
-              .template multiply<1>(part[r], b);
+        for (int r = 0; r < kRowTiles; ++r) {
+          const TileChunk<kSparse, kPlanes> weight(records + r * record_words, weights.levels, c, lane);
+          weight.multiply(part[r], b[0], 0);
+          weight.multiply(part[r], b[1], 1);
+        }
       }
     } else {
       const int first_step = (tile - weights.column_tiles) * (kTileColumns / kExtraColumns);
+#pragma unroll 1  // rare
       for (int step = 0; step < 16 && first_step + step < weights.extra_steps; ++step) {
-        load_b(b, step / 2);
+        load_b(b[0], step / 2);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           const Words4 a = reinterpret_cast<const Words4*>(
               weights.extra_values)[(row_tile(r) * weights.extra_steps + first_step + step) * 32 + lane];
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n)
-            mma(part[r][n], a.word, step % 2 == 0 ? b[n][0] : b[n][2], step % 2 == 0 ? b[n][1] : b[n][3]);
+            mma(part[r][n], a.word, step % 2 == 0 ? b[0][n][0] : b[0][n][2],
+                step % 2 == 0 ? b[0][n][1] : b[0][n][3]);
         }
       }
     }

@@ -80,18 +80,24 @@ class TileChunk {
     }
   }
 
-  /// d[n] += W b[n] over columns 32 kStep .. of the chunk; b[n] is the B fragment of 32 rows.
-  template <int kStep, int kTokenTiles>
-  STBLLM_DEVICE void multiply(float (&d)[kTokenTiles][4], const uint32_t (&b)[kTokenTiles][4]) const {
+  /// d[n] += W b[n] over columns 32 step .. of the chunk, step 0 or 1; b[n] is the B fragment of 32 rows.
+  template <int kTokenTiles>
+  STBLLM_DEVICE void multiply(float (&d)[kTokenTiles][4], const uint32_t (&b)[kTokenTiles][4],
+                              int step) const {
     uint32_t a[4];
     if constexpr (kSparse) {
-      fragment(a, 4 * kStep);
+      fragment(a, 4 * step);
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) mma_sparse<kStep>(d[n], a, b[n], metadata_);
+      for (int n = 0; n < kTokenTiles; ++n) {
+        if (step == 0)
+          mma_sparse<0>(d[n], a, b[n], metadata_);
+        else
+          mma_sparse<1>(d[n], a, b[n], metadata_);
+      }
     } else {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        fragment(a, 8 * kStep + 4 * k);
+        fragment(a, 8 * step + 4 * k);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) mma(d[n], a, b[n][2 * k], b[n][2 * k + 1]);
       }
