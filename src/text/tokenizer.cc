@@ -258,9 +258,11 @@ class HuggingFaceTokenizer : public Tokenizer {
 
   void apply_config(const Config& config, std::string_view source) {
     // Flags that were changed after tokenizer.json was written, and tokens that were added then.
-    const json listed = field_or(config.tokenizer, "added_tokens_decoder", json::object());
-    for (const auto& [key, value] : listed.items())
-      add_token(parse_added_token(value, parse_id(json::parse(key))));
+    if (const auto listed = config.tokenizer.find("added_tokens_decoder"); listed != config.tokenizer.end()) {
+      for (const auto& [id, token] : listed->items()) {
+        add_token(parse_added_token(token, parse_id(json::parse(id))));
+      }
+    }
     // Tokens with a role are special, whether or not they were listed.
     for (const char* role :
          {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
@@ -346,7 +348,10 @@ class HuggingFaceTokenizer : public Tokenizer {
 
 std::unique_ptr<Tokenizer> Tokenizer::load(const std::filesystem::path& directory) {
   Files files;
-  const auto exists = [&](const char* name) { return std::filesystem::exists(directory / name); };
+  const auto exists = [&](const char* name) {
+    std::error_code ignored;  // a path that cannot be looked at is as good as none
+    return std::filesystem::exists(directory / name, ignored);
+  };
   const auto read = [&](const char* name) {
     const auto file = MappedFile::open(directory / name);
     files[name].assign(reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size());

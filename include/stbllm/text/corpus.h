@@ -19,23 +19,28 @@ struct Corpus {
 };
 
 /// Reads `data`:
-///   - "wikitext2", "wikitext2-valid", "c4": a known corpus, looked for in $STBLLM_DATA and in the default places
+///   - "wikitext2", "wikitext2-valid", "c4": a known corpus, looked for in $STBLLM_DATA and in the default
+///   places
 ///     (./data, ../shared/data), file names wiki.test.raw / wiki.valid.raw / c4-sample.txt;
-///   - a .raw file of Wikitext-2: rows joined as the HF data set has them (the raw line " \n" is the row "", every other
+///   - a .raw file of Wikitext-2: rows joined as the HF data set has them (the raw line " \n" is the row "",
+///   every other
 ///     line with its newline is a row, rows are joined by "\n\n");
 ///   - .jsonl or .jsonl.gz with a "text" field: documents joined by "\n\n";
-///   - any other UTF-8 text, as it is.
-/// Throws Error(kNotFound) with the places that were tried; Error(kCorrupt) for invalid UTF-8 or JSON, with line number.
+///   - any other UTF-8 text, as it is. All of them may be gzipped (.raw.gz, .txt.gz).
+/// Throws Error(kNotFound) with the places that were tried; Error(kCorrupt) for invalid UTF-8 or JSON, with
+/// line number, and for a damaged .gz; Error(kMismatch) when "wikitext2" or "wikitext2-valid" finds another
+/// text (by SHA-256).
 Corpus read_corpus(const std::string& data);
 
 /// Non-overlapping windows from the start of `ids` (GPTQ's protocol); the incomplete last one is dropped.
 /// At most `max_windows` of them when that is positive. Throws Error(kTooLittleText) when there is none.
-std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen, int64_t max_windows,
-                                                     std::string_view what);
+std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen,
+                                                     int64_t max_windows, std::string_view what);
 
-/// `count` windows of `seqlen` ids at random places of `ids` (GPTQ's calibration protocol), the same for the same seed
-/// on every machine. Throws Error(kTooLittleText) unless ids.size() > seqlen.
-std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, int64_t seqlen,
-                                                      uint64_t seed, std::string_view what);
+/// `count` windows of `seqlen` ids at random places of `ids` (GPTQ's calibration protocol): each start is
+/// drawn uniformly from [0, ids.size() - seqlen) by SplitMix64(seed), so that the same seed gives the same
+/// windows on every machine. Throws Error(kTooLittleText) unless ids.size() > seqlen.
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
+                                                      int64_t seqlen, uint64_t seed, std::string_view what);
 
 }  // namespace stbllm

@@ -15,21 +15,25 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
 
-  /// Loads the tokenizer of a checkpoint directory: tokenizer.json, else tokenizer.model, else vocab.json + merges.txt;
-  /// BOS rules from tokenizer_config.json where tokenizer.json does not state them.
-  /// Throws Error(kNotFound) when none is there, Error(kUnsupported) naming the component that is not implemented.
+  /// Loads the tokenizer of a checkpoint directory: tokenizer.json, else tokenizer.model, else vocab.json +
+  /// merges.txt; BOS rules from tokenizer_config.json where tokenizer.json does not state them (has no
+  /// post_processor). Throws Error(kNotFound) when none is there, Error(kUnsupported) naming the component
+  /// that is not implemented, Error(kCorrupt) for damaged files.
   static std::unique_ptr<Tokenizer> load(const std::filesystem::path& directory);
   /// The same from the bytes that serialize() returned.
   static std::unique_ptr<Tokenizer> from_serialized(const std::string& serialized);
 
-  /// The files that define this tokenizer, as one string (a JSON object of file name -> content), to be kept in a packed file.
+  /// The files that define this tokenizer, as one string (a JSON object of file name -> content), to be kept
+  /// in a packed file. The bytes of tokenizer.model, which is binary, stand there as U+0000 to U+00FF.
   virtual std::string serialize() const = 0;
 
-  /// Ids of UTF-8 `text`. With `add_special_tokens` BOS is added as HF applies it (once, where the tokenizer adds it).
+  /// Ids of UTF-8 `text` (Error(kCorrupt) when it is not). With `add_special_tokens` BOS is added as HF
+  /// applies it (once, where the tokenizer adds it).
   virtual std::vector<int32_t> encode(std::string_view text, bool add_special_tokens = true) const = 0;
-  /// Text of `ids`; special tokens are left out.
+  /// Text of `ids`; special tokens and ids out of range are left out. Always valid UTF-8: an incomplete
+  /// character, as at the end of ids that arrive one by one, becomes U+FFFD.
   virtual std::string decode(std::span<const int32_t> ids) const = 0;
-  /// Number of ids, added tokens included.
+  /// One more than the largest id, added tokens included.
   virtual int64_t vocab_size() const = 0;
   /// -1 when there is none.
   virtual int32_t bos_id() const = 0;
