@@ -167,8 +167,12 @@ void multiply_lookups(const Kernels& kernels, const MatrixView& m, const Activat
 
 #pragma omp parallel num_threads(thread_count(x.tokens* m.rows* m.cols, kLookupsPerThread, m.tiles))
   {
-    const int64_t first_tile = m.tiles * omp_get_thread_num() / omp_get_num_threads();
-    const int64_t last_tile = m.tiles * (omp_get_thread_num() + 1) / omp_get_num_threads();
+    const auto strips_before = [&](int64_t thread) {
+      return std::min(ceil_div(m.tiles, m.strip_tiles) * thread / omp_get_num_threads() * m.strip_tiles,
+                      m.tiles);
+    };
+    const int64_t first_tile = strips_before(omp_get_thread_num()),
+                  last_tile = strips_before(omp_get_thread_num() + 1);
     for (int64_t first = 0; first < x.tokens; first += batch) {
       const int64_t tokens = std::min(batch, x.tokens - first);
       for (int64_t t = 0; t < tokens; ++t)

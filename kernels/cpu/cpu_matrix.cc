@@ -100,9 +100,12 @@ uint64_t unsigned_code(uint64_t code, int keep) {
   return code >> keep << (keep - 1) | ((negative ? ~code : code) & low);
 }
 
-// Register order of the rows of a tile where codes are bytes: unpacking bytes to words within 128-bit lanes
-// must give rows 0..31 and 32..63.
-int byte_of_row(int row) { return 16 * (row % 32 / 8) + 8 * (row / 32) + row % 8; }
+// Register order of the rows of a tile in lookup forms. Each half of the tile has a register of 16-bit sums;
+// there rows 0..15 are the even lanes and rows 16..31 the odd ones, so that two shifts split them into 32-bit
+// lanes in row order.
+int lane_of_row(int row) { return row % 16 * 2 + row % 32 / 16; }
+// Where codes are bytes, unpacking them to words within 128-bit lanes must lead there.
+int byte_of_row(int row) { return lane_of_row(row) / 8 * 16 + row / 32 * 8 + lane_of_row(row) % 8; }
 
 template <typename T>
 T* data_or_null(AlignedVector<T>& v) {
@@ -243,6 +246,8 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
   m.chunk_bytes = m.form == CodeForm::kWords   ? words * 2 * kTileRows
                   : m.form == CodeForm::kBytes ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
                                                : groups * kTileRows * 3 / 2;
+  // Byte tables fill eight registers: once loaded, they should serve several tiles.
+  m.strip_tiles = m.form == CodeForm::kWords ? 1 : 4;
   codes_.assign(static_cast<size_t>(m.chunks * m.tiles * m.chunk_bytes), 0);
 
   std::vector<uint16_t> half_codes;  // kHalves: left | right << 7, by stored code
@@ -259,17 +264,20 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
 #pragma omp parallel for schedule(static) collapse(2)
   for (int64_t chunk = 0; chunk < m.chunks; ++chunk)
     for (int64_t tile = 0; tile < m.tiles; ++tile) {
-      uint8_t* out = codes_.data() + (chunk * m.tiles + tile) * m.chunk_bytes;
+      const int64_t in_strip = tile % m.strip_tiles, first_tile = tile - in_strip;
+      const int64_t strip = std::min<int64_t>(m.strip_tiles, m.tiles - first_tile);
+      uint8_t* out = codes_.data() + (chunk * m.tiles + first_tile) * m.chunk_bytes;
       const int rows = static_cast<int>(std::min<int64_t>(kTileRows, m.rows - tile * kTileRows));
       for (int r = 0; r < rows; ++r) {
         const int64_t row = tile * kTileRows + r;
+        const int lane = r / 32 * 32 + lane_of_row(r);
         if (m.form == CodeForm::kWords) {
           const int64_t first = chunk * words * 2, row_bytes = layout.code_row_bytes();
           const std::byte* stream = plane.data() + row * row_bytes;
           std::array<uint16_t, 32> line{};
           std::memcpy(line.data(), stream + first,
                       static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
-          for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + r) * 2, &line[w], 2);
+          for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
           continue;
         }
         const int64_t first = chunk * groups, count = std::min(groups, present_groups - first);
@@ -278,16 +286,17 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
           const uint64_t code = matrix.code(row, first + g);
           if (m.form == CodeForm::kHalves) {
             const unsigned halves = half_codes[code], right = halves >> 7;
-            uint8_t* pair = out + g / 2 * 3 * kTileRows;
-            pair[g % 2 * kTileRows + byte] = static_cast<uint8_t>((halves & 127) | right >> 4 << 7);
-            pair[2 * kTileRows + byte] |= static_cast<uint8_t>((right & 15) << 4 * (g % 2));
-          } else if (m.signs) {
-            out[g * kTileRows + byte] = static_cast<uint8_t>(unsigned_code(code, nm.keep));
-            if (code >> (nm.keep - 1) & 1)
-              out[groups * kTileRows + g * kTileRows / 8 + r / 8] |= static_cast<uint8_t>(1 << r % 8);
-          } else {
-            out[g * kTileRows + byte] = static_cast<uint8_t>(code);
+            const auto part = [&](int i) -> uint8_t& {
+              return out[((g / 2 * 3 + i) * strip + in_strip) * kTileRows + byte];
+            };
+            part(static_cast<int>(g % 2)) = static_cast<uint8_t>((halves & 127) | right >> 4 << 7);
+            part(2) |= static_cast<uint8_t>((right & 15) << 4 * (g % 2));
+            continue;
           }
+          const int64_t at = (g * strip + in_strip) * kTileRows;
+          out[at + byte] = static_cast<uint8_t>(m.signs ? unsigned_code(code, nm.keep) : code);
+          if (m.signs && (code >> (nm.keep - 1) & 1))
+            out[groups * strip * kTileRows + (at + lane) / 8] |= static_cast<uint8_t>(1 << lane % 8);
         }
       }
     }
@@ -327,6 +336,7 @@ void CpuMatrix::prepare_scales(const StructuredBinaryMatrix& matrix) {
     row_scales_[row] = half_to_float(half(matrix.plane(Plane::kRowScales), row));
   }
   m.scale_codes = scale_codes_.data();
+  m.scale_bits = layout.scale_bits;
   m.row_scales = row_scales_.data();
   for (int code = 0; code < 1 << layout.scale_bits; ++code)
     m.factors[code] = scale_code_factor(layout.scale_bits, code);

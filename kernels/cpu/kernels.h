@@ -41,7 +41,13 @@ struct MatrixView {
 
   CodeForm form;
   bool signs;
-  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. Otherwise (chunks, tiles, chunk_bytes).
+  int strip_tiles;  ///< tiles that are interleaved; the last strip may have fewer
+  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. Otherwise (chunks, strips): what a pass over a
+  /// strip of tiles reads, in that order, so that codes stream from memory. With n tiles in the strip:
+  ///   kWords   (code_bits * groups / 16, 64) words of 16 bits, n = 1
+  ///   kBytes   (groups, n, 64) bytes, then with signs (groups, n, 64) bits
+  ///   kHalves  (groups / 2, 3, n, 64) bytes: left index and top right bit of an even and an odd group, 4 + 4
+  ///   right bits
   const uint8_t* codes;
   int64_t code_row_bytes;
   int64_t chunk_bytes;  ///< of one tile's chunk
@@ -67,6 +73,7 @@ struct MatrixView {
   const uint16_t* half_scales;  ///< (blocks, slots, tiles * 64), null when scales are coded; then:
   const uint8_t* scale_codes;   ///< (blocks, tiles * 64)
   const float* row_scales;      ///< (tiles * 64)
+  int scale_bits;
   float factors[64];
   float level[kMaxSlots];
 

@@ -1,6 +1,5 @@
 #include "ceilings.h"
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -41,38 +40,32 @@ double read_bandwidth(int threads) {
 }
 
 constexpr int kChains =
-    16;  // independent sums: more than latency times throughput of any of these instructions
-constexpr int kRounds = 1 << 18;
+    12;  // independent sums: more than latency times throughput of any of these instructions
+constexpr int kRounds = 1 << 16;
 
-// The rate of `instruction` on kChains independent registers, in operations per second. A macro, since a
-// function template could not carry the target attribute to its lambda.
-#define STBLLM_RATE(name, features, type, zero, instruction)             \
-  __attribute__((target(features))) double name(double operations) {     \
-    type sums[kChains];                                                  \
-    for (type & s : sums) s = zero;                                      \
-    type a = zero;                                                       \
-    asm volatile("" : "+v"(a));                                          \
-    const double seconds = best_seconds(                                 \
-        9, [&]() __attribute__((target(features))) {                     \
-          for (int round = 0; round < kRounds; ++round) {                \
-            _Pragma("GCC unroll 16") for (int i = 0; i < kChains; ++i) { \
-              type& s = sums[i];                                         \
-              s = instruction;                                           \
-              asm volatile("" : "+v"(s));                                \
-            }                                                            \
-          }                                                              \
-        });                                                              \
-    return operations * kChains * kRounds / seconds;                     \
+// Runs one instruction on twelve independent registers over and over. Returns operations per second.
+#define STBLLM_TWELVE(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
+#define STBLLM_RATE(name, features, line)                                                                  \
+  __attribute__((target(features))) double name(double operations) {                                       \
+    const double seconds = best_seconds(50, [] {                                                           \
+      for (int round = 0; round < kRounds; ++round)                                                        \
+        asm volatile(STBLLM_TWELVE(line)::                                                                 \
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+                           "xmm10", "xmm11");                                                              \
+    });                                                                                                    \
+    return operations * kChains * kRounds / seconds;                                                       \
   }
 
-STBLLM_RATE(fma_rate, "avx512f", __m512, _mm512_setzero_ps(), _mm512_fmadd_ps(a, a, s))
-STBLLM_RATE(vnni_rate, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(), _mm512_dpbusd_epi32(s, a, a))
-STBLLM_RATE(bf16_rate, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
-            _mm512_dpbf16_ps(s, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(a)))
-STBLLM_RATE(word_lookup_rate, "avx512f,avx512bw", __m512i, _mm512_setzero_si512(),
-            _mm512_permutexvar_epi16(s, a))
-STBLLM_RATE(byte_lookup_rate, "avx512f,avx512bw,avx512vbmi", __m512i, _mm512_setzero_si512(),
-            _mm512_permutex2var_epi8(a, s, a))
+#define STBLLM_FMA(i) "vfmadd231ps %%zmm15, %%zmm15, %%zmm" #i "\n\t"
+#define STBLLM_VNNI(i) "vpdpbusd %%zmm15, %%zmm15, %%zmm" #i "\n\t"
+#define STBLLM_BF16(i) "vdpbf16ps %%zmm15, %%zmm15, %%zmm" #i "\n\t"
+#define STBLLM_WORDS(i) "vpermw %%zmm15, %%zmm14, %%zmm" #i "\n\t"
+#define STBLLM_BYTES(i) "vpermi2b %%zmm15, %%zmm14, %%zmm" #i "\n\t"
+STBLLM_RATE(fma_rate, "avx512f", STBLLM_FMA)
+STBLLM_RATE(vnni_rate, "avx512f", STBLLM_VNNI)
+STBLLM_RATE(bf16_rate, "avx512f", STBLLM_BF16)
+STBLLM_RATE(word_lookup_rate, "avx512f", STBLLM_WORDS)
+STBLLM_RATE(byte_lookup_rate, "avx512f", STBLLM_BYTES)
 
 }  // namespace
 
