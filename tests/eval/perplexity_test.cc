@@ -1,6 +1,7 @@
 #include "stbllm/eval/perplexity.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -17,6 +18,9 @@ namespace {
 using test::NaiveTransformer;
 using test::ScratchDirectory;
 using test::TinyModel;
+
+/// Tensors here are tiny: more threads would only wait for each other.
+[[maybe_unused]] const bool kOneThread = (at::set_num_threads(1), true);
 
 Windows some_windows(int64_t count, int64_t seqlen) {
   Windows windows;
@@ -96,6 +100,17 @@ TEST(Perplexity, DoesNotDependOnTheChunk) {
   const Perplexity chunks = evaluate_perplexity(decoder, windows, {.hidden_bytes = 1});
   EXPECT_EQ(windows_per_chunk(decoder, 64, {.hidden_bytes = 1}), 32);
   EXPECT_EQ(whole.window_nll, chunks.window_nll);  // bit for bit
+}
+
+TEST(Perplexity, DoesNotDependOnTheNumberOfThreads) {
+  ScratchDirectory directory;
+  const Decoder decoder = open_decoder(directory.path(), test::tiny_llama());
+  const Windows windows = some_windows(20, 100);
+  const Perplexity one = evaluate_perplexity(decoder, windows);
+  at::set_num_threads(2);
+  const Perplexity two = evaluate_perplexity(decoder, windows);
+  at::set_num_threads(1);
+  EXPECT_EQ(one.window_nll, two.window_nll);  // bit for bit
 }
 
 TEST(Perplexity, RefusesWindowsThatDoNotFit) {

@@ -3,6 +3,7 @@
 #include "stbllm/model/decoder.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -18,6 +19,9 @@ using nlohmann::json;
 using test::NaiveTransformer;
 using test::ScratchDirectory;
 using test::TinyModel;
+
+/// Tensors here are tiny: more threads would only wait for each other.
+[[maybe_unused]] const bool kOneThread = (at::set_num_threads(1), true);
 
 struct Case {
   std::string name;
