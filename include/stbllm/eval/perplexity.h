@@ -27,8 +27,7 @@ struct Perplexity {
 };
 
 struct EvaluationOptions {
-  /// Bound on the hidden states of the windows that go through the blocks together; results do not depend on
-  /// it.
+  /// Bound on the hidden states of windows that go through the blocks together. Results do not depend on it.
   int64_t hidden_bytes = int64_t{1} << 30;
 };
 
@@ -37,8 +36,7 @@ struct EvaluationOptions {
 Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
                                const EvaluationOptions& options = {});
 
-// --- the parts, shared with divergence and with the verification of a packed file
-// ----------------------------------
+// --- the parts, shared with divergence and with the verification of a packed file ---
 
 /// Throws Error(kUsage) when windows are empty, unequal, shorter than two tokens or longer than the model's
 /// positions; Error(kMismatch) for an id beyond the vocabulary.
