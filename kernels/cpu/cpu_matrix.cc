@@ -15,6 +15,8 @@ uint64_t power(uint64_t base, int exponent) {
   return result;
 }
 
+Divisor divisor(uint64_t value) { return {value, ~uint64_t{0} / value}; }
+
 // How a lookup form reads the codes. Dense binary groups of 8 and 16 are groups of 4 written one after the
 // other.
 struct Coding {
@@ -152,34 +154,21 @@ void CpuMatrix::prepare_plane(const StructuredBinaryMatrix& matrix) {
   m.codes = codes_.data();
   m.code_row_bytes = layout.code_row_bytes();
 
-  // A table of all states up to 2^16 of them; beyond, the support and the level digits each have one.
   const NmPattern nm = layout.nm;
-  const auto symbol = [](const GroupSymbols& group, int k) {
-    const int magnitude = 1 + group.level[k];
-    return static_cast<int8_t>(group.sign[k] ? -magnitude : magnitude);
-  };
-  if (const uint64_t states = layout.code_states(); states <= 1 << 16) {
-    symbols_.resize(states * nm.group);
-    for (uint64_t code = 0; code < states; ++code) {
-      const GroupSymbols group = decode_group(nm, layout.levels, code);
-      for (int k = 0; k < nm.keep; ++k) symbols_[code * nm.group + group.position[k]] = symbol(group, k);
-    }
-  } else {
-    m.digit_states = power(layout.levels, nm.keep);
-    m.low_digit_states = power(layout.levels, std::min(nm.keep, 8));
-    const int64_t supports = binomial(nm.group, nm.keep);
-    positions_.resize(static_cast<size_t>(supports * 16));
-    for (int64_t rank = 0; rank < supports; ++rank)
-      std::ranges::copy(decode_group(nm, 1, static_cast<uint64_t>(rank) << nm.keep).position,
-                        &positions_[rank * 16]);
-    digits_.resize(m.low_digit_states * 8);
-    for (uint64_t value = 0; value < m.low_digit_states; ++value)
-      for (uint64_t k = 0, rest = value; k < 8; ++k, rest /= layout.levels)
-        digits_[value * 8 + k] = static_cast<uint8_t>(rest % layout.levels);
-  }
-  m.symbols = data_or_null(symbols_);
-  m.positions = data_or_null(positions_);
-  m.digits = data_or_null(digits_);
+  const uint64_t levels = static_cast<uint64_t>(layout.levels);
+  m.digit_states = divisor(power(levels, nm.keep));
+  m.low_digit_states = divisor(power(levels, std::min(nm.keep, 8)));
+  const int64_t supports = binomial(nm.group, nm.keep);
+  positions_.resize(static_cast<size_t>(supports * 16));
+  for (int64_t rank = 0; rank < supports; ++rank)
+    std::ranges::copy(decode_group(nm, 1, static_cast<uint64_t>(rank) << nm.keep).position,
+                      &positions_[rank * 16]);
+  magnitudes_.resize(m.low_digit_states.value);
+  for (uint64_t value = 0; value < magnitudes_.size(); ++value)
+    for (uint64_t k = 0, rest = value; k < 8; ++k, rest /= levels)
+      magnitudes_[value] |= (1 + rest % levels) << 8 * k;
+  m.positions = positions_.data();
+  m.magnitudes = magnitudes_.data();
 }
 
 void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
@@ -368,9 +357,8 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
-  return total(codes_, symbols_, positions_, digits_, terms_, unit_tables_, half_base_, half_scales_,
-               scale_codes_, row_scales_, salient_columns_, salient_signs_, outlier_columns_,
-               outlier_values_);
+  return total(codes_, positions_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
+               row_scales_, salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
 }
 
 }  // namespace stbllm::cpu

@@ -45,8 +45,8 @@ class CpuMatrix : public PreparedMatrix {
 
   const Kernels& kernels_;
   MatrixView view_{};
-  AlignedVector<uint8_t> codes_, positions_, digits_, unit_tables_, half_base_, scale_codes_, salient_signs_;
-  AlignedVector<int8_t> symbols_;
+  AlignedVector<uint8_t> codes_, positions_, unit_tables_, half_base_, scale_codes_, salient_signs_;
+  AlignedVector<uint64_t> magnitudes_;
   AlignedVector<int16_t> terms_;
   AlignedVector<uint16_t> half_scales_, outlier_values_;
   AlignedVector<float> row_scales_;

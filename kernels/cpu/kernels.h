@@ -30,6 +30,10 @@ enum class CodeForm {
 inline constexpr int kNegative = 32;
 inline constexpr int kNoSource = 31;  ///< always 0, so group * levels must stay below 32
 
+struct Divisor {
+  uint64_t value, reciprocal;  ///< reciprocal = (2^64 - 1) / value
+};
+
 /// A prepared matrix. Rows and columns beyond the last are stored as zeros unless noted.
 struct MatrixView {
   int64_t rows, cols;
@@ -52,12 +56,11 @@ struct MatrixView {
   int64_t code_row_bytes;
   int64_t chunk_bytes;  ///< of one tile's chunk
 
-  // kPlane: what a code means, as signed levels 0 (pruned), +-1 .. +-levels.
-  const int8_t* symbols;      ///< (states, group), null when there are too many states; then:
-  const uint8_t* positions;   ///< (supports, 16): kept positions, ascending
-  const uint8_t* digits;      ///< (levels^min(keep, 8), 8): level digits
-  uint64_t digit_states;      ///< levels^keep
-  uint64_t low_digit_states;  ///< levels^min(keep, 8)
+  // kPlane: what a code means. code = (rank * digit_states + digits) << keep | signs.
+  const uint8_t* positions;    ///< (supports, 16): kept positions, ascending
+  const uint64_t* magnitudes;  ///< (levels^min(keep, 8)): level digits plus one, a byte each
+  Divisor digit_states;        ///< levels^keep
+  Divisor low_digit_states;    ///< levels^min(keep, 8)
 
   // Lookup forms: a group's table holds the contribution of every state to a dot product.
   int entries;          ///< per table

@@ -95,42 +95,50 @@ inline void tile_scales(const MatrixView& m, int64_t tile, int64_t block, float 
   }
 }
 
-// Signed levels of one group by its digits, for codes with too many states for a table.
-inline void group_symbols(const MatrixView& m, uint64_t code, int8_t* symbols) {
-  const uint64_t rest = code >> m.keep, digits = rest % m.digit_states;
-  const uint8_t* position = m.positions + rest / m.digit_states * 16;
-  const uint8_t* low = m.digits + digits % m.low_digit_states * 8;
-  const uint8_t* high = m.digits + digits / m.low_digit_states * 8;
-  std::memset(symbols, 0, static_cast<size_t>(m.group));
-  for (int k = 0; k < m.keep; ++k) {
-    const int magnitude = 1 + (k < 8 ? low[k] : high[k - 8]);
-    symbols[position[k]] = static_cast<int8_t>(code >> k & 1 ? -magnitude : magnitude);
-  }
+// n / d.value where n * d.value < 2^63: the reciprocal is rounded down, and n + 1 makes up for it.
+inline uint64_t quotient(uint64_t n, const Divisor& d) {
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<uint64_t>((Wide{n} + 1) * d.reciprocal >> 64);
+}
+
+// (-1)^sign (level + 1) of eight kept weights, a byte each; signs are the bits of `signs`.
+inline uint64_t signed_magnitudes(uint64_t magnitudes, uint8_t signs) {
+  // Bit k of the byte to byte k, then 0xff where it is set. A magnitude is never 0, so negation does not
+  // carry.
+  const uint64_t spread = signs * 0x0101010101010101u & 0x8040201008040201u;
+  const uint64_t bit = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
+  return (magnitudes ^ bit * 0xffu) + bit;
 }
 
 // symbols[column][row]: the signed levels of a tile's chunk, from codes in the file's order.
 void decode_plane(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
   const int64_t first_row = tile * kTileRows, first_group = chunk * m.chunk_columns / m.group;
-  const int64_t last_group = (m.cols + m.group - 1) / m.group;
-  const int64_t groups = m.chunk_columns / m.group;
-  const int64_t present = first_group + groups <= last_group ? groups : last_group - first_group;
-  const int rows = static_cast<int>(m.rows - first_row < kTileRows ? m.rows - first_row : kTileRows);
+  const int64_t all_groups = (m.cols + m.group - 1) / m.group, groups = m.chunk_columns / m.group;
+  const int64_t present = first_group + groups <= all_groups ? groups : all_groups - first_group;
+  const int64_t rows = m.rows - first_row < kTileRows ? m.rows - first_row : kTileRows;
   const uint64_t mask = (uint64_t{1} << m.code_bits) - 1;
   std::memset(symbols, 0, static_cast<size_t>(m.chunk_columns) * kTileRows);
-  for (int r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* stream = m.codes + (first_row + r) * m.code_row_bytes;
-    for (int64_t g = 0; g < present; ++g) {
+    int8_t* column = &symbols[0][r];
+    for (int64_t g = 0; g < present; ++g, column += m.group * kTileRows) {
       const int64_t offset = (first_group + g) * m.code_bits;
-      uint64_t word;
-      std::memcpy(&word, stream + (offset >> 3), sizeof word);
-      const uint64_t code = word >> (offset & 7) & mask;
-      int8_t expanded[16];
-      const int8_t* group = expanded;
-      if (m.symbols != nullptr)
-        group = m.symbols + code * static_cast<uint64_t>(m.group);
-      else
-        group_symbols(m, code, expanded);
-      for (int c = 0; c < m.group; ++c) symbols[g * m.group + c][r] = group[c];
+      uint64_t code;
+      std::memcpy(&code, stream + (offset >> 3), sizeof code);
+      code = code >> (offset & 7) & mask;
+      const uint64_t rest = code >> m.keep, rank = quotient(rest, m.digit_states);
+      const uint64_t digits = rest - rank * m.digit_states.value;
+      const uint64_t high_digits = m.keep <= 8 ? 0 : quotient(digits, m.low_digit_states);
+      const uint8_t* position = m.positions + rank * 16;
+      const int low = m.keep < 8 ? m.keep : 8;
+      uint64_t values = signed_magnitudes(m.magnitudes[digits - high_digits * m.low_digit_states.value],
+                                          static_cast<uint8_t>(code));
+      for (int k = 0; k < low; ++k, values >>= 8)
+        column[position[k] * kTileRows] = static_cast<int8_t>(values);
+      if (m.keep <= 8) continue;
+      values = signed_magnitudes(m.magnitudes[high_digits], static_cast<uint8_t>(code >> 8));
+      for (int k = 8; k < m.keep; ++k, values >>= 8)
+        column[position[k] * kTileRows] = static_cast<int8_t>(values);
     }
   }
 }

@@ -104,22 +104,40 @@ std::vector<Layout> swept_layouts() {
   return layouts;
 }
 
+// A product and its reference, computed once for all backends.
+struct Case {
+  Layout layout;
+  StructuredBinaryMatrix matrix;
+  Buffer x, expected;
+  std::vector<float> magnitude;
+};
+
+std::vector<Case> make_cases(Content content, ElementType type) {
+  std::vector<Case> cases;
+  for (const Layout& layout : swept_layouts()) {
+    const auto matrix = test::random_matrix(layout, cases.size(), content);
+    Buffer x = random_activations(type, 2, layout.cols, content, cases.size());
+    Buffer expected = run("reference", matrix, x);
+    std::vector<float> magnitude = magnitudes(matrix, x);
+    cases.push_back({layout, matrix, std::move(x), std::move(expected), std::move(magnitude)});
+  }
+  return cases;
+}
+
 class EveryBackend : public testing::TestWithParam<std::string_view> {};
 
 TEST_P(EveryBackend, IsBitEqualToTheReferenceWhereSumsAreExact) {
+  static std::vector<Case> cases = make_cases(Content::kExact, ElementType::kFloat32);
   const Backend& backend = find_backend(GetParam());
-  for (const Layout& layout : swept_layouts()) {
-    const auto matrix = test::random_matrix(layout, 1, Content::kExact);
-    const auto prepared = backend.prepare(matrix);
-    Buffer x = random_activations(ElementType::kFloat32, 3, layout.cols, Content::kExact, 2);
-    const Buffer expected = run("reference", matrix, x);
+  for (Case& c : cases) {
+    const auto prepared = backend.prepare(c.matrix);
     for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16}) {
-      Buffer same_x(type, x.tokens, x.width), y(ElementType::kFloat32, x.tokens, layout.rows);
+      Buffer x(type, c.x.tokens, c.x.width), y(ElementType::kFloat32, c.x.tokens, c.layout.rows);
       for (int64_t i = 0; i < x.tokens * x.width; ++i)
-        store_element(same_x.view(), i, load_element(x.view(), i));
-      backend.matmul(*prepared, same_x.view(), y.view());
-      ASSERT_TRUE(y.bytes == expected.bytes)
-          << describe(layout) << ", element type " << static_cast<int>(type);
+        store_element(x.view(), i, load_element(c.x.view(), i));
+      backend.matmul(*prepared, x.view(), y.view());
+      ASSERT_TRUE(y.bytes == c.expected.bytes)
+          << describe(c.layout) << ", element type " << static_cast<int>(type);
     }
   }
 }
@@ -144,30 +162,27 @@ TEST_P(EveryBackend, IsBitEqualForAnyNumberOfRowsColumnsAndTokens) {
 }
 
 TEST_P(EveryBackend, StaysWithinFloat32RoundingOnFloat32Activations) {
-  for (const Layout& layout : swept_layouts()) {
-    const auto matrix = test::random_matrix(layout, 5);
-    Buffer x = random_activations(ElementType::kFloat32, 2, layout.cols, Content::kReal, 6);
-    Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
-    const std::vector<float> magnitude = magnitudes(matrix, x);
+  static std::vector<Case> cases = make_cases(Content::kReal, ElementType::kFloat32);
+  for (Case& c : cases) {
+    Buffer y = run(GetParam(), c.matrix, c.x);
     // 300 float32 additions, each rounding a partial sum of at most sum |w||x|, and two roundings of a scale.
     // A wrong weight would show at about 2^-8.
-    for (size_t i = 0; i < magnitude.size(); ++i)
-      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), 302 * 0x1p-24 * magnitude[i])
-          << describe(layout) << ", result " << i;
+    for (size_t i = 0; i < c.magnitude.size(); ++i)
+      ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i),
+                  302 * 0x1p-24 * c.magnitude[i])
+          << describe(c.layout) << ", result " << i;
   }
 }
 
 TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
-  for (const Layout& layout : swept_layouts()) {
-    const auto matrix = test::random_matrix(layout, 7);
-    Buffer x = random_activations(ElementType::kBFloat16, 2, layout.cols, Content::kReal, 8);
-    Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
-    const std::vector<float> magnitude = magnitudes(matrix, x);
+  static std::vector<Case> cases = make_cases(Content::kReal, ElementType::kBFloat16);
+  for (Case& c : cases) {
+    Buffer y = run(GetParam(), c.matrix, c.x);
     // Weights rounded to bfloat16 err by at most 2^-8 each; lookups round activations to 2^-15 of the largest
     // sum that a chunk can have, which is less.
-    for (size_t i = 0; i < magnitude.size(); ++i)
-      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), 0x1p-8 * magnitude[i])
-          << describe(layout) << ", result " << i;
+    for (size_t i = 0; i < c.magnitude.size(); ++i)
+      ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), 0x1p-8 * c.magnitude[i])
+          << describe(c.layout) << ", result " << i;
   }
 }
 

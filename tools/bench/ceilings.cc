@@ -2,41 +2,33 @@
 
 #include <omp.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cstddef>
+
+#include "timing.h"
 
 namespace stbllm::bench {
 namespace {
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-template <typename F>
-double best_seconds(int repetitions, F&& f) {
-  double best = 1e9;
-  for (int i = 0; i < repetitions; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    best = std::min(best, seconds_since(start));
-  }
-  return best;
-}
-
 // Keeps a result alive without storing it anywhere.
 void keep(uint64_t value) { asm volatile("" : : "r"(value)); }
 
+// Every thread sums its own part of 384 MiB in pieces; the best piece of each counts, so that a moment
+// without other processes suffices.
 double read_bandwidth(int threads) {
-  const size_t count = size_t{48} << 20;  // 384 MiB, far more than any cache here
-  static const std::vector<uint64_t> buffer(count, 1);
-  const double seconds = best_seconds(5, [&] {
-    uint64_t sum = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : sum)
-    for (size_t i = 0; i < count; ++i) sum += buffer[i];
-    keep(sum);
-  });
-  return static_cast<double>(count * 8) / seconds;
+  constexpr size_t kCount = size_t{48} << 20, kPiece = size_t{1} << 20;
+  static const std::vector<uint64_t> buffer(kCount, 1);
+  double bytes_per_second = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : bytes_per_second)
+  {
+    const size_t share = kCount / omp_get_num_threads(), first = share * omp_get_thread_num();
+    const double seconds = best_seconds(threads, 0, static_cast<int>(share / kPiece), [&](int piece) {
+      uint64_t sum = 0;
+      for (size_t i = 0; i < kPiece; ++i) sum += buffer[first + piece * kPiece + i];
+      keep(sum);
+    });
+    bytes_per_second = kPiece * 8 / seconds;
+  }
+  return bytes_per_second;
 }
 
 constexpr int kChains =
@@ -47,7 +39,7 @@ constexpr int kRounds = 1 << 16;
 #define STBLLM_TWELVE(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
 #define STBLLM_RATE(name, features, line)                                                                  \
   __attribute__((target(features))) double name(double operations) {                                       \
-    const double seconds = best_seconds(50, [] {                                                           \
+    const double seconds = best_seconds(1, 0.05, 1, [](int) {                                              \
       for (int round = 0; round < kRounds; ++round)                                                        \
         asm volatile(STBLLM_TWELVE(line)::                                                                 \
                          : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \

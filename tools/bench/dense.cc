@@ -15,7 +15,7 @@ double dense_seconds(ElementType type, int64_t rows, int64_t cols, int64_t token
   std::vector<at::Tensor> weights;
   for (int i = 0; i < copies; ++i) weights.push_back(at::full({rows, cols}, 0.01, dtype));
   const at::Tensor x = at::ones({tokens, cols}, dtype);
-  return best_seconds(min_seconds, copies, [&](int i) { return at::linear(x, weights[i]); });
+  return best_seconds(threads, min_seconds, copies, [&](int i) { return at::linear(x, weights[i]); });
 }
 
 }  // namespace stbllm::bench

@@ -115,7 +115,8 @@ int copies_for(int64_t cold_mib, int64_t bytes) {
 }
 
 nlohmann::json measure(const Backend& backend, const std::vector<std::unique_ptr<PreparedMatrix>>& copies,
-                       const Layout& layout, int64_t tokens, ElementType type, double min_seconds) {
+                       const Layout& layout, int64_t tokens, ElementType type, int threads,
+                       double min_seconds) {
   std::vector<float> x(static_cast<size_t>(tokens * layout.cols)),
       y(static_cast<size_t>(tokens * layout.rows));
   std::mt19937 rng(2);
@@ -129,7 +130,7 @@ nlohmann::json measure(const Backend& backend, const std::vector<std::unique_ptr
   }
   const ActivationView in = {x.data(), type, tokens, layout.cols},
                        out = {y.data(), type, tokens, layout.rows};
-  const double seconds = best_seconds(min_seconds, static_cast<int>(copies.size()),
+  const double seconds = best_seconds(threads, min_seconds, static_cast<int>(copies.size()),
                                       [&](int i) { backend.matmul(*copies[i], in, out); });
   const double weights = static_cast<double>(layout.rows * layout.cols);
   return {{"ns", seconds * 1e9},
@@ -172,16 +173,15 @@ void run(const Options& options) {
         const Backend& backend = find_backend(name);
         omp_set_num_threads(most_threads);
         std::vector<std::unique_ptr<PreparedMatrix>> copies;
-        const auto start = std::chrono::steady_clock::now();
+        const double start = now(most_threads);
         copies.push_back(backend.prepare(matrix));
-        const double prepare_seconds =
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        const double prepare_seconds = now(most_threads) - start;
         while (std::ssize(copies) < copies_for(options.cold_mib, copies[0]->bytes()))
           copies.push_back(backend.prepare(matrix));
         for (const int threads : options.threads) {
           omp_set_num_threads(threads);
           for (const int64_t tokens : options.tokens) {
-            nlohmann::json row = measure(backend, copies, layout, tokens, type, options.min_seconds);
+            nlohmann::json row = measure(backend, copies, layout, tokens, type, threads, options.min_seconds);
             const double seconds = row["ns"].get<double>() / 1e9;
             const auto ratio = [&](ElementType t) {
               return options.dense ? dense[{threads, tokens, t}] / seconds : std::nan("");
