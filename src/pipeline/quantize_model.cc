@@ -15,6 +15,7 @@
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/pipeline/quantize_block.h"
+#include "stbllm/pipeline/tune.h"
 #include "stbllm/pipeline/work_directory.h"
 #include "stbllm/plan/allocate.h"
 #include "stbllm/quantize/nm_select.h"
@@ -187,11 +188,14 @@ double verify_packed(const fs::path& path, const Decoder& dense, const Windows& 
   const at::Tensor hidden = final_hidden_states(packed, std::span(windows).subspan(0, count));
   double difference = 0, energy = 0;
   for (size_t w = 0; w < count; ++w) {
-    // With a coded embedding the packed model differs from the start on purpose: compare its own dense twin's hidden states then.
-    const at::Tensor a = dense.logits(dense_hidden[static_cast<int64_t>(w)].unsqueeze(0)).to(at::kFloat);
-    const at::Tensor b = packed.logits(hidden[static_cast<int64_t>(w)].unsqueeze(0)).to(at::kFloat);
-    difference += (a - b).square().sum(at::kDouble).item<double>();
-    energy += a.square().sum(at::kDouble).item<double>();
+    const at::Tensor dense_window = dense_hidden[static_cast<int64_t>(w)], packed_window = hidden[static_cast<int64_t>(w)];
+    for (int64_t first = 0; first < dense_window.size(0); first += 128) {  // logits of few tokens at a time
+      const int64_t tokens = std::min<int64_t>(128, dense_window.size(0) - first);
+      const at::Tensor a = dense.logits(dense_window.narrow(0, first, tokens).unsqueeze(0)).to(at::kFloat);
+      const at::Tensor b = packed.logits(packed_window.narrow(0, first, tokens).unsqueeze(0)).to(at::kFloat);
+      difference += (a - b).square().sum(at::kDouble).item<double>();
+      energy += a.square().sum(at::kDouble).item<double>();
+    }
   }
   const double distance = std::sqrt(difference / energy);
   if (exact_head && !(distance < kLogitTolerance))
@@ -258,12 +262,16 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   log::info("plan: {} ({}), mean kept {:.4f}", describe(plan), nlohmann::json(recipe.to_json())["allocation"].get<std::string>(),
             mean_density(plan));
 
+  // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
+  const bool tuning = recipe.tune_epochs > 0;
+  at::Tensor dense_hidden = tuning ? hidden.clone() : at::Tensor();
   QuantizeResult result;
   {
     const int64_t linears_per_block = static_cast<int64_t>(spec.linears(0).size());
     log::Progress progress("quantize: linear", block_count * linears_per_block);
     for (int64_t i = 0; i < spec.layers; ++i) {
       const auto block = decoder.block(i);
+      if (tuning) dense_hidden = run_block(*block, spec, dense_hidden);
       if (i < block_count) {
         std::optional<QuantizedBlock> quantized = work.load(i);
         if (quantized) {
@@ -282,6 +290,13 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
                                                   linear.report.damping, linear.report.damping_retries, linear.report.seconds);
                                      });
           result.linears.resize(result.linears.size() - quantized->results.size());
+          if (tuning) {
+            const auto dense_block = decoder.block(i);
+            const TuneReport tuned = tune_block(*dense_block, spec, *quantized, hidden, dense_hidden, calibration.holdout, recipe);
+            install(*quantized, *block, spec);
+            log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed", i, tuned.loss_before,
+                      tuned.loss_after, tuned.epochs, 100 * tuned.changed);
+          }
           work.save(i, *quantized);
         }
         result.linears.insert(result.linears.end(), quantized->results.begin(), quantized->results.end());

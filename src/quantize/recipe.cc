@@ -142,6 +142,7 @@ void Recipe::validate() const {
   require(lean() || (refit == 0 && descend == 0), "refit", "0 unless the code is lean (one level or coded scales, no salient columns)");
   require(lean() || compensate != Compensate::kColumn, "compensate", "'block' or 'none' unless the code is lean");
   require(packable() || !lean(), "support_carried, means", "true and false for lean codes");
+  require(lean() || tune_epochs == 0, "tune_epochs", "0 unless the code is lean");
   require(tune_epochs >= 0 && distill_epochs >= 0, "tune_epochs", "counts >= 0");
 }
 
