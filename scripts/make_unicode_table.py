@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes src/text/unicode_table.inc: what the tokenizers need to know of Unicode, as compact C++ arrays.
 
-Usage: scripts/make_unicode_table.py     (needs Unicode 16.0: Python 3.14, or `pip install unicodedata2==16.0.0`)
-
-Unicode 16.0 is the version of the regular expressions in HuggingFace tokenizers 0.23, so that the same characters
-count as letters and numbers here as there.
+Usage: scripts/make_unicode_table.py
+Needs Unicode 16.0: Python 3.14, or `pip install unicodedata2==16.0.0`. That is the version of the regular
+expressions in HuggingFace tokenizers 0.23, so that the same characters count as letters and numbers here as
+there.
 """
 
 import pathlib
@@ -18,10 +18,11 @@ UNICODE_VERSION = "16.0.0"
 CODE_POINTS = range(0x110000)
 HANGUL = range(0xAC00, 0xD7A4)  # decomposed by arithmetic, not by table
 
-SPACES = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
-# Members of \w that no general category gives: enclosed letters (Other_Alphabetic) and joiners (Join_Control).
-OTHER_WORD = {*range(0x24B6, 0x24EA), *range(0x1F130, 0x1F14A), *range(0x1F150, 0x1F16A), *range(0x1F170, 0x1F18A),
-              0x200C, 0x200D}
+SPACES = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F,
+          0x205F, 0x3000}
+# Members of \w that no general category gives: enclosed letters (Other_Alphabetic), joiners (Join_Control).
+OTHER_WORD = {*range(0x24B6, 0x24EA), *range(0x1F130, 0x1F14A), *range(0x1F150, 0x1F16A),
+              *range(0x1F170, 0x1F18A), 0x200C, 0x200D}
 
 # Values of enum class CharClass.
 OTHER, LETTER, NUMBER, OTHER_NUMBER, SPACE, WORD = range(6)
@@ -64,8 +65,8 @@ def decompositions():
 
 def compositions(table):
     """Indices into `table` of the pairs that NFC composes, by (first, second)."""
-    indices = [i for i, (code, _, _) in enumerate(table) if unicodedata.normalize("NFC", chr(code)) == chr(code)]
-    return sorted(indices, key=lambda i: table[i][1:])
+    composes = lambda i: unicodedata.normalize("NFC", chr(table[i][0])) == chr(table[i][0])
+    return sorted(filter(composes, range(len(table))), key=lambda i: table[i][1:])
 
 
 def array(comment, declaration, items):
@@ -80,8 +81,8 @@ def array(comment, declaration, items):
 
 def main():
     if unicodedata.unidata_version != UNICODE_VERSION:
-        raise SystemExit(f"Unicode {UNICODE_VERSION} is needed, this Python has {unicodedata.unidata_version}: "
-                         "pip install unicodedata2==16.0.0")
+        raise SystemExit(f"Unicode {UNICODE_VERSION} is needed, this Python has "
+                         f"{unicodedata.unidata_version}: pip install unicodedata2=={UNICODE_VERSION}")
     table = decompositions()
     output = pathlib.Path(__file__).resolve().parent.parent / "src" / "text" / "unicode_table.inc"
     output.write_text("\n".join([
@@ -89,9 +90,11 @@ def main():
         "// clang-format off\n",
         array("Starts of runs of one CharClass: code << 3 | class.", "uint32_t kClassRuns",
               [hex(item) for item in runs(char_class, 3)]),
-        array("Starts of runs of one canonical combining class: code << 8 | class.", "uint32_t kCombiningRuns",
+        array("Starts of runs of one canonical combining class: code << 8 | class.",
+              "uint32_t kCombiningRuns",
               [hex(item) for item in runs(lambda code: unicodedata.combining(chr(code)), 8)]),
-        array("Canonical decompositions, by code: {code, first, second or 0}.", "Decomposition kDecompositions",
+        array("Canonical decompositions, by code: {code, first, second or 0}.",
+              "Decomposition kDecompositions",
               ["{%s}" % ",".join(hex(part) if part else "0" for part in row) for row in table]),
         array("Indices into kDecompositions of the pairs that NFC composes, by (first, second).",
               "uint16_t kCompositions", [str(i) for i in compositions(table)]),

@@ -38,6 +38,9 @@ constexpr const char* kConfig = "tokenizer_config.json";
 constexpr const char* kSpecialTokens = "special_tokens_map.json";
 constexpr const char* kAddedTokens = "added_tokens.json";
 
+/// Positions in a text are 32-bit numbers; SentencePiece's mark makes three bytes of a space.
+constexpr size_t kMaxTextBytes = size_t{1} << 30;
+
 /// Calls read(), and puts `where` before the message of what it throws.
 template <typename Read>
 auto reading(const std::string& where, Read read) {
@@ -137,19 +140,20 @@ class HuggingFaceTokenizer : public Tokenizer {
       normalizer_ = parse_normalizer(*component("normalizer"));
       pre_tokenizer_ = parse_pre_tokenizer(*component("pre_tokenizer"));
       decoder_ = parse_token_decoder(*component("decoder"));
-      for (const json& token : *component("added_tokens"))
+      for (const json& token : *component("added_tokens")) {
         add_token(parse_added_token(token, parse_id(token.at("id"))));
+      }
       states_special_tokens_ = parse_post_processor(*component("post_processor"));
     });
     reading(path(kAddedTokens), [&] {
       const json tokens = parse_object(files_, kAddedTokens);
       for (const auto& [content, id] : tokens.items()) {
-        if (!added_.contains(content))
-          add_token({.id = parse_id(id), .content = content, .normalized = true});
+        if (added_.contains(content)) continue;
+        add_token({.id = parse_id(id), .content = content, .normalized = true});
       }
     });
     reading(path(kConfig), [&] { apply_config(config, source); });
-    index_tokens();
+    reading(path(source), [&] { index_tokens(); });
   }
 
   std::string serialize() const override {
@@ -169,6 +173,11 @@ class HuggingFaceTokenizer : public Tokenizer {
   std::vector<int32_t> encode(std::string_view text, bool add_special_tokens) const override {
     if (const size_t at = find_invalid_utf8(text); at != std::string_view::npos) {
       fail(ErrorCode::kCorrupt, "the text to tokenize is not UTF-8 at byte {}", at);
+    }
+    if (text.size() > kMaxTextBytes) {
+      fail(ErrorCode::kUnsupported,
+           "the text to tokenize has {} bytes, at most {} are possible at once; use a part", text.size(),
+           kMaxTextBytes);
     }
     std::vector<int32_t> ids;
     if (add_special_tokens) ids = prefix_;
@@ -250,8 +259,9 @@ class HuggingFaceTokenizer : public Tokenizer {
             step.at("special_tokens").at(item.at("SpecialToken").at("id").get<std::string>());
         for (const json& id : special.at("ids")) (after_text ? suffix_ : prefix_).push_back(parse_id(id));
       }
-      if (!after_text)
+      if (!after_text) {
         fail(ErrorCode::kCorrupt, "post_processor TemplateProcessing has no place for the text");
+      }
     });
     return !spec.is_null();
   }

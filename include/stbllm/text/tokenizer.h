@@ -27,8 +27,8 @@ class Tokenizer {
   /// in a packed file. The bytes of tokenizer.model, which is binary, stand there as U+0000 to U+00FF.
   virtual std::string serialize() const = 0;
 
-  /// Ids of UTF-8 `text` (Error(kCorrupt) when it is not). With `add_special_tokens` BOS is added as HF
-  /// applies it (once, where the tokenizer adds it).
+  /// Ids of UTF-8 `text` (Error(kCorrupt) when it is not) of up to 1 GiB. With `add_special_tokens` BOS is
+  /// added as HF applies it (once, where the tokenizer adds it).
   virtual std::vector<int32_t> encode(std::string_view text, bool add_special_tokens = true) const = 0;
   /// Text of `ids`; special tokens and ids out of range are left out. Always valid UTF-8: an incomplete
   /// character, as at the end of ids that arrive one by one, becomes U+FFFD.
