@@ -72,8 +72,8 @@ PY
     say "fetching libtorch: torch==$torch_version (530 MB)"
     make_scratch
     fetch_wheel "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
-    unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' \
-      'torch/lib/libgomp*' -d "$scratch"
+    # Without the wheel's libgomp: the compiler's own serves libtorch as well, and a program wants only one.
+    unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' -d "$scratch"
     rm -rf .deps/torch && mv "$scratch/torch" .deps/torch
     torch_root=$PWD/.deps/torch
   fi
