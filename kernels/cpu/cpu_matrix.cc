@@ -159,15 +159,16 @@ void CpuMatrix::prepare_plane(const StructuredBinaryMatrix& matrix) {
   m.digit_states = divisor(power(levels, nm.keep));
   m.low_digit_states = divisor(power(levels, std::min(nm.keep, 8)));
   const int64_t supports = binomial(nm.group, nm.keep);
-  positions_.resize(static_cast<size_t>(supports * 16));
-  for (int64_t rank = 0; rank < supports; ++rank)
-    std::ranges::copy(decode_group(nm, 1, static_cast<uint64_t>(rank) << nm.keep).position,
-                      &positions_[rank * 16]);
+  expand_.assign(static_cast<size_t>(supports * 16), kPruned);
+  for (int64_t rank = 0; rank < supports; ++rank) {
+    const GroupSymbols group = decode_group(nm, 1, static_cast<uint64_t>(rank) << nm.keep);
+    for (int k = 0; k < nm.keep; ++k) expand_[rank * 16 + group.position[k]] = static_cast<uint8_t>(k);
+  }
   magnitudes_.resize(m.low_digit_states.value);
   for (uint64_t value = 0; value < magnitudes_.size(); ++value)
     for (uint64_t k = 0, rest = value; k < 8; ++k, rest /= levels)
       magnitudes_[value] |= (1 + rest % levels) << 8 * k;
-  m.positions = positions_.data();
+  m.expand = expand_.data();
   m.magnitudes = magnitudes_.data();
 }
 
@@ -357,7 +358,7 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
-  return total(codes_, positions_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
+  return total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
                row_scales_, salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
 }
 

@@ -45,7 +45,7 @@ class CpuMatrix : public PreparedMatrix {
 
   const Kernels& kernels_;
   MatrixView view_{};
-  AlignedVector<uint8_t> codes_, positions_, unit_tables_, half_base_, scale_codes_, salient_signs_;
+  AlignedVector<uint8_t> codes_, expand_, unit_tables_, half_base_, scale_codes_, salient_signs_;
   AlignedVector<uint64_t> magnitudes_;
   AlignedVector<int16_t> terms_;
   AlignedVector<uint16_t> half_scales_, outlier_values_;

@@ -30,6 +30,8 @@ enum class CodeForm {
 inline constexpr int kNegative = 32;
 inline constexpr int kNoSource = 31;  ///< always 0, so group * levels must stay below 32
 
+inline constexpr int kPruned = 0x80;  ///< what a byte shuffle takes for zero
+
 struct Divisor {
   uint64_t value, reciprocal;  ///< reciprocal = (2^64 - 1) / value
 };
@@ -57,7 +59,7 @@ struct MatrixView {
   int64_t chunk_bytes;  ///< of one tile's chunk
 
   // kPlane: what a code means. code = (rank * digit_states + digits) << keep | signs.
-  const uint8_t* positions;    ///< (supports, 16): kept positions, ascending
+  const uint8_t* expand;       ///< (supports, 16): by column, its place among the kept ones, or kPruned
   const uint64_t* magnitudes;  ///< (levels^min(keep, 8)): level digits plus one, a byte each
   Divisor digit_states;        ///< levels^keep
   Divisor low_digit_states;    ///< levels^min(keep, 8)

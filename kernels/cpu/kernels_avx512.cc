@@ -438,10 +438,70 @@ void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step)
 // --- panels
 // -----------------------------------------------------------------------------------------------------------
 
+// out[i] = the i-th 64-bit lanes of in[0..7].
+STBLLM_INLINE void transpose_lanes(const __m512i (&in)[8], __m512i (&out)[8]) {
+  __m512i pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi64(in[i], in[i + 1]);      // lanes 0 2 4 6 of two inputs
+    pairs[i + 1] = _mm512_unpackhi_epi64(in[i], in[i + 1]);  // lanes 1 3 5 7
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int odd = 0; odd < 2; ++odd) {
+      quads[i + odd] = _mm512_shuffle_i64x2(pairs[i + odd], pairs[i + 2 + odd], 0x88);  // lanes 0 4 or 1 5
+      quads[i + 2 + odd] =
+          _mm512_shuffle_i64x2(pairs[i + odd], pairs[i + 2 + odd], 0xdd);  // lanes 2 6 or 3 7
+    }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm512_shuffle_i64x2(quads[i], quads[i + 4], 0x88);
+    out[i + 4] = _mm512_shuffle_i64x2(quads[i], quads[i + 4], 0xdd);
+  }
+}
+
+// The twin of decode_plane(): a byte shuffle puts the kept weights of a group in their places, and the bytes
+// of eight columns and 64 rows are transposed together.
+void decode_plane_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk,
+                              int8_t (*symbols)[kTileRows]) {
+  alignas(64) int8_t octets[kChunkColumns / 8 * kTileRows * 8 + 8];  // (columns / 8, rows, 8)
+  const PlaneChunk part = plane_chunk(m, tile, chunk);
+  if (part.rows < kTileRows || part.groups < m.chunk_columns / m.group || m.chunk_columns % 8 != 0)
+    std::memset(octets, 0, sizeof octets);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const uint8_t* stream = m.codes + (tile * kTileRows + r) * m.code_row_bytes;
+    for (int64_t g = 0; g < part.groups; ++g) {
+      const PlaneCode code = read_plane_code(m, stream, part.first_bit + g * m.code_bits);
+      const __m128i magnitudes = _mm_set_epi64x(static_cast<int64_t>(m.magnitudes[code.high_digits]),
+                                                static_cast<int64_t>(m.magnitudes[code.low_digits]));
+      const __m128i kept =
+          _mm_mask_sub_epi8(magnitudes, static_cast<__mmask16>(code.signs), _mm_setzero_si128(), magnitudes);
+      const __m128i group =
+          _mm_shuffle_epi8(kept, _mm_load_si128(reinterpret_cast<const __m128i*>(m.expand + code.rank * 16)));
+      const int64_t column = g * m.group;
+      int8_t* out = octets + (column / 8 * kTileRows + r) * 8 + column % 8;
+      const int64_t first = _mm_cvtsi128_si64(group), second = _mm_extract_epi64(group, 1);
+      if (m.group == 4) {
+        std::memcpy(out, &first, 4);
+        continue;
+      }
+      std::memcpy(out, &first, 8);
+      if (m.group == 16) std::memcpy(out + kTileRows * 8, &second, 8);
+    }
+  }
+  const __m512i columns_first =
+      _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
+                       0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
+  for (int64_t octet = 0; octet < (m.chunk_columns + 7) / 8; ++octet) {
+    __m512i rows[8], columns[8];
+    for (int i = 0; i < 8; ++i)
+      rows[i] = _mm512_permutexvar_epi8(columns_first, load(octets + (octet * kTileRows + 8 * i) * 8));
+    transpose_lanes(rows, columns);
+    for (int i = 0; i < 8; ++i) _mm512_store_si512(symbols[octet * 8 + i], columns[i]);
+  }
+}
+
 void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   alignas(64) int8_t symbols[kChunkColumns][kTileRows];
   if (m.form == CodeForm::kPlane) {
-    decode_plane(m, tile, chunk, symbols);
+    decode_plane_by_shuffles(m, tile, chunk, symbols);
   } else {
     // The weight of a column is the dot product with its unit vector.
     const __m256i lane_of_row = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30,
@@ -505,21 +565,29 @@ void multiply_tokens_bf16(const uint16_t* panel, int64_t columns, const uint16_t
     for (int v = 0; v < 4; ++v) _mm512_storeu_ps(y + t * y_stride + 16 * v, sums[t][v]);
 }
 
+// Calls f with the number of tokens as a constant, 6 at a time and then the rest.
+template <typename F>
+STBLLM_INLINE void in_token_passes(int64_t tokens, F&& f) {
+  int64_t t = 0;
+  for (; t + kPassTokens <= tokens; t += kPassTokens) f(t, std::integral_constant<int, kPassTokens>());
+  unroll<kPassTokens>([&](auto rest) {
+    if constexpr (rest > 0)
+      if (tokens - t == rest) f(t, rest);
+  });
+}
+
 void multiply(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
               int64_t y_stride) {
-  int64_t t = 0;
-  for (; t + kPassTokens <= tokens; t += kPassTokens)
-    multiply_tokens<kPassTokens>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
-  for (; t < tokens; ++t) multiply_tokens<1>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
+  in_token_passes(tokens, [&](int64_t t, auto count) {
+    multiply_tokens<count>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
+  });
 }
 
 void multiply_bf16(const uint16_t* rounded, int64_t columns, const uint16_t* x, int64_t tokens, float* y,
                    int64_t y_stride) {
-  int64_t t = 0;
-  for (; t + kPassTokens <= tokens; t += kPassTokens)
-    multiply_tokens_bf16<kPassTokens>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
-  for (; t < tokens; ++t)
-    multiply_tokens_bf16<1>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
+  in_token_passes(tokens, [&](int64_t t, auto count) {
+    multiply_tokens_bf16<count>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
+  });
 }
 
 void round_panel(const float* panel, int64_t columns, uint16_t* rounded) {

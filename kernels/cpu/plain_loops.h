@@ -60,22 +60,34 @@ inline uint16_t float_to_half(float f) {
 }
 
 void load_floats(const uint16_t* from, bool half, int64_t count, float* to) {
-  if (half)
-    for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+  int64_t i = 0;
+  if (!half) {
+    for (; i < count; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+    return;
+  }
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = half_to_float(from[i]);
 }
 
 void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
-  if (half) {
-    for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+  int64_t i = 0;
+  if (!half) {
+    for (; i < count; ++i) {
+      const uint32_t bits = bits_of_float(from[i]);
+      const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
+      to[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of_float(from[i]);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
-    to[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-  }
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
 // --- decoding
@@ -101,44 +113,48 @@ inline uint64_t quotient(uint64_t n, const Divisor& d) {
   return static_cast<uint64_t>((Wide{n} + 1) * d.reciprocal >> 64);
 }
 
-// (-1)^sign (level + 1) of eight kept weights, a byte each; signs are the bits of `signs`.
-inline uint64_t signed_magnitudes(uint64_t magnitudes, uint8_t signs) {
-  // Bit k of the byte to byte k, then 0xff where it is set. A magnitude is never 0, so negation does not
-  // carry.
-  const uint64_t spread = signs * 0x0101010101010101u & 0x8040201008040201u;
-  const uint64_t bit = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
-  return (magnitudes ^ bit * 0xffu) + bit;
+// The groups of a tile's chunk that exist, and where a row's first code starts.
+struct PlaneChunk {
+  int64_t rows, groups, first_bit;
+};
+inline PlaneChunk plane_chunk(const MatrixView& m, int64_t tile, int64_t chunk) {
+  const int64_t rows = m.rows - tile * kTileRows, first_group = chunk * m.chunk_columns / m.group;
+  const int64_t groups = m.chunk_columns / m.group, rest = (m.cols + m.group - 1) / m.group - first_group;
+  return {rows < kTileRows ? rows : kTileRows, groups < rest ? groups : rest, first_group * m.code_bits};
+}
+
+// A code taken apart: indices of `expand` and, for the first and the next eight kept weights, of
+// `magnitudes`.
+struct PlaneCode {
+  uint64_t signs, rank, low_digits, high_digits;
+};
+inline PlaneCode read_plane_code(const MatrixView& m, const uint8_t* stream, int64_t bit) {
+  uint64_t code;
+  std::memcpy(&code, stream + (bit >> 3), sizeof code);
+  code = code >> (bit & 7) & ((uint64_t{1} << m.code_bits) - 1);
+  const uint64_t rest = code >> m.keep, rank = quotient(rest, m.digit_states);
+  const uint64_t digits = rest - rank * m.digit_states.value;
+  const uint64_t high = m.keep <= 8 ? 0 : quotient(digits, m.low_digit_states);
+  return {code, rank, digits - high * m.low_digit_states.value, high};
 }
 
 // symbols[column][row]: the signed levels of a tile's chunk, from codes in the file's order.
-void decode_plane(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
-  const int64_t first_row = tile * kTileRows, first_group = chunk * m.chunk_columns / m.group;
-  const int64_t all_groups = (m.cols + m.group - 1) / m.group, groups = m.chunk_columns / m.group;
-  const int64_t present = first_group + groups <= all_groups ? groups : all_groups - first_group;
-  const int64_t rows = m.rows - first_row < kTileRows ? m.rows - first_row : kTileRows;
-  const uint64_t mask = (uint64_t{1} << m.code_bits) - 1;
+[[maybe_unused]] void decode_plane(const MatrixView& m, int64_t tile, int64_t chunk,
+                                   int8_t (*symbols)[kTileRows]) {
+  const PlaneChunk part = plane_chunk(m, tile, chunk);
   std::memset(symbols, 0, static_cast<size_t>(m.chunk_columns) * kTileRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* stream = m.codes + (first_row + r) * m.code_row_bytes;
-    int8_t* column = &symbols[0][r];
-    for (int64_t g = 0; g < present; ++g, column += m.group * kTileRows) {
-      const int64_t offset = (first_group + g) * m.code_bits;
-      uint64_t code;
-      std::memcpy(&code, stream + (offset >> 3), sizeof code);
-      code = code >> (offset & 7) & mask;
-      const uint64_t rest = code >> m.keep, rank = quotient(rest, m.digit_states);
-      const uint64_t digits = rest - rank * m.digit_states.value;
-      const uint64_t high_digits = m.keep <= 8 ? 0 : quotient(digits, m.low_digit_states);
-      const uint8_t* position = m.positions + rank * 16;
-      const int low = m.keep < 8 ? m.keep : 8;
-      uint64_t values = signed_magnitudes(m.magnitudes[digits - high_digits * m.low_digit_states.value],
-                                          static_cast<uint8_t>(code));
-      for (int k = 0; k < low; ++k, values >>= 8)
-        column[position[k] * kTileRows] = static_cast<int8_t>(values);
-      if (m.keep <= 8) continue;
-      values = signed_magnitudes(m.magnitudes[high_digits], static_cast<uint8_t>(code >> 8));
-      for (int k = 8; k < m.keep; ++k, values >>= 8)
-        column[position[k] * kTileRows] = static_cast<int8_t>(values);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const uint8_t* stream = m.codes + (tile * kTileRows + r) * m.code_row_bytes;
+    for (int64_t g = 0; g < part.groups; ++g) {
+      const PlaneCode code = read_plane_code(m, stream, part.first_bit + g * m.code_bits);
+      const uint64_t magnitudes[2] = {m.magnitudes[code.low_digits], m.magnitudes[code.high_digits]};
+      const uint8_t* expand = m.expand + code.rank * 16;
+      for (int c = 0; c < m.group; ++c) {
+        const int k = expand[c];
+        if (k == kPruned) continue;
+        const auto magnitude = static_cast<int8_t>(magnitudes[k / 8] >> k % 8 * 8);
+        symbols[g * m.group + c][r] = static_cast<int8_t>(code.signs >> k & 1 ? -magnitude : magnitude);
+      }
     }
   }
 }
@@ -155,11 +171,14 @@ void scale_symbols(const MatrixView& m, int64_t tile, int64_t chunk, const int8_
       for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<float>(symbol[r]) * scales[0][r];
       continue;
     }
+    // Loads first: then every step is a select that compilers turn into a blend.
     for (int r = 0; r < kTileRows; ++r) {
+      const float scale0 = scales[0][r], scale1 = scales[1][r], scale2 = scales[2][r];
       const int s = symbol[r], magnitude = s < 0 ? -s : s;
-      const float low = magnitude == 2 ? scales[1][r] : scales[0][r];
-      const float scale = magnitude == 3 ? scales[2][r] : low;
-      out[r] = s == 0 ? 0.0f : s < 0 ? -scale : scale;
+      float weight = magnitude == 1 ? scale0 : 0.0f;
+      weight = magnitude == 2 ? scale1 : weight;
+      weight = magnitude == 3 ? scale2 : weight;
+      out[r] = s < 0 ? -weight : weight;
     }
   }
 

@@ -173,9 +173,9 @@ void run(const Options& options) {
         const Backend& backend = find_backend(name);
         omp_set_num_threads(most_threads);
         std::vector<std::unique_ptr<PreparedMatrix>> copies;
-        const double start = now(most_threads);
+        const double start = seconds_on(CLOCK_MONOTONIC);
         copies.push_back(backend.prepare(matrix));
-        const double prepare_seconds = now(most_threads) - start;
+        const double prepare_seconds = seconds_on(CLOCK_MONOTONIC) - start;
         while (std::ssize(copies) < copies_for(options.cold_mib, copies[0]->bytes()))
           copies.push_back(backend.prepare(matrix));
         for (const int threads : options.threads) {
