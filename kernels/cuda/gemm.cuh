@@ -94,9 +94,10 @@ STBLLM_DEVICE void gemm(const WeightView& weights, const uint16_t* staged, const
   const auto multiply_coded = [&](int chunk) {
     const uint32_t* const tile_records =
         records + (chunk / 4 % 2 * Shape::kBlockTiles + warp_tile) * record_words;
-    // Two steps share the decoding of metadata; without metadata the registers are worth more.
-    constexpr int kSteps = kSparse ? 2 : 1;
-#pragma unroll 1
+    // Two steps share the decoding of metadata where that fits into 255 registers without spills; a dense
+    // kernel has none to share, and needs the fewest when its steps are a loop.
+    constexpr int kSteps = kSparse && kPlanes < 2 ? 2 : 1, kUnroll = kSparse ? 2 : 1;
+#pragma unroll kUnroll
     for (int first = 0; first < 2; first += kSteps) {
       uint32_t b[kSteps][kTokenTiles][4];
 #pragma unroll

@@ -17,9 +17,11 @@ cudaError_t launch_gemm_shape(const WeightView& weights, const uint16_t* staged,
                               const OutputView& output, cudaStream_t stream) {
   const auto kernel = gemm_kernel<kSparse, kPlanes, Shape>;
   const size_t shared = Shape::shared_bytes(weights.record_words);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
+  if (shared > size_t{48} << 10) {  // more than every kernel may have
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
   const auto blocks = [](int count, int size) { return static_cast<unsigned>((count + size - 1) / size); };
   const dim3 grid(blocks(weights.row_tiles, Shape::kBlockTiles), blocks(output.tokens, Shape::kBlockTokens));
   kernel<<<grid, Shape::kThreads, shared, stream>>>(weights, staged, token_scales, output);

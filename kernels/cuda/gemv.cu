@@ -17,9 +17,11 @@ cudaError_t launch_shape(const WeightView& weights, const InputView& input, cons
                          cudaStream_t stream) {
   const auto kernel = gemv_kernel<kSparse, kPlanes, Shape>;
   const size_t shared = Shape::shared_bytes(weights.record_words, input.tokens);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
+  if (shared > size_t{48} << 10) {  // more than every kernel may have
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
   const int blocks = (weights.row_tiles + Shape::kRowTiles - 1) / Shape::kRowTiles;
   kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, shared, stream>>>(weights, input, output);
   return cudaGetLastError();

@@ -149,5 +149,17 @@ TEST(Plan, DeviceBitsPerWeightAreThoseOfTheDocumentation) {
   EXPECT_DOUBLE_EQ(bits({4, 8}, 3), 3.375);
 }
 
+// Devices of compute capability 8.6, 8.9 and 12.0 offer 99 KiB of shared memory to a block.
+TEST(Plan, EveryKernelFitsTheSmallestSharedMemory) {
+  for (const bool sparse : {true, false})
+    for (const int planes : {0, 1, 2}) {
+      const int record_words = 32 * cuda::TileFormat{sparse, planes}.lane_words() + 16 * 3;
+      EXPECT_LE(cuda::LargeGemm::shared_bytes(record_words), size_t{99} << 10);
+      EXPECT_LE(cuda::SmallGemm::shared_bytes(record_words), size_t{99} << 10);
+      EXPECT_LE(cuda::FewTokens::shared_bytes(record_words, cuda::FewTokens::kMaxTokens), size_t{99} << 10);
+      EXPECT_LE(cuda::SomeTokens::shared_bytes(record_words, cuda::SomeTokens::kMaxTokens), size_t{99} << 10);
+    }
+}
+
 }  // namespace
 }  // namespace stbllm
