@@ -153,6 +153,11 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
   return decoder;
 }
 
+void Decoder::set_tables(at::Tensor embedding, at::Tensor head) {
+  outer_.embedding = std::move(embedding);
+  outer_.head = std::move(head);
+}
+
 int64_t Decoder::bytes() const {
   int64_t total = 0;
   const auto add = [&](const at::Tensor& tensor) {

@@ -97,6 +97,13 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
   if (error || !file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
 }
 
+WorkDirectory::~WorkDirectory() {
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(path_, ignored))
+    if (entry.path().extension() == ".safetensors") return;
+  remove();
+}
+
 fs::path WorkDirectory::block_path(int64_t block) const { return path_ / fmt::format("block_{:03}.safetensors", block); }
 
 void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {

@@ -3,7 +3,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/quantize/lanes.h"
 
 namespace stbllm {
 
@@ -35,26 +37,35 @@ at::Tensor importance(const at::Tensor& weight_t, const at::Tensor& norm_sq, con
   return magnitude;
 }
 
+namespace {
+
+/// kLanes rows of a group; `stride` apart from column to column. A column's rank is the number of columns that go before it.
+STBLLM_CLONES void keep_largest(const float* score, int64_t stride, int width, int keep, int lanes, uint8_t* kept) {
+  int32_t rank[16][kLanes] = {};
+  for (int b = 1; b < width; ++b)
+    for (int a = 0; a < b; ++a)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const int32_t later_wins = score[b * stride + lane] > score[a * stride + lane];  // of equals the first one goes before
+        rank[a][lane] += later_wins;
+        rank[b][lane] += 1 - later_wins;
+      }
+  for (int c = 0; c < width; ++c)
+    for (int lane = 0; lane < lanes; ++lane) kept[c * stride + lane] = rank[c][lane] < keep;
+}
+
+}  // namespace
+
 at::Tensor nm_mask(const at::Tensor& score_t, NmPattern nm) {
   const int64_t cols = score_t.size(0), rows = score_t.size(1);
-  at::Tensor mask = at::zeros({cols, rows}, at::kByte);
-  const float* score = score_t.data_ptr<float>();
-  uint8_t* kept = mask.data_ptr<uint8_t>();
-  const int64_t groups = (cols + nm.group - 1) / nm.group;
+  at::Tensor mask = at::empty({cols, rows}, at::kByte);
+  const int64_t groups = ceil_div(cols, nm.group);
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * nm.group;
       const int width = static_cast<int>(std::min<int64_t>(nm.group, cols - first));
-      const int keep = std::min(nm.keep, width);
-      for (int64_t row = 0; row < rows; ++row) {
-        std::array<int, 16> order;
-        for (int i = 0; i < width; ++i) order[i] = i;
-        std::partial_sort(order.begin(), order.begin() + keep, order.begin() + width, [&](int a, int b) {
-          const float x = score[(first + a) * rows + row], y = score[(first + b) * rows + row];
-          return x > y || (x == y && a < b);
-        });
-        for (int i = 0; i < keep; ++i) kept[(first + order[i]) * rows + row] = 1;
-      }
+      for (int64_t row = 0; row < rows; row += kLanes)
+        keep_largest(score_t.data_ptr<float>() + first * rows + row, rows, width, std::min(nm.keep, width),
+                     static_cast<int>(std::min<int64_t>(kLanes, rows - row)), mask.data_ptr<uint8_t>() + first * rows + row);
     }
   });
   return mask;

@@ -1,6 +1,8 @@
 #include "stbllm/quantize/quantize_linear.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <numeric>
@@ -43,10 +45,23 @@ void zero_columns(at::Tensor& hessian, const at::Tensor& columns) {
   hessian.index_fill_(1, columns, 0);
 }
 
+/// Sorts values that are not negative: their bits are in the order of their values, so that three passes over 11-bit digits do.
+void sort_magnitudes(std::vector<float>& values) {
+  std::vector<float> other(values.size());
+  for (const int shift : {0, 11, 22}) {
+    const auto digit = [&](float x) { return std::bit_cast<uint32_t>(x) >> shift & 2047; };
+    std::array<size_t, 2048> place{};
+    for (const float x : values) ++place[digit(x)];
+    std::exclusive_scan(place.begin(), place.end(), place.begin(), size_t{0});
+    for (const float x : values) other[place[digit(x)]++] = x;
+    values.swap(other);
+  }
+}
+
 /// numpy.quantile of float32 values at float32 positions: index, fraction and interpolation are float32 too, and many
 /// weights of a checkpoint are equal, so that a threshold often falls exactly on one of them.
 std::vector<float> quantiles(std::vector<float> values, int count, float low, float high) {
-  std::sort(values.begin(), values.end());
+  sort_magnitudes(values);
   std::vector<float> result(count);
   const at::Tensor grid = at::linspace(low, high, count, at::kFloat);
   for (int i = 0; i < count; ++i) {
@@ -135,21 +150,14 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       report.threshold.push_back(p1);
     }
     const at::Tensor sets = assign_sets(search, salient, p1, recipe.levels);
-    const BinarizedBlock fit = binarize_sets(w, sets, recipe.levels, recipe.means);
-    const at::Tensor scale = recipe.packable() ? round_to_half(fit.scale) : fit.scale;
-
-    // The block's values: slot scales gathered by set.
-    const at::Tensor set_index = sets.to(at::kLong);
-    const at::Tensor slot = at::where(set_index.eq(kSalientSet), at::full_like(set_index, recipe.levels), (set_index - 1).clamp_min(0));
-    const at::Tensor scale_t = scale.t().contiguous(), mean_t = fit.mean.t().contiguous();  // (slots, rows)
-    at::Tensor q = scale_t.gather(0, slot) * fit.sign + mean_t.gather(0, slot);
-    q += sets.eq(kSalientSet) * (scale_t[recipe.levels + 1].unsqueeze(0) * fit.residual_sign + mean_t[recipe.levels + 1].unsqueeze(0));
-    q *= sets.ne(0);
-
+    BinarizedBlock fit = binarize_sets(w, sets, recipe.levels, recipe.means);
+    if (recipe.packable()) fit.scale = round_to_half(fit.scale);
+    const at::Tensor q = fit.dequantize(sets, recipe.levels);
     if (recipe.packable()) {
-      const at::Tensor level = at::where(set_index.eq(kSalientSet), at::zeros_like(set_index), (set_index - 1).clamp_min(0));
-      symbols_t.narrow(0, start, width).copy_((fit.sign.to(at::kLong) * (level + 1) * sets.ne(0)).to(at::kChar));
-      scales.select(1, b).copy_(scale);
+      // +-(1 + level); salient columns are of level 0.
+      const at::Tensor level = at::where(sets.eq(kSalientSet), at::ones_like(sets), sets).to(at::kChar);
+      symbols_t.narrow(0, start, width).copy_(fit.sign * level);
+      scales.select(1, b).copy_(fit.scale);
       for (int64_t c = 0; c < width; ++c)
         if (salient[c]) {
           salient_columns.push_back(static_cast<int32_t>(start + c));

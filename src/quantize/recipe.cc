@@ -23,8 +23,7 @@ NLOHMANN_JSON_SERIALIZE_ENUM(Compensate,
 NLOHMANN_JSON_SERIALIZE_ENUM(SearchOn, {{SearchOn::kWeights, "weights"}, {SearchOn::kSaliency, "saliency"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(Allocation, {{Allocation::kUniform, "uniform"},
                                           {Allocation::kNorm, "norm"},
-                                          {Allocation::kOutlier, "outlier"},
-                                          {Allocation::kBudget, "budget"}})
+                                          {Allocation::kOutlier, "outlier"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(RowCoding, {{RowCoding::kKeep, "keep"},
                                          {RowCoding::kFloat16, "fp16"},
                                          {RowCoding::kInt8, "int8"},
@@ -63,8 +62,6 @@ void visit_fields(R& r, Visit&& visit) {
   visit("tune_epochs", r.tune_epochs);
   visit("tune_lr", r.tune_lr);
   visit("tune_code_lr", r.tune_code_lr);
-  visit("distill_epochs", r.distill_epochs);
-  visit("distill_lr", r.distill_lr);
 }
 
 void require(bool ok, std::string_view field, std::string_view expected) {
@@ -143,7 +140,7 @@ void Recipe::validate() const {
   require(lean() || compensate != Compensate::kColumn, "compensate", "'block' or 'none' unless the code is lean");
   require(packable() || !lean(), "support_carried, means", "true and false for lean codes");
   require(lean() || tune_epochs == 0, "tune_epochs", "0 unless the code is lean");
-  require(tune_epochs >= 0 && distill_epochs >= 0, "tune_epochs", "counts >= 0");
+  require(tune_epochs >= 0, "tune_epochs", "counts >= 0");
 }
 
 }  // namespace stbllm

@@ -40,6 +40,12 @@ class Decoder {
   /// Memory of all that stays resident (embedding, head, kept or packed blocks).
   int64_t bytes() const;
 
+  /// The tables (vocab, embedding_width) at both ends; the same tensor when tied. The quantizer replaces them by what their
+  /// packed coding gives.
+  const at::Tensor& embedding() const { return outer_.embedding; }
+  const at::Tensor& head() const { return outer_.head; }
+  void set_tables(at::Tensor embedding, at::Tensor head);
+
   /// ids (batch, tokens), int32 or int64 -> hidden states (batch, tokens, hidden) that enter block 0.
   at::Tensor embed(const at::Tensor& ids, int64_t first_position = 0) const;
   Positions positions(int64_t first, int64_t count) const { return {spec_, first, count, dtype_, device_}; }

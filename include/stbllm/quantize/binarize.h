@@ -41,6 +41,9 @@ at::Tensor assign_sets(const ColumnBlock& block, const std::vector<uint8_t>& sal
 /// first and second order; means are zero unless asked for. `sign` and `residual_sign`: int8 (cols of the block, rows).
 struct BinarizedBlock {
   at::Tensor scale, mean, sign, residual_sign;
+
+  /// The binarized values, float32 (cols of the block, rows).
+  at::Tensor dequantize(const at::Tensor& sets, int levels) const;
 };
 BinarizedBlock binarize_sets(const at::Tensor& values, const at::Tensor& sets, int levels, bool means);
 

@@ -33,7 +33,7 @@ enum class SearchOn {
 };
 
 /// How one N per linear follows from the target N:M (plan/allocate.h).
-enum class Allocation { kUniform, kNorm, kOutlier, kBudget };
+enum class Allocation { kUniform, kNorm, kOutlier };
 
 /// How a table of rows (embedding, head) is stored.
 enum class RowCoding { kKeep, kFloat16, kInt8, kInt4 };
@@ -64,8 +64,6 @@ struct Recipe {
   int tune_epochs = 0;                         ///< block-wise reconstruction through autograd; 0: none
   double tune_lr = 1e-3;                       ///< Adam's step for scales, norms and biases, relative to their size
   double tune_code_lr = 1e-3;                  ///< the same for the latent weights behind the codes; 0: codes stay
-  int distill_epochs = 0;                      ///< whole-model KL to the dense logits, scales and norms only
-  double distill_lr = 1e-3;
 
   /// True when codes are chosen by exhaustive group search with shared levels, which refit and descend need.
   bool lean() const { return max_salient == 0 && (levels == 1 || scale_bits < 16); }
