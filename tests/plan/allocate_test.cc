@@ -1,0 +1,96 @@
+// How many weights each block keeps, against values worked by hand and against a published run.
+
+#include "stbllm/plan/allocate.h"
+
+#include <gtest/gtest.h>
+
+namespace stbllm {
+namespace {
+
+std::vector<int> kept(const std::vector<NmPattern>& patterns, int group) {
+  std::vector<int> result;
+  for (const NmPattern& nm : patterns) {
+    EXPECT_EQ(nm.group, group);
+    result.push_back(nm.keep);
+  }
+  return result;
+}
+
+using Kept = std::vector<int>;
+
+TEST(AllocateByNorm, FollowsTheEquation) {
+  // a = 1/4, 1/4, 1/2: ratios a + (1 - a) / 2 = 0.625, 0.625, 0.75.
+  EXPECT_EQ(kept(allocate_by_norm({4, 8}, {1, 1, 2}), 8), (Kept{5, 5, 6}));
+  EXPECT_EQ(kept(allocate_by_norm({8, 16}, {1, 1, 2}), 16), (Kept{10, 10, 12}));
+  // R = 1/4: ratios 0.4375, 0.4375, 0.625 of 8 are 3.5, 3.5 and 5; halves go up.
+  EXPECT_EQ(kept(allocate_by_norm({2, 8}, {3, 3, 6}), 8), (Kept{4, 4, 5}));
+}
+
+TEST(AllocateByNorm, DependsOnSharesOnly) {
+  EXPECT_EQ(allocate_by_norm({3, 8}, {1, 2, 5}), allocate_by_norm({3, 8}, {100, 200, 500}));
+}
+
+TEST(AllocateByNorm, ApproachesTheTargetWithManyBlocks) {
+  EXPECT_EQ(allocate_by_norm({4, 8}, std::vector<double>(32, 1.0)),
+            std::vector<NmPattern>(32, NmPattern{4, 8}));
+}
+
+TEST(AllocateByNorm, KeepsTheTargetWhenAllWeightsAreZero) {
+  EXPECT_EQ(kept(allocate_by_norm({4, 8}, {0, 0}), 8), (Kept{4, 4}));
+}
+
+TEST(AllocateByNorm, KeepsAtMostTheWholeGroup) {
+  EXPECT_EQ(kept(allocate_by_norm({4, 8}, {7}), 8), (Kept{8}));  // a = 1
+}
+
+TEST(AllocateByOutliers, FollowsTheReleasedRule) {
+  // z = 0, 0.5, 2 less their mean 0.83: -0.83, -0.33, 1.17 -> -1, 0, 1 -> 2.
+  EXPECT_EQ(kept(allocate_by_outliers({4, 8}, {0, 1, 4}), 8), (Kept{3, 4, 6}));
+  EXPECT_EQ(kept(allocate_by_outliers({2, 4}, {0, 1, 4}), 4), (Kept{1, 2, 4}));
+}
+
+TEST(AllocateByOutliers, RoundsHalvesToEven) {
+  EXPECT_EQ(kept(allocate_by_outliers({4, 8}, {3, 3, 3, 5}), 8), (Kept{4, 4, 4, 6}));  // -0.5 -> 0, 1.5 -> 2
+  EXPECT_EQ(kept(allocate_by_outliers({4, 8}, {3, 5, 5, 5}), 8), (Kept{2, 4, 4, 4}));  // -1.5 -> -2, 0.5 -> 0
+}
+
+TEST(AllocateByOutliers, StaysBetweenOneAndTheWholeGroup) {
+  EXPECT_EQ(kept(allocate_by_outliers({1, 4}, {3, 5, 5, 5}), 4), (Kept{1, 1, 1, 1}));
+  EXPECT_EQ(kept(allocate_by_outliers({7, 8}, {3, 3, 3, 5}), 8), (Kept{7, 7, 7, 8}));
+}
+
+TEST(AllocateByOutliers, KeepsTheTargetWhereBlocksDoNotDiffer) {
+  EXPECT_EQ(kept(allocate_by_outliers({4, 8}, {0.2, 0.2, 0.2}), 8), (Kept{4, 4, 4}));
+  EXPECT_EQ(kept(allocate_by_outliers({4, 8}, {0.2}), 8), (Kept{4}));
+}
+
+// The outlier ratios of LLaMA-2-7B's 32 blocks and what became of them ("before" and "after adjustment"),
+// from the log of a 4:8 run that the authors published: github.com/pprp/STBLLM, logs/stbllm_series/
+// stbllm_wikitext2_si-structure-4:8-0.5-wrec_hessian-4mask-billm-160_main.log.
+const std::vector<double> kPublishedRatios = {
+    0.4209790205090775,  0.40479818156346137, 0.30860456160313104, 0.3875035696079076,  0.2518391979790722,
+    0.21269062022471058, 0.2656249802347292,  0.24487045762452436, 0.2065233616013601,  0.18616167374843143,
+    0.17812165571617955, 0.2158985236765807,  0.18172140566178552, 0.17278453846669567, 0.16096737718335088,
+    0.13882137950837922, 0.12738272316097596, 0.11663733368710533, 0.11377779313319705, 0.1085874330194503,
+    0.09938126400962394, 0.10590726229810962, 0.09423685815050195, 0.09529924145634311, 0.09761968424900826,
+    0.09774321719154794, 0.09282364128784812, 0.07508282834384108, 0.07717942944462436, 0.07305392329556955,
+    0.07160562307723446, 0.08433890466245345};
+const Kept kPublishedPruned = {2, 2, 2, 2, 4, 4, 2, 4, 4, 4, 4, 4, 4, 4, 4, 4,
+                               4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 4};
+
+TEST(AllocateByOutliers, ReproducesThePublishedCountsOfLlama27b) {
+  const std::vector<NmPattern> plan = allocate_by_outliers({4, 8}, kPublishedRatios);
+  Kept pruned;
+  for (const NmPattern& nm : plan) pruned.push_back(nm.group - nm.keep);
+  EXPECT_EQ(pruned, kPublishedPruned);
+  EXPECT_DOUBLE_EQ(8 * mean_density(plan), 4.1875);  // more than the 4 that the run is named after
+}
+
+TEST(Plan, IsDescribedByItsPatterns) {
+  EXPECT_EQ(describe({{4, 8}, {4, 8}}), "4:8");
+  EXPECT_EQ(describe({{6, 8}, {4, 8}, {4, 8}}), "4:8 x 2, 6:8 x 1");
+  EXPECT_DOUBLE_EQ(mean_density({{6, 8}, {4, 8}, {2, 8}}), 0.5);
+}
+
+}  // namespace
+}  // namespace stbllm
