@@ -140,7 +140,8 @@ class PackedModelWriter : public ModelWriter {
   void add_linear(const std::string& name, const BinarizedWeight& weight) override { file_.add_linear(name, pack_weight(weight, name)); }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
     if (coding == RowCoding::kInt8 || coding == RowCoding::kInt4) {
-      file_.add_quantized_rows(name, encode_rows(tensor, coding, name));
+      const std::string matrix = name.substr(0, name.rfind('.'));  // without ".weight", as linears are named
+      file_.add_quantized_rows(matrix, encode_rows(tensor, coding, matrix));
       return;
     }
     const at::Tensor stored = (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf) : tensor).contiguous();

@@ -72,6 +72,14 @@ LinearResult linear_result_from_json(const nlohmann::json& json) {
   return result;
 }
 
+nlohmann::json to_json(const TuneReport& report) {
+  return {{"loss_before", report.loss_before}, {"loss_after", report.loss_after}, {"changed", report.changed}, {"epochs", report.epochs}};
+}
+
+TuneReport tune_report_from_json(const nlohmann::json& json) {
+  return {json.at("loss_before"), json.at("loss_after"), json.at("changed"), json.at("epochs")};
+}
+
 WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& fingerprint, bool resume, bool force)
     : path_(output.string() + ".work") {
   const fs::path fingerprint_path = path_ / "fingerprint.json";
@@ -94,7 +102,10 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
   std::ofstream file(fingerprint_path);
   file << fingerprint.dump(1) << '\n';
   file.close();
-  if (error || !file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
+  if (error || !file) {
+    remove();
+    fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
+  }
 }
 
 WorkDirectory::~WorkDirectory() {
@@ -120,6 +131,7 @@ void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {
   for (const auto& [name, tensor] : quantized.tensors)
     writer.add_dense(name, "F32", tensor.sizes().vec(), bytes_of(tensor.contiguous()));
   writer.set_metadata("results", results.dump());
+  writer.set_metadata("tune", quantized.tune ? to_json(*quantized.tune).dump() : "null");
   writer.finish();
   writer.commit();
 }
@@ -130,6 +142,7 @@ std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const {
   const PackedReader reader = PackedReader::open(path);
   QuantizedBlock quantized;
   for (const auto& json : nlohmann::json::parse(reader.metadata("results"))) quantized.results.push_back(linear_result_from_json(json));
+  if (const auto tune = nlohmann::json::parse(reader.metadata("tune")); !tune.is_null()) quantized.tune = tune_report_from_json(tune);
   for (const auto& [name, matrix] : reader.linears()) quantized.linears.emplace(name, unpack_weight(matrix));
   for (const auto& [name, entry] : reader.dense_tensors()) {
     const at::Tensor tensor = at::from_blob(const_cast<std::byte*>(entry.data.data()), entry.shape, at::kFloat).clone();
