@@ -15,6 +15,10 @@ class WorkDirectory {
   /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
   /// existing one is discarded with `force`, and Error(kExists) without.
   WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
+  /// A directory without a finished block is of no use and goes.
+  ~WorkDirectory();
+  WorkDirectory(const WorkDirectory&) = delete;
+  WorkDirectory& operator=(const WorkDirectory&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
   /// A block's file appears by rename: it is complete or not there.
