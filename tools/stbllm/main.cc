@@ -62,8 +62,8 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    const int status = app.exit(error);
-    return status == 0 ? 0 : static_cast<int>(ErrorCode::kUsage);
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    fail(ErrorCode::kUsage, "{}; --help explains", error.what());
   }
   return 0;
 }
