@@ -1,0 +1,355 @@
+// The program as a user meets it: its output, its errors, its exit codes, and what it leaves on disk.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "child_process.h"
+#include "stbllm/base/error.h"
+#include "support/calibration_text.h"
+#include "support/scratch_directory.h"
+#include "support/tiny_checkpoint.h"
+
+namespace stbllm::test {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using Args = std::vector<std::string>;
+
+const char* const kSubcommands[] = {"quantize", "eval-ppl", "inspect", "generate"};
+
+std::vector<std::string> list(const fs::path& directory) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(directory)) names.push_back(entry.path().filename());
+  std::ranges::sort(names);
+  return names;
+}
+
+/// A tiny checkpoint, a text, and a directory `results` that starts empty.
+class Cli : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::string(STBLLM_BINARY).empty()) GTEST_SKIP() << "the program was not built";
+    write_checkpoint(checkpoint_, model_);
+    fs::create_directory(results_);
+    text_ = write_calibration_text(scratch_.path());
+  }
+
+  /// quantize to results/`output`, calibrated on text_, then more options.
+  Args quantize(const std::string& output, const Args& more = {}) const {
+    Args args = {
+        "quantize", checkpoint_.string(), "-o", (results_ / output).string(), "--calib", text_, "--nsamples",
+        "8",        "--seqlen",           "48"};
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  }
+
+  /// `args` fail with `code` and one line on stderr that has `part`, nothing on stdout and nothing new in
+  /// results.
+  void expect_fault(const Args& args, ErrorCode code, const std::string& part,
+                    int64_t largest_file = 0) const {
+    const auto before = list(results_);
+    const Outcome outcome = run_program(args, largest_file);
+    EXPECT_EQ(outcome.status, static_cast<int>(code)) << outcome.err;
+    EXPECT_EQ(outcome.out, "");
+    const auto lines = lines_of(outcome.err);
+    EXPECT_EQ(
+        std::ranges::count_if(lines, [](const std::string& line) { return line.find(" E] ") != line.npos; }),
+        1)
+        << outcome.err;
+    EXPECT_THAT(lines.empty() ? "" : lines.back(), HasSubstr(part));
+    EXPECT_EQ(list(results_), before);
+  }
+
+  TinyModel model_ = tiny_llama();
+  ScratchDirectory scratch_;
+  const fs::path checkpoint_ = scratch_ / "checkpoint", results_ = scratch_ / "results";
+  std::string text_;
+};
+
+// --- help ---------------------------------------------------------------------------------------------
+
+TEST_F(Cli, HelpNamesEverySubcommandAndExitCode) {
+  const Outcome help = run_program({"--help"});
+  EXPECT_EQ(help.status, 0);
+  EXPECT_EQ(help.err, "");
+  for (const std::string name : kSubcommands) EXPECT_THAT(help.out, HasSubstr(name));
+  EXPECT_THAT(help.out, HasSubstr("130 interrupted"));
+}
+
+TEST_F(Cli, EverySubcommandExplainsItself) {
+  for (const std::string name : kSubcommands) {
+    const Outcome help = run_program({name, "--help"});
+    EXPECT_EQ(help.status, 0) << name;
+    EXPECT_EQ(help.err, "") << name;
+    EXPECT_THAT(help.out, HasSubstr("--threads")) << name;
+    EXPECT_THAT(help.out, HasSubstr("--json")) << name;
+  }
+}
+
+TEST_F(Cli, PrintsItsVersion) {
+  const Outcome version = run_program({"--version"});
+  EXPECT_EQ(version.status, 0);
+  EXPECT_EQ(version.out, STBLLM_VERSION "\n");
+}
+
+// --- the whole job --------------------------------------------------------------------------------------
+
+TEST_F(Cli, QuantizesInspectsEvaluatesAndGenerates) {
+  const std::string packed = (results_ / "packed.safetensors").string();
+  const Outcome quantized = run_program(
+      quantize("packed.safetensors", {"--json", "--report", (scratch_ / "report.json").string()}));
+  ASSERT_EQ(quantized.status, 0) << quantized.err;
+  const auto summary = nlohmann::json::parse(quantized.out);
+  EXPECT_EQ(summary["output"], packed);
+  EXPECT_EQ(summary["file_bytes"], fs::file_size(packed));
+  EXPECT_EQ(list(results_), Args{"packed.safetensors"});
+  EXPECT_EQ(nlohmann::json::parse(read_all(scratch_ / "report.json"))["linears"].size(), 14u);
+
+  const Outcome inspected = run_program({"inspect", packed, "--verify", "--json"});
+  ASSERT_EQ(inspected.status, 0) << inspected.err;
+  EXPECT_EQ(inspected.err, "");
+  const auto ledger = nlohmann::json::parse(inspected.out);
+  EXPECT_EQ(ledger["linears"].size(), 14u);
+  EXPECT_EQ(ledger["verified"], true);
+  EXPECT_EQ(ledger["stored_bits"], summary["stored_bits"]);
+  const Outcome table = run_program({"inspect", packed});
+  EXPECT_EQ(table.status, 0);
+  EXPECT_THAT(table.out, HasSubstr("model.layers.1.mlp.down_proj"));
+
+  for (const std::string& model : {packed, checkpoint_.string()}) {
+    const Outcome evaluated =
+        run_program({"eval-ppl", model, "--data", text_, "--seqlen", "48", "--windows", "5", "--json"});
+    ASSERT_EQ(evaluated.status, 0) << evaluated.err;
+    const auto result = nlohmann::json::parse(evaluated.out);
+    EXPECT_EQ(result["windows"], 5);
+    EXPECT_EQ(result["tokens"], 5 * 47);
+    EXPECT_NEAR(result["perplexity"].get<double>(), std::exp(result["mean_nll"].get<double>()),
+                1e-9 * result["perplexity"].get<double>());
+    EXPECT_GT(result["mean_nll"], 0);
+    const bool same_text = model == packed;
+    EXPECT_EQ(evaluated.err.find("calibrated on the text") != std::string::npos, same_text) << evaluated.err;
+  }
+
+  const Args generate = {"generate", packed, "--prompt", "the cat", "-n", "5", "--seed", "3"};
+  Args generate_json = generate;
+  generate_json.push_back("--json");
+  const Outcome generated = run_program(generate_json);
+  ASSERT_EQ(generated.status, 0) << generated.err;
+  const auto continuation = nlohmann::json::parse(generated.out);
+  EXPECT_GE(continuation["ids"].size(), 1u);
+  EXPECT_LE(continuation["ids"].size(), 5u);
+  const Outcome shown = run_program(generate);
+  EXPECT_EQ(shown.status, 0);
+  EXPECT_TRUE(shown.out.starts_with("the cat")) << shown.out;
+  EXPECT_EQ(shown.out, run_program(generate).out);
+}
+
+TEST_F(Cli, PrintsNothingButTheResultWhenQuiet) {
+  const Outcome quantized = run_program(quantize("packed", {"--log-level", "warning"}));
+  EXPECT_EQ(quantized.status, 0);
+  EXPECT_EQ(quantized.err, "");
+  EXPECT_TRUE(quantized.out.starts_with((results_ / "packed").string() + "\n")) << quantized.out;
+}
+
+TEST_F(Cli, FieldsOfTheRecipeAreOverridden) {
+  ASSERT_EQ(
+      run_program(quantize("packed", {"--recipe", "rtn", "--nm", "6:8", "--set", "column_block=64"})).status,
+      0);
+  const auto ledger =
+      nlohmann::json::parse(run_program({"inspect", (results_ / "packed").string(), "--json"}).out);
+  EXPECT_EQ(ledger["recipe"]["nm"], "6:8");
+  EXPECT_EQ(ledger["recipe"]["column_block"], 64);
+  EXPECT_EQ(ledger["density"], 0.75);
+}
+
+TEST_F(Cli, DenseExportIsACheckpoint) {
+  ASSERT_EQ(run_program(quantize("dense", {"--dense"})).status, 0);
+  EXPECT_EQ(list(results_), Args{"dense"});
+  EXPECT_EQ(
+      run_program({"eval-ppl", (results_ / "dense").string(), "--data", text_, "--seqlen", "48"}).status, 0);
+}
+
+// --- faults -----------------------------------------------------------------------------------------------
+
+TEST_F(Cli, UsageFaults) {
+  expect_fault({"quantize"}, ErrorCode::kUsage, "checkpoint");
+  expect_fault({"frobnicate"}, ErrorCode::kUsage, "--help");
+  expect_fault(quantize("packed", {"--frobnicate"}), ErrorCode::kUsage, "--frobnicate");
+  expect_fault(quantize("packed", {"--threads", "many"}), ErrorCode::kUsage, "--threads");
+  expect_fault(quantize("packed", {"--log-level", "loud"}), ErrorCode::kUsage, "--log-level loud");
+  expect_fault(quantize("packed", {"--recipe", "magic"}), ErrorCode::kUsage, "--recipe magic: expected");
+  expect_fault(quantize("packed", {"--nm", "9:8"}), ErrorCode::kUsage, "9:8");
+  expect_fault(quantize("packed", {"--nm", "3:5"}), ErrorCode::kUsage, "3:5");
+  expect_fault(quantize("packed", {"--set", "frobnicate=1"}), ErrorCode::kUsage, "frobnicate");
+  expect_fault(quantize("packed", {"--set", "levels=many"}), ErrorCode::kUsage, "levels");
+  expect_fault(quantize("packed", {"--set", "levels=7"}), ErrorCode::kUsage, "levels");
+  expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
+}
+
+TEST_F(Cli, PathsThatAreNotThere) {
+  const std::string nowhere = (scratch_ / "nowhere").string();
+  Args args = quantize("packed");
+  args[1] = nowhere;
+  expect_fault(args, ErrorCode::kNotFound, nowhere);
+  expect_fault(quantize("packed", {"--recipe", nowhere + ".json"}), ErrorCode::kNotFound, nowhere);
+  expect_fault(quantize("packed", {"--resume"}), ErrorCode::kNotFound, "no unfinished run");
+  expect_fault({"eval-ppl", nowhere, "--data", text_}, ErrorCode::kNotFound, nowhere);
+  expect_fault({"eval-ppl", checkpoint_.string(), "--data", nowhere}, ErrorCode::kNotFound, nowhere);
+  expect_fault({"inspect", nowhere}, ErrorCode::kNotFound, nowhere);
+  expect_fault({"generate", nowhere, "-p", "the"}, ErrorCode::kNotFound, nowhere);
+  text_ = nowhere;
+  expect_fault(quantize("packed"), ErrorCode::kNotFound, nowhere);
+}
+
+TEST_F(Cli, ATruncatedShard) {
+  model_.shards = 2;
+  fs::remove_all(checkpoint_);
+  write_checkpoint(checkpoint_, model_);
+  const fs::path shard = checkpoint_ / "model-00002-of-00002.safetensors";
+  fs::resize_file(shard, fs::file_size(shard) - 100);
+  expect_fault(quantize("packed"), ErrorCode::kCorrupt, shard.string());
+}
+
+TEST_F(Cli, AMissingTensor) {
+  nlohmann::json config = nlohmann::json::parse(read_all(checkpoint_ / "config.json"));
+  config["num_hidden_layers"] = 3;
+  write_text(checkpoint_ / "config.json", config.dump());
+  expect_fault(quantize("packed"), ErrorCode::kMismatch, "model.layers.2.");
+}
+
+TEST_F(Cli, AWrongShape) {
+  nlohmann::json config = nlohmann::json::parse(read_all(checkpoint_ / "config.json"));
+  config["intermediate_size"] = 160;
+  write_text(checkpoint_ / "config.json", config.dump());
+  expect_fault(quantize("packed"), ErrorCode::kMismatch,
+               "model.layers.0.mlp.gate_proj.weight has shape [168, 64], but config.json asks for [160, 64]");
+}
+
+TEST_F(Cli, AnUnknownArchitecture) {
+  model_.config["architectures"] = {"MambaForCausalLM"};
+  write_text(checkpoint_ / "config.json", model_.config.dump());
+  expect_fault(quantize("packed"), ErrorCode::kUnsupported, "MambaForCausalLM");
+}
+
+TEST_F(Cli, AnUnknownRopeScaling) {
+  model_.config["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4.0}};
+  write_text(checkpoint_ / "config.json", model_.config.dump());
+  expect_fault(quantize("packed"), ErrorCode::kUnsupported, "yarn");
+}
+
+TEST_F(Cli, ATextTooShort) {
+  text_ = (scratch_ / "short.txt").string();
+  write_text(text_, "the cat");
+  expect_fault(quantize("packed"), ErrorCode::kTooLittleText, "short.txt");
+  expect_fault({"eval-ppl", checkpoint_.string(), "--data", text_, "--seqlen", "48"},
+               ErrorCode::kTooLittleText, "short.txt");
+}
+
+TEST_F(Cli, AnOutputThatIsThere) {
+  write_text(results_ / "packed", "mine");
+  expect_fault(quantize("packed"), ErrorCode::kExists, "--force");
+  EXPECT_EQ(read_all(results_ / "packed"), "mine");
+  EXPECT_EQ(run_program(quantize("packed", {"--force"})).status, 0);
+  EXPECT_EQ(run_program({"inspect", (results_ / "packed").string()}).status, 0);
+}
+
+TEST_F(Cli, AnOutputInsideAFile) {
+  write_text(results_ / "file", "mine");
+  expect_fault(quantize("file/packed"), ErrorCode::kWriteFailed, "file/packed");
+}
+
+TEST_F(Cli, ARecipeWithoutPackedForm) {
+  expect_fault(quantize("packed", {"--recipe", "stbllm-released"}), ErrorCode::kUnsupported, "--dense");
+}
+
+TEST_F(Cli, ADamagedPackedFile) {
+  const fs::path packed = results_ / "packed";
+  ASSERT_EQ(run_program(quantize("packed")).status, 0);
+  std::string bytes = read_all(packed);
+  bytes[bytes.size() - 1] ^= 1;
+  write_text(packed, bytes);
+  expect_fault({"inspect", packed.string(), "--verify"}, ErrorCode::kCorrupt, packed.string());
+  write_text(packed, bytes.substr(0, bytes.size() / 2));
+  expect_fault({"inspect", packed.string()}, ErrorCode::kCorrupt, packed.string());
+  expect_fault({"eval-ppl", packed.string(), "--data", text_, "--seqlen", "48"}, ErrorCode::kCorrupt,
+               packed.string());
+}
+
+TEST_F(Cli, AFileThatIsNoPackedModel) {
+  expect_fault({"inspect", (checkpoint_ / "model.safetensors").string()}, ErrorCode::kUnsupported,
+               "model.safetensors");
+  expect_fault({"inspect", checkpoint_.string()}, ErrorCode::kUsage, "quantize it first");
+}
+
+TEST_F(Cli, AFullDiskLeavesNothingOfTheFirstBlock) {
+  expect_fault(quantize("packed"), ErrorCode::kWriteFailed, "packed", /*largest_file=*/8 << 10);
+  expect_fault(quantize("dense", {"--dense"}), ErrorCode::kWriteFailed, "dense", /*largest_file=*/8 << 10);
+}
+
+TEST_F(Cli, AFullDiskAtTheEndKeepsTheFinishedBlocks) {
+  // The embedding alone has 272 x 64 floats = 68 KiB, a block's planes have less than 32.
+  for (const Args& dense : {Args{}, Args{"--dense"}}) {
+    const Outcome failed = run_program(quantize("packed", dense), /*largest_file=*/48 << 10);
+    EXPECT_EQ(failed.status, static_cast<int>(ErrorCode::kWriteFailed)) << failed.err;
+    EXPECT_EQ(list(results_), Args{"packed.work"});
+    Args resume = dense;
+    resume.push_back("--resume");
+    const Outcome resumed = run_program(quantize("packed", resume));
+    EXPECT_EQ(resumed.status, 0) << resumed.err;
+    EXPECT_EQ(list(results_), Args{"packed"});
+    fs::remove_all(results_ / "packed");
+  }
+}
+
+// --- interruptions
+// ------------------------------------------------------------------------------------------
+
+/// A model that takes long enough to be caught in the middle.
+class Interrupted : public Cli {
+ protected:
+  Interrupted() { model_.config["num_hidden_layers"] = 24; }
+
+  /// Runs until block 2 is finished, sends `signal`, and expects the run to end with `status`.
+  Outcome interrupt(int signal) {
+    ChildProcess child(quantize("packed"));
+    EXPECT_TRUE(child.appears(results_ / "packed.work" / "block_002.safetensors"));
+    EXPECT_FALSE(fs::exists(results_ / "packed"));  // the result appears whole, at the end
+    child.send(signal);
+    return child.wait();
+  }
+  void expect_resume_gives_the_same_bytes() {
+    EXPECT_TRUE(fs::exists(results_ / "packed.work" / "block_002.safetensors"));
+    EXPECT_FALSE(fs::exists(results_ / "packed"));
+    const Outcome resumed = run_program(quantize("packed", {"--resume"}));
+    ASSERT_EQ(resumed.status, 0) << resumed.err;
+    ASSERT_EQ(run_program(quantize("undisturbed")).status, 0);
+    EXPECT_TRUE(read_all(results_ / "packed") == read_all(results_ / "undisturbed"));
+    EXPECT_EQ(list(results_), (Args{"packed", "undisturbed"}));
+  }
+};
+
+TEST_F(Interrupted, ByKillResumesToTheSameBytes) {
+  EXPECT_EQ(interrupt(SIGKILL).status, -SIGKILL);
+  expect_fault(quantize("packed"), ErrorCode::kExists, "--resume");
+  expect_fault(quantize("packed", {"--resume", "--seed", "9"}), ErrorCode::kMismatch,
+               "seed: 0 there, 9 here");
+  expect_resume_gives_the_same_bytes();
+}
+
+TEST_F(Interrupted, ByCtrlCSaysHowToGoOn) {
+  const Outcome outcome = interrupt(SIGINT);
+  EXPECT_EQ(outcome.status, static_cast<int>(ErrorCode::kInterrupted)) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+  ASSERT_FALSE(lines_of(outcome.err).empty());
+  EXPECT_THAT(lines_of(outcome.err).back(), HasSubstr("--resume"));
+  expect_resume_gives_the_same_bytes();
+}
+
+}  // namespace
+}  // namespace stbllm::test
