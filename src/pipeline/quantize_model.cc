@@ -195,6 +195,36 @@ void write_model(ModelWriter& writer, const Checkpoint& checkpoint, const ModelS
   }
 }
 
+/// A HuggingFace directory of dequantized weights: assembled in the work directory, its files then renamed into place.
+void export_dense(const QuantizeOptions& options, const Checkpoint& checkpoint, const ModelSpec& spec, const WorkDirectory& work,
+                  int64_t quantized_blocks, const Recipe& recipe) {
+  const fs::path assembled = work.path() / "dense";
+  std::error_code error;
+  const auto check = [&](const fs::path& path) {
+    if (error) fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", path.string(), error.message());
+  };
+  fs::create_directories(assembled, error);
+  check(assembled);
+  SafetensorsWriter file(assembled / "model.safetensors", /*force=*/true);
+  DenseModelWriter writer(file);
+  write_model(writer, checkpoint, spec, work, quantized_blocks, recipe);
+  file.set_metadata("format", "pt");
+  file.finish();
+  file.commit();
+  for (const auto& entry : fs::directory_iterator(checkpoint.directory())) {
+    const std::string name = entry.path().filename().string();
+    if ((!name.ends_with(".json") || name.ends_with(".index.json")) && name != "tokenizer.model" && name != "merges.txt") continue;
+    fs::copy_file(entry.path(), assembled / name, fs::copy_options::overwrite_existing, error);
+    check(assembled / name);
+  }
+  fs::create_directories(options.output, error);
+  check(options.output);
+  for (const auto& entry : fs::directory_iterator(assembled)) {
+    fs::rename(entry.path(), options.output / entry.path().filename(), error);
+    check(options.output / entry.path().filename());
+  }
+}
+
 /// Relative L2 distance between the logits of the packed file and those of the dense blocks the quantizer went on with.
 double verify_packed(const fs::path& path, const Decoder& dense, const Windows& windows, const at::Tensor& dense_hidden) {
   const PackedReader reader = PackedReader::open(path);
@@ -331,21 +361,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   result.nominal_bits = nominal_bits(result.linears);
 
   if (options.dense_output) {
-    std::error_code error;
-    fs::create_directories(options.output, error);
-    SafetensorsWriter file(options.output / "model.safetensors", options.force);
-    DenseModelWriter writer(file);
-    write_model(writer, checkpoint, spec, work, block_count, recipe);
-    file.set_metadata("format", "pt");
-    file.finish();
-    file.commit();
-    for (const auto& entry : fs::directory_iterator(checkpoint.directory())) {
-      const std::string extension = entry.path().extension().string(), name = entry.path().filename().string();
-      if (extension == ".json" && !name.ends_with(".index.json"))
-        fs::copy_file(entry.path(), options.output / entry.path().filename(), fs::copy_options::overwrite_existing);
-      if (name == "tokenizer.model" || name == "merges.txt")
-        fs::copy_file(entry.path(), options.output / entry.path().filename(), fs::copy_options::overwrite_existing);
-    }
+    export_dense(options, checkpoint, spec, work, block_count, recipe);
   } else {
     PackedWriter file(options.output, options.force);
     PackedModelWriter writer(file);
