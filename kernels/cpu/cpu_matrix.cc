@@ -17,28 +17,31 @@ uint64_t power(uint64_t base, int exponent) {
 
 Divisor divisor(uint64_t value) { return {value, ~uint64_t{0} / value}; }
 
-// How a lookup form reads the codes. Dense binary groups of 8 and 16 are groups of 4 written one after the
-// other.
+// How a lookup form reads the codes.
 struct Coding {
   CodeForm form = CodeForm::kPlane;
   NmPattern nm;
   int code_bits = 0;
   bool signs = false;
+  bool digits = false;
   int entries = 0;
   int terms = 0;
 };
 
-Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels& kernels) {
-  const Coding plane = {.nm = layout.nm, .code_bits = layout.code_bits()};
-  Coding coding = plane;
+constexpr int entries_of_words(int code_bits) { return code_bits <= 5 ? 32 : 1 << code_bits; }
+
+// Lookups of the codes as they are, where their tables fit registers.
+Coding choose_lookups_of_codes(const Layout& layout) {
+  Coding coding = {.nm = layout.nm, .code_bits = layout.code_bits(), .terms = layout.nm.keep};
   if (layout.levels == 1 && layout.nm.keep == layout.nm.group) {
+    // Dense binary groups of 8 and 16 are groups of 4 written one after the other.
     coding.nm = {4, 4};
-    coding.code_bits = 4;
+    coding.code_bits = coding.terms = 4;
   }
-  coding.terms = coding.nm.keep;
   if (coding.code_bits <= 7) {
     coding.form = CodeForm::kWords;
-    coding.entries = coding.code_bits <= 5 ? 32 : 1 << coding.code_bits;
+    coding.entries = entries_of_words(coding.code_bits);
+    if (kChunkColumns / coding.nm.group % 16 != 0) coding.form = CodeForm::kPlane;
   } else if (coding.code_bits <= 9) {
     coding.form = CodeForm::kBytes;
     coding.signs = coding.code_bits == 9;
@@ -47,16 +50,33 @@ Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels&
     coding.form = CodeForm::kHalves;
     coding.entries = 256;
     coding.terms = 4;
-  } else {
-    return plane;
   }
+  if (coding.nm.group * layout.levels > kNoSource) coding.form = CodeForm::kPlane;
+  return coding;
+}
 
-  const bool one_scale = layout.salient == 0 && (layout.levels == 1 || layout.scale_bits < 16);
-  const bool whole_words = coding.form != CodeForm::kWords || kChunkColumns / coding.nm.group % 16 == 0;
-  const bool few_sources = coding.nm.group * layout.levels <= kNoSource;
-  const bool usable = one_scale && whole_words && few_sources && chunk_columns == kChunkColumns &&
-                      kernels.can_look_up(coding.form, coding.entries);
-  return usable ? coding : plane;
+// Lookups for all other codes: the symbols of four columns, with levels of two, are digits of a number in
+// base 1 + 2 levels: 0 if pruned, else 1 + 2 level + sign. Costs 1.75, 2.5 or 3 bits a weight for 1, 2 or 3
+// levels.
+Coding choose_lookups_of_digits(const Layout& layout) {
+  const int columns = layout.levels == 1 ? 4 : 2;
+  const int bits = bits_for(power(1 + 2 * static_cast<uint64_t>(layout.levels), columns));
+  return {.form = CodeForm::kWords,
+          .nm = {columns, columns},
+          .code_bits = bits,
+          .digits = true,
+          .entries = entries_of_words(bits),
+          .terms = columns};
+}
+
+Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels& kernels) {
+  const Coding plane = {.nm = layout.nm, .code_bits = layout.code_bits()};
+  // One table per group gives one sum per row and chunk, so there must be one scale.
+  if (layout.salient > 0 || (layout.levels > 1 && layout.scale_bits == 16) || chunk_columns != kChunkColumns)
+    return plane;
+  Coding coding = choose_lookups_of_codes(layout);
+  if (coding.form == CodeForm::kPlane) coding = choose_lookups_of_digits(layout);
+  return kernels.can_look_up(coding.form, coding.entries) ? coding : plane;
 }
 
 // The widest chunk of at most 128 columns that divides a column block into whole groups.
@@ -132,10 +152,13 @@ CpuMatrix::CpuMatrix(const StructuredBinaryMatrix& matrix, const Kernels& kernel
   m.keep = coding.nm.keep;
   m.group = coding.nm.group;
   m.code_bits = coding.code_bits;
+  m.file_keep = layout.nm.keep;
+  m.file_group = layout.nm.group;
   m.signs = coding.signs;
   m.entries = coding.entries;
   m.table_bytes = 2 * coding.entries;
   m.term_count = coding.terms;
+  digits_ = coding.digits;
 
   if (m.form == CodeForm::kPlane)
     prepare_plane(matrix);
@@ -196,14 +219,22 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
         if (const int rest = m.keep - kept; rest >= 0 && rest <= 4) half_base_[entry] = kHalfOffset[rest];
       }
   } else {
-    const auto states = binomial(nm.group, nm.keep) * power(2 * m.levels, nm.keep);
+    const uint64_t states = binomial(nm.group, nm.keep) * power(2 * m.levels, nm.keep);
+    const uint64_t base = 1 + 2 * static_cast<uint64_t>(m.levels);
     for (int entry = 0; entry < m.entries; ++entry) {
       uint64_t code = static_cast<uint64_t>(entry);
       if (m.signs)
         code = code >> (nm.keep - 1) << nm.keep | (code & ((uint64_t{1} << (nm.keep - 1)) - 1));
       else
         code &= (uint64_t{1} << m.code_bits) - 1;  // narrow words leave bits of the next code above the index
-      if (code < states) set_terms(entry, nm, m.levels, code, 0);
+      if (!digits_) {
+        if (code < states) set_terms(entry, nm, m.levels, code, 0);
+        continue;
+      }
+      for (int column = 0; column < nm.group; ++column, code /= base)
+        if (const int symbol = static_cast<int>(code % base); symbol > 0)
+          terms_[column * m.entries + entry] =
+              static_cast<int16_t>(source_of(nm, (symbol - 1) / 2, column, (symbol - 1) % 2 != 0));
     }
   }
 
@@ -250,6 +281,29 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
     }
   }
 
+  // Digit forms: the fields of a stored group, one after the other.
+  const NmPattern stored = layout.nm;
+  const int fields = stored.group / m.group, digit_bits = fields * m.code_bits;
+  const auto digit_fields = [&](uint64_t code) {
+    const GroupSymbols group = decode_group(stored, m.levels, code);
+    std::array<uint64_t, 16> symbol{};
+    for (int k = 0; k < stored.keep; ++k)
+      symbol[group.position[k]] = 1 + 2 * uint64_t{group.level[k]} + group.sign[k];
+    uint64_t packed = 0;
+    for (int field = fields - 1; field >= 0; --field) {
+      uint64_t number = 0;
+      for (int column = m.group - 1; column >= 0; --column)
+        number = number * (1 + 2 * static_cast<uint64_t>(m.levels)) + symbol[field * m.group + column];
+      packed = packed << m.code_bits | number;
+    }
+    return packed;
+  };
+  constexpr uint64_t kMaxTable = 1 << 18;
+  std::vector<uint64_t> digit_table(digits_ && layout.code_states() <= kMaxTable ? layout.code_states() : 0);
+#pragma omp parallel for schedule(static)
+  for (int64_t code = 0; code < std::ssize(digit_table); ++code)
+    digit_table[code] = digit_fields(static_cast<uint64_t>(code));
+
   const auto plane = matrix.plane(Plane::kCodes);
 #pragma omp parallel for schedule(static) collapse(2)
   for (int64_t chunk = 0; chunk < m.chunks; ++chunk)
@@ -262,11 +316,19 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
         const int64_t row = tile * kTileRows + r;
         const int lane = r / 32 * 32 + lane_of_row(r);
         if (m.form == CodeForm::kWords) {
-          const int64_t first = chunk * words * 2, row_bytes = layout.code_row_bytes();
-          const std::byte* stream = plane.data() + row * row_bytes;
           std::array<uint16_t, 32> line{};
-          std::memcpy(line.data(), stream + first,
-                      static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
+          if (digits_) {
+            const int64_t row_groups = kChunkColumns / stored.group, first = chunk * row_groups;
+            for (int64_t g = 0; g < std::min(row_groups, present_groups - first); ++g) {
+              const uint64_t code = matrix.code(row, first + g);
+              write_bits(reinterpret_cast<std::byte*>(line.data()), g * digit_bits, digit_bits,
+                         digit_table.empty() ? digit_fields(code) : digit_table[code]);
+            }
+          } else {
+            const int64_t first = chunk * words * 2, row_bytes = layout.code_row_bytes();
+            std::memcpy(line.data(), plane.data() + row * row_bytes + first,
+                        static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
+          }
           for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
           continue;
         }

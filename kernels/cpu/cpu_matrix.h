@@ -45,6 +45,7 @@ class CpuMatrix : public PreparedMatrix {
 
   const Kernels& kernels_;
   MatrixView view_{};
+  bool digits_ = false;  // words that hold symbols in place of stored codes
   AlignedVector<uint8_t> codes_, expand_, unit_tables_, half_base_, scale_codes_, salient_signs_;
   AlignedVector<uint64_t> magnitudes_;
   AlignedVector<int16_t> terms_;

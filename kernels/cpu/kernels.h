@@ -39,11 +39,12 @@ struct Divisor {
 /// A prepared matrix. Rows and columns beyond the last are stored as zeros unless noted.
 struct MatrixView {
   int64_t rows, cols;
-  int64_t tiles;             ///< ceil(rows / 64)
-  int64_t chunks;            ///< per row
-  int64_t chunk_columns;     ///< 4..128; the lookup forms need 128
-  int64_t chunks_per_block;  ///< chunks that share scales
-  int keep, group, levels, code_bits;
+  int64_t tiles;                       ///< ceil(rows / 64)
+  int64_t chunks;                      ///< per row
+  int64_t chunk_columns;               ///< 4..128; the lookup forms need 128
+  int64_t chunks_per_block;            ///< chunks that share scales
+  int keep, group, levels, code_bits;  ///< of a code in this form, which may be finer than those of the file
+  int file_keep, file_group;
 
   CodeForm form;
   bool signs;

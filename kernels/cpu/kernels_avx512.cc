@@ -247,7 +247,7 @@ constexpr int kPrefetchBytes = 4096;
 
 // Tiles [tile, tile + Tiles) for Tokens tokens: an index, once extracted, serves all tokens, and a table,
 // once loaded, all tiles.
-template <int Tokens, int Tiles, typename Form>
+template <int Tokens, int Tiles, bool Prefetch, typename Form>
 STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const Strip& strip, int64_t chunk,
                                  int64_t tile, const uint8_t* tables, const float* steps, float* y,
                                  int64_t y_stride) {
@@ -257,7 +257,7 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const St
   __m512i sums[Tokens][Tiles][2] = {};
   form.template for_each_group<Tiles>(
       strip, groups, [&](int g, const auto& index) __attribute__((always_inline)) {
-        for (int at = 0; at < kPassBytes; at += 64)
+        for (int at = 0; Prefetch && at < kPassBytes; at += 64)
           _mm_prefetch(strip.codes + kPrefetchBytes + g * kPassBytes + at, _MM_HINT_T0);
         for (int t = 0; t < Tokens; ++t) {
           const auto table = Form::load_table(tables + t * token_bytes + g * Form::kTableBytes);
@@ -291,13 +291,16 @@ void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t 
     const uint8_t* pass_tables = tables + t * token_bytes;
     for (int64_t tile = first; tile < last; tile += Tiles) {
       Strip strip = strip_of(m, chunk, tile);
-      if (strip.tiles == Tiles)
-        look_up_tiles<Tokens, Tiles>(form, m, strip, chunk, tile, pass_tables, steps + t, y + t * y_stride,
-                                     y_stride);
+      float* pass_y = y + t * y_stride;
+      if (strip.tiles == Tiles && t == 0)
+        look_up_tiles<Tokens, Tiles, true>(form, m, strip, chunk, tile, pass_tables, steps, pass_y, y_stride);
+      else if (strip.tiles == Tiles)
+        look_up_tiles<Tokens, Tiles, false>(form, m, strip, chunk, tile, pass_tables, steps + t, pass_y,
+                                            y_stride);
       else
         for (; strip.first < strip.tiles; ++strip.first)
-          look_up_tiles<Tokens, 1>(form, m, strip, chunk, tile + strip.first, pass_tables, steps + t,
-                                   y + t * y_stride, y_stride);
+          look_up_tiles<Tokens, 1, false>(form, m, strip, chunk, tile + strip.first, pass_tables, steps + t,
+                                          pass_y, y_stride);
     }
   }
   if constexpr (Tokens > 1)
@@ -348,7 +351,7 @@ void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, co
 // infinity propagate.
 float bound_of(const MatrixView& m, const float* x) {
   __m512 bound = _mm512_setzero_ps(), all = _mm512_setzero_ps();
-  const __m512 keep = _mm512_set1_ps(static_cast<float>(m.keep));
+  const __m512 keep = _mm512_set1_ps(static_cast<float>(m.file_keep));
   for (int c = 0; c < kChunkColumns; c += 16) {
     const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
     all = _mm512_add_ps(all, magnitude);
@@ -359,9 +362,9 @@ float bound_of(const MatrixView& m, const float* x) {
     };
     fold(_mm512_permute_ps(sum, 0xb1), _mm512_permute_ps(largest, 0xb1));
     fold(_mm512_permute_ps(sum, 0x4e), _mm512_permute_ps(largest, 0x4e));
-    if (m.group >= 8)
+    if (m.file_group >= 8)
       fold(_mm512_shuffle_f32x4(sum, sum, 0xb1), _mm512_shuffle_f32x4(largest, largest, 0xb1));
-    if (m.group == 16)
+    if (m.file_group == 16)
       fold(_mm512_shuffle_f32x4(sum, sum, 0x4e), _mm512_shuffle_f32x4(largest, largest, 0x4e));
     bound = _mm512_add_ps(bound, _mm512_min_ps(sum, _mm512_mul_ps(keep, largest)));
   }
@@ -372,7 +375,7 @@ float bound_of(const MatrixView& m, const float* x) {
     for (int l = 1; l < m.levels; ++l) level = m.level[l] > level ? m.level[l] : level;
   }
   // A sum that is not finite must not look like a small one; 0 * total is NaN then.
-  return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.group) + 0.0f * total;
+  return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.file_group) + 0.0f * total;
 }
 
 // The smallest power of two, but at least 2^-100, of which `bound` is at most 32639 multiples: 128 terms
