@@ -6,9 +6,11 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <string_view>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/quantize/binarize.h"
 #include "stbllm/quantize/compensate.h"
 #include "stbllm/quantize/lean_weight.h"
@@ -16,6 +18,12 @@
 
 namespace stbllm {
 namespace {
+
+template <typename Work>
+auto timed(std::string_view stage, Work&& work) {
+  const StageTimer timer(stage);
+  return work();
+}
 
 at::Tensor round_to_half(const at::Tensor& x) { return x.to(at::kHalf).to(at::kFloat); }
 
@@ -78,7 +86,9 @@ std::vector<float> quantiles(std::vector<float> values, int count, float low, fl
 BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& norm_sq,
                                     const std::vector<int64_t>& outliers, const Recipe& recipe, LinearReport& report) {
   const int64_t cols = weight_t.size(0), rows = weight_t.size(1);
-  const InverseFactor factor = inverse_factor(hessian, recipe.damping, /*three_steps=*/true);
+  // In float32 the rounding of a Cholesky depends on the number of threads: only the released arithmetic needs it.
+  const InverseFactor factor =
+      timed("factor", [&] { return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable()); });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
   const at::Tensor& upper = factor.upper;
@@ -125,7 +135,8 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       // Differs from STBLLM: the released code tries 1..49 and binarizes the rest with order 2 during this search.
       const int minimum = on_saliency ? 1 : 0;
       const int maximum = on_saliency ? recipe.max_salient - 1 : recipe.max_salient;
-      salient_count = search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means);
+      salient_count =
+          timed("salient search", [&] { return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means); });
       for (int i = 0; i < salient_count; ++i) salient[order[i]] = 1;
     }
     for (const int64_t column : outliers)  // stored exactly: not salient, and no reason for a scale
@@ -144,13 +155,14 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
           values.push_back(salient[c] ? 0.f : std::fabs(v[i]));
         }
       if (!values.empty()) {
+        const StageTimer timer("region search");
         const std::vector<float> thresholds = quantiles(std::move(values), 160, 0.10f, 0.90f);
         p1 = search_regions(search, salient, thresholds, recipe.levels, recipe.means, recipe.upper_quantile_rule);
       }
       report.threshold.push_back(p1);
     }
     const at::Tensor sets = assign_sets(search, salient, p1, recipe.levels);
-    BinarizedBlock fit = binarize_sets(w, sets, recipe.levels, recipe.means);
+    BinarizedBlock fit = timed("binarize", [&] { return binarize_sets(w, sets, recipe.levels, recipe.means); });
     if (recipe.packable()) fit.scale = round_to_half(fit.scale);
     const at::Tensor q = fit.dequantize(sets, recipe.levels);
     if (recipe.packable()) {
@@ -172,6 +184,7 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       if (column >= start && column < start + width) delta[column - start].zero_();
     const int64_t rest = cols - start - width;
     if (recipe.compensate == Compensate::kBlock && rest > 0) {
+      const StageTimer timer("compensate", 2.0 * static_cast<double>(rows * width * rest));
       const at::Tensor error = delta / d_block.unsqueeze(1);
       work.narrow(0, start + width, rest)
           .addmm_(upper.narrow(0, start, width).narrow(1, start + width, rest).t(), error, 1, -1);
@@ -204,15 +217,17 @@ LeanWeight optimize_lean(const at::Tensor& weight_t, const at::Tensor& hessian, 
     zero_columns(lean.hessian, outliers);
   }
   lean.target.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);
-  const InverseFactor factor = inverse_factor(lean.hessian, recipe.damping);
+  const InverseFactor factor = timed("factor", [&] { return inverse_factor(lean.hessian, recipe.damping); });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
-  initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
-  encode_columns(lean, factor.upper, recipe.compensate);
-  if (recipe.refit > 0) refit(lean);
+  timed("encode", [&] {
+    initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
+    encode_columns(lean, factor.upper, recipe.compensate);
+  });
+  if (recipe.refit > 0) timed("refit", [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
-    const double changed = descend(lean);
-    if (sweep < recipe.refit) refit(lean);
+    const double changed = timed("descend", [&] { return descend(lean); });
+    if (sweep < recipe.refit) timed("refit", [&] { refit(lean); });
     if (changed < 1e-4) break;
   }
   return lean;
@@ -254,6 +269,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     if (shrink < 0) {
       shrink = 0.3;  // without held-out windows: the middle of what they choose on real layers
       if (stats.holdout_hessian.defined()) {
+        const StageTimer timer("shrink choice");
         double best = INFINITY;
         for (const double candidate : {0.03, 0.1, 0.3, 0.6}) {
           const LeanWeight trial = optimize_lean(weight_t, stats.hessian, outlier_columns, candidate, std::min(recipe.descend, 1), recipe, out);
@@ -276,6 +292,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     at::Tensor symbols = result.symbols.index_select(1, outlier_columns);
     result.symbols.index_copy_(1, outlier_columns, symbols.ne(0).to(at::kChar));
   }
+  const StageTimer timer("errors");
   const at::Tensor dense = result.to_dense();
   out.output_error = relative_output_error(w, dense, stats.hessian);
   if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
