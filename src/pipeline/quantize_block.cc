@@ -7,12 +7,25 @@
 #include <optional>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/profile.h"
 
 namespace stbllm {
 namespace {
 
 /// Tokens that go through a block in one call: enough for full-speed products, few enough for small intermediates.
 constexpr int64_t kTokensPerPass = 2048;
+
+/// The forward pass through the linears, and one x x^T per tap.
+double statistics_flops(const DecoderBlock& block, int64_t tokens) {
+  double flops = 0;
+  std::array<double, kTapCount> tap_cols{};
+  for (const LinearSpec& linear : block.linears()) {
+    flops += 2.0 * static_cast<double>(linear.rows * linear.cols);
+    tap_cols[static_cast<size_t>(linear.tap)] = static_cast<double>(linear.cols);
+  }
+  for (const double cols : tap_cols) flops += 2 * cols * cols;
+  return flops * static_cast<double>(tokens);
+}
 
 }  // namespace
 
@@ -38,19 +51,22 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
                               const Recipe& recipe, const std::function<NmPattern(const LinearSpec&)>& pattern,
                               const std::function<void(const LinearResult&)>& on_linear) {
   std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
-  for (const LinearSpec& linear : block.linears()) {
-    auto& accumulator = accumulators[static_cast<size_t>(linear.tap)];
-    if (!accumulator) accumulator.emplace(linear.cols, recipe.token_weights);
-  }
-  run_block(block, spec, hidden, hidden.size(0) - holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
-    accumulators[static_cast<size_t>(tap)]->add(inputs, held_out);
-  });
   std::array<std::optional<InputStats>, kTapCount> stats;
-  for (size_t tap = 0; tap < kTapCount; ++tap)
-    if (accumulators[tap]) {
-      stats[tap] = accumulators[tap]->finish();
-      accumulators[tap].reset();
+  {
+    const StageTimer timer("statistics", statistics_flops(block, hidden.size(0) * hidden.size(1)));
+    for (const LinearSpec& linear : block.linears()) {
+      auto& accumulator = accumulators[static_cast<size_t>(linear.tap)];
+      if (!accumulator) accumulator.emplace(linear.cols, recipe.token_weights);
     }
+    run_block(block, spec, hidden, hidden.size(0) - holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
+      accumulators[static_cast<size_t>(tap)]->add(inputs, held_out);
+    });
+    for (size_t tap = 0; tap < kTapCount; ++tap)
+      if (accumulators[tap]) {
+        stats[tap] = accumulators[tap]->finish();
+        accumulators[tap].reset();
+      }
+  }
 
   QuantizedBlock quantized;
   for (const LinearSpec& linear : block.linears()) {

@@ -12,6 +12,7 @@
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/pack_weight.h"
@@ -96,6 +97,7 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor hidd
 }
 
 std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& decoder, const at::Tensor& hidden, const Recipe& recipe) {
+  const StageTimer timer("plan");
   switch (recipe.allocation) {
     case Allocation::kNorm:
       return allocate_by_norm(recipe.nm, block_norms(checkpoint, decoder.spec()));
@@ -170,6 +172,7 @@ class DenseModelWriter : public ModelWriter {
 /// Everything of the model, in the order of the checkpoint's blocks.
 void write_model(ModelWriter& writer, const Checkpoint& checkpoint, const ModelSpec& spec, const WorkDirectory& work, int64_t quantized_blocks,
                  const Recipe& recipe) {
+  const StageTimer timer("pack");
   std::map<std::string, at::Tensor> tuned;
   for (int64_t i = 0; i < spec.layers; ++i) {
     if (i < quantized_blocks) {
@@ -250,6 +253,24 @@ double verify_packed(const fs::path& path, const Decoder& dense, const Windows& 
   return distance;
 }
 
+/// What BlockResult holds of two streams of hidden states (windows, seqlen, hidden), a window at a time.
+BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense) {
+  double cosine = 0, error = 0;
+  for (int64_t w = 0; w < hidden.size(0); ++w) {
+    const at::Tensor norm_sq = dense[w].square().sum(1).clamp_min(1e-30);  // (seqlen)
+    const at::Tensor product = (hidden[w] * dense[w]).sum(1), own_sq = hidden[w].square().sum(1).clamp_min(1e-30);
+    cosine += (product / (norm_sq * own_sq).sqrt()).sum(0, false, at::kDouble).item<double>();
+    error += ((hidden[w] - dense[w]).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
+  }
+  const double tokens = static_cast<double>(hidden.size(0) * hidden.size(1));
+  return {cosine / tokens, error / tokens, {}};
+}
+
+/// Floating-point operations of one block's linears over `tokens` tokens.
+double block_flops(const ModelSpec& spec, int64_t tokens) {
+  return 2.0 * static_cast<double>(spec.linear_weights() / spec.layers) * static_cast<double>(tokens);
+}
+
 double nominal_bits(const std::vector<LinearResult>& linears) {
   double bits = 0, weights = 0;
   for (const LinearResult& linear : linears) {
@@ -308,7 +329,8 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
   const bool tuning = recipe.tune_epochs > 0;
   at::Tensor dense_hidden;
-  if (tuning) embed_windows(dense_hidden = at::empty_like(hidden));
+  const bool with_dense = tuning || options.compare_blocks;
+  if (with_dense) embed_windows(dense_hidden = at::empty_like(hidden));
   // From here on the tables at both ends are what the packed file will hold.
   const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
   decoder.set_tables(embedding, spec.tied_head ? embedding : stored_table(decoder.head(), recipe.head, spec.head().name));
@@ -319,13 +341,22 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
 
   QuantizeResult result;
   {
+    const double pass_flops = block_flops(spec, hidden.size(0) * hidden.size(1));
     const int64_t linears_per_block = static_cast<int64_t>(spec.linears(0).size());
     log::Progress progress("quantize: linear", block_count * linears_per_block);
     for (int64_t i = 0; i < spec.layers; ++i) {
-      const auto block = decoder.block(i);
-      if (tuning) dense_hidden = run_block(*block, spec, dense_hidden);
+      const auto block = [&] {
+        const StageTimer timer("load");
+        return decoder.block(i);
+      }();
+      // The dense model is of use up to the last quantized block only.
+      if (with_dense && i < block_count) {
+        const StageTimer timer("dense pass", pass_flops);
+        dense_hidden = run_block(*block, spec, dense_hidden);
+      }
+      std::optional<QuantizedBlock> quantized;
       if (i < block_count) {
-        std::optional<QuantizedBlock> quantized = work.load(i);
+        quantized = work.load(i);
         if (quantized) {
           install(*quantized, *block, spec);
         } else {
@@ -344,10 +375,11 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
           result.linears.resize(result.linears.size() - quantized->results.size());
           if (tuning) {
             const auto dense_block = decoder.block(i);
-            const TuneReport tuned = tune_block(*dense_block, spec, *quantized, hidden, dense_hidden, calibration.holdout, recipe);
+            const StageTimer timer("tune");
+            quantized->tune = tune_block(*dense_block, spec, *quantized, hidden, dense_hidden, calibration.holdout, recipe);
             install(*quantized, *block, spec);
-            log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed", i, tuned.loss_before,
-                      tuned.loss_after, tuned.epochs, 100 * tuned.changed);
+            log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed", i,
+                      quantized->tune->loss_before, quantized->tune->loss_after, quantized->tune->epochs, 100 * quantized->tune->changed);
           }
           work.save(i, *quantized);
         }
@@ -355,9 +387,18 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
         progress.update(static_cast<int64_t>(result.linears.size()));
       }
       for (const LinearSpec& linear : spec.linears(i)) checkpoint.release(linear.weight().name);
-      hidden = run_block(*block, spec, hidden);
+      {
+        const StageTimer timer("outputs", pass_flops);
+        hidden = run_block(*block, spec, hidden);
+      }
+      if (with_dense && quantized) {
+        const StageTimer timer("compare");
+        result.blocks.push_back(compare_hidden(hidden, dense_hidden));
+        result.blocks.back().tune = quantized->tune;
+      }
     }
   }
+  dense_hidden.reset();
   result.nominal_bits = nominal_bits(result.linears);
 
   if (options.dense_output) {
@@ -376,6 +417,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     file.set_metadata("version", STBLLM_VERSION);
     const fs::path finished = file.finish();
     const int64_t count = std::min<int64_t>(kVerifiedWindows, hidden.size(0));
+    const StageTimer timer("verify");
     result.verified_logits = verify_packed(finished, decoder, calibration.windows, hidden.narrow(0, 0, count));
     file.commit();
   }

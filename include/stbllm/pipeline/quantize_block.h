@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "stbllm/model/decoder_block.h"
@@ -15,6 +16,7 @@ struct QuantizedBlock {
   std::map<std::string, BinarizedWeight> linears;  ///< by full name
   std::map<std::string, at::Tensor> tensors;       ///< norms and biases that tuning changed, by full name, float32
   std::vector<LinearResult> results;               ///< in the order of the forward pass
+  std::optional<TuneReport> tune;                  ///< where the block was tuned
 };
 
 /// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs; `observer` may be empty.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,7 @@ struct QuantizeOptions {
   bool force = false;            ///< overwrite `output`, discard an unfinished run
   bool resume = false;           ///< continue the unfinished run beside `output`
   int64_t blocks = -1;           ///< quantize only so many blocks, the others stay dense; below 0: all
+  bool compare_blocks = false;   ///< run the dense model beside, for QuantizeResult::blocks
 };
 
 struct LinearResult {
@@ -43,8 +45,23 @@ struct LinearResult {
   LinearReport report;
 };
 
+struct TuneReport {
+  double loss_before = 0, loss_after = 0;  ///< on the held-out windows, or on all when there are none
+  double changed = 0;                      ///< share of weights whose symbol changed
+  int epochs = 0;                          ///< until the best held-out loss
+};
+
+/// The hidden states after a block against those of the dense model, over all calibration windows; tokens weigh the same,
+/// whatever their norm.
+struct BlockResult {
+  double cosine = 1;               ///< mean over tokens
+  double relative_error = 0;       ///< mean over tokens of ||h - h_dense||^2 / ||h_dense||^2
+  std::optional<TuneReport> tune;  ///< where the block was tuned
+};
+
 struct QuantizeResult {
   std::vector<LinearResult> linears;
+  std::vector<BlockResult> blocks;  ///< of the quantized blocks; empty unless they were compared or tuned
   double nominal_bits = 0;      ///< mean of N/M (1 + share of salient columns) over the quantized weights
   double seconds = 0;
   double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify

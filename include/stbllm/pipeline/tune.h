@@ -13,12 +13,6 @@
 
 namespace stbllm {
 
-struct TuneReport {
-  double loss_before = 0, loss_after = 0;  ///< on the held-out windows, or on all when there are none
-  double changed = 0;                      ///< share of weights whose symbol changed
-  int epochs = 0;                          ///< until the best held-out loss
-};
-
 /// Optimises `quantized` in place and installs it in `block`. inputs, targets: (windows, seqlen, hidden) float32, the last
 /// `holdout` windows only judge: the best epoch on them is kept. Deterministic.
 TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, const at::Tensor& inputs,

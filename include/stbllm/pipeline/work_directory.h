@@ -34,5 +34,7 @@ class WorkDirectory {
 
 nlohmann::json to_json(const LinearResult& result, bool with_seconds);
 LinearResult linear_result_from_json(const nlohmann::json& json);
+nlohmann::json to_json(const TuneReport& report);
+TuneReport tune_report_from_json(const nlohmann::json& json);
 
 }  // namespace stbllm

@@ -1,0 +1,172 @@
+#include "stbllm/pipeline/estimate.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+
+#include "stbllm/base/error.h"
+#include "stbllm/eval/perplexity.h"
+#include "stbllm/model/decoder.h"
+#include "stbllm/pack/quantized_rows.h"
+#include "stbllm/pack/structured_binary_matrix.h"
+#include "stbllm/pipeline/quantize_block.h"
+
+namespace stbllm {
+namespace {
+
+/// Windows that the measured forward pass sees: the first call of a product is slow, more are not needed.
+constexpr size_t kMeasuredWindows = 2;
+
+int64_t resident_bytes() {
+  std::ifstream file("/proc/self/statm");
+  int64_t total = 0, resident = 0;
+  file >> total >> resident;
+  return resident * ::sysconf(_SC_PAGESIZE);
+}
+
+double seconds_of(const std::function<void()>& work) {
+  const auto started = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+}
+
+bool with_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
+  return recipe.tune_epochs > 0 || options.compare_blocks;
+}
+
+int64_t layout_bytes(const Layout& layout) {
+  int64_t bytes = 0;
+  for (int p = 0; p < kPlaneCount; ++p) bytes += plane_bytes(layout, static_cast<Plane>(p));
+  return bytes;
+}
+
+int64_t dense_tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tensor, RowCoding coding) {
+  const int64_t rows = tensor.shape[0], cols = tensor.shape.size() > 1 ? tensor.shape[1] : 1;
+  if (coding == RowCoding::kFloat16) return 2 * rows * cols;
+  if (coding == RowCoding::kInt8 || coding == RowCoding::kInt4) {
+    const QuantizedRows::Layout layout{rows, cols, coding == RowCoding::kInt8 ? 8 : 4};
+    return rows * (layout.code_row_bytes() + 2 * layout.column_blocks());
+  }
+  const auto bytes = static_cast<int64_t>(checkpoint.load(tensor.name, tensor.shape).nbytes());
+  checkpoint.release(tensor.name);
+  return bytes;
+}
+
+}  // namespace
+
+int64_t predict_peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                            const QuantizeOptions& options) {
+  const auto windows = static_cast<int64_t>(calibration.windows.size()),
+             seqlen = static_cast<int64_t>(calibration.windows[0].size());
+  const int64_t table = 4 * spec.vocab * spec.embedding_width;
+  // The tables of the checkpoint and, where they are coded, what the packed file makes of them.
+  const int64_t copies = recipe.embedding == RowCoding::kKeep && recipe.head == RowCoding::kKeep ? 1 : 2;
+  const int64_t tables = (spec.tied_head ? 1 : 2) * copies * table;
+  // Inputs and outputs of a block; the dense model's stream beside them.
+  const int64_t hidden = (with_dense_stream(recipe, options) ? 3 : 2) * windows * seqlen * spec.hidden * 4;
+  int64_t block = 0, workspace = 0;
+  std::array<int64_t, kTapCount> tap_bytes{};
+  for (const LinearSpec& linear : spec.linears(0)) {
+    const int64_t weights = linear.rows * linear.cols;
+    block += 5 * weights;  // float32 and one symbol byte
+    tap_bytes[static_cast<size_t>(linear.tap)] =
+        4 * linear.cols * linear.cols * (calibration.holdout > 0 ? 2 : 1);
+    // A Cholesky and its inverse in float64 with their permuted copies, H shrunk; W, targets, gradients,
+    // dense values.
+    workspace = std::max(workspace, 40 * linear.cols * linear.cols + 40 * weights);
+  }
+  int64_t hessians = 0;
+  for (const int64_t bytes : tap_bytes) hessians += bytes;
+  if (recipe.tune_epochs > 0) block *= 5;  // latents with their gradients and Adam's two moments
+  const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
+  const int64_t pass = tokens * (4 * spec.ffn + 10 * spec.hidden) * 4 + spec.heads * seqlen * seqlen * 4;
+  return resident_bytes() + tables + hidden + block + hessians + std::max(workspace, pass);
+}
+
+Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& calibration,
+                               const Recipe& recipe, const QuantizeOptions& options) {
+  const at::NoGradGuard no_grad;
+  recipe.validate();
+  Estimate estimate;
+  estimate.peak_memory_bytes =
+      predict_peak_memory(ModelSpec::from_checkpoint(checkpoint), calibration, recipe, options);
+  const Decoder decoder = Decoder::from_checkpoint(checkpoint);
+  const ModelSpec& spec = decoder.spec();
+  check_windows(decoder, calibration.windows);
+  const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+
+  // One linear of the widest tap, on the inputs of a few windows.
+  const auto block = decoder.block(0);
+  const std::vector<LinearSpec> linears = spec.linears(0);
+  const LinearSpec& widest =
+      *std::max_element(linears.begin(), linears.end(),
+                        [](const LinearSpec& a, const LinearSpec& b) { return a.cols < b.cols; });
+  const size_t windows = std::min(kMeasuredWindows, calibration.windows.size());
+  const auto seqlen = static_cast<int64_t>(calibration.windows[0].size());
+  at::Tensor ids = at::empty({static_cast<int64_t>(windows), seqlen}, at::kInt);
+  for (size_t w = 0; w < windows; ++w)
+    std::copy(calibration.windows[w].begin(), calibration.windows[w].end(),
+              ids.data_ptr<int32_t>() + w * seqlen);
+  const at::Tensor hidden = decoder.embed(ids).to(at::kFloat);
+  std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
+  for (const LinearSpec& linear : linears)
+    if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)
+      accumulator.emplace(linear.cols, recipe.token_weights);
+  const double statistics = seconds_of([&] {
+    run_block(*block, spec, hidden, -1, [&](Tap tap, const at::Tensor& inputs, bool) {
+      accumulators[static_cast<size_t>(tap)]->add(inputs, /*holdout=*/false);
+    });
+  });
+  const double forward = seconds_of([&] { run_block(*block, spec, hidden); });
+  InputStats stats = accumulators[static_cast<size_t>(widest.tap)]->finish();
+  if (calibration.holdout > 0)
+    stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too
+  LinearReport report;
+  const BinarizedWeight weight = quantize_linear(
+      dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight(), stats, recipe, &report);
+
+  const double salient_share = weight.salient_share();
+  const int64_t outliers = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) {
+      if (i >= quantized_blocks || options.dense_output) {
+        estimate.dense_bytes += options.dense_output && i < quantized_blocks
+                                    ? 4 * linear.rows * linear.cols
+                                    : dense_tensor_bytes(checkpoint, linear.weight(), RowCoding::kKeep);
+        continue;
+      }
+      Layout layout{linear.rows,   linear.cols,         recipe.nm,
+                    recipe.levels, recipe.column_block, recipe.scale_bits};
+      layout.salient = std::llround(salient_share * static_cast<double>(linear.cols));
+      layout.outliers = std::min(outliers, linear.cols);
+      estimate.linear_bytes += layout_bytes(layout);
+    }
+  for (const TensorSpec& tensor : spec.other_tensors())
+    estimate.dense_bytes += dense_tensor_bytes(checkpoint, tensor,
+                                               options.dense_output                   ? RowCoding::kKeep
+                                               : tensor.name == spec.embedding().name ? recipe.embedding
+                                               : tensor.name == spec.head().name      ? recipe.head
+                                                                                      : RowCoding::kKeep);
+  estimate.exact = options.dense_output || (recipe.max_salient == 0 && recipe.max_outliers == 0 &&
+                                            recipe.allocation == Allocation::kUniform);
+
+  // Per window and per weight; a tuned epoch runs forward and backward over codes that are projected anew.
+  constexpr double kForwardsPerTunedEpoch = 4;
+  const double scale = static_cast<double>(calibration.windows.size()) / static_cast<double>(windows);
+  const double passes = static_cast<double>(spec.layers) + static_cast<double>(quantized_blocks) *
+                                                               ((with_dense_stream(recipe, options) ? 1 : 0) +
+                                                                kForwardsPerTunedEpoch * recipe.tune_epochs);
+  const double weights = static_cast<double>(spec.linear_weights()) * static_cast<double>(quantized_blocks) /
+                         static_cast<double>(spec.layers);
+  estimate.seconds = scale * (statistics * static_cast<double>(quantized_blocks) + forward * passes) +
+                     report.seconds * weights / static_cast<double>(widest.rows * widest.cols);
+  return estimate;
+}
+
+}  // namespace stbllm
