@@ -1,13 +1,16 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/estimate.h"
 #include "stbllm/pipeline/ledger.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "stbllm/pipeline/work_directory.h"
@@ -21,6 +24,7 @@ struct Options {
   std::vector<std::string> fields;
   int64_t samples = 16, seqlen = 2048;
   uint64_t seed = 0;
+  bool dry_run = false, profile = false;
   QuantizeOptions quantize;
   CommonOptions common;
 };
@@ -44,14 +48,54 @@ std::string default_calibration() {
   fail(ErrorCode::kUsage, "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
 }
 
-void run(const Options& options) {
+nlohmann::json stages_json(const std::vector<Stage>& stages) {
+  nlohmann::json json = nlohmann::json::array();
+  for (const Stage& stage : stages)
+    json.push_back({{"name", stage.name}, {"seconds", stage.seconds}, {"flops", stage.flops}, {"calls", stage.calls}});
+  return json;
+}
+
+void print_stages(const std::vector<Stage>& stages, double total) {
+  fmt::print("  {:<28} {:>9} {:>7} {:>9} {:>7}\n", "stage", "seconds", "%", "GFLOP/s", "calls");
+  for (const Stage& stage : stages) {
+    const auto depth = static_cast<size_t>(std::count(stage.name.begin(), stage.name.end(), '/'));
+    const std::string name = std::string(2 * depth, ' ') + stage.name.substr(stage.name.rfind('/') + 1);  // npos + 1 == 0
+    fmt::print("  {:<28} {:>9.2f} {:>7.1f} {:>9} {:>7}\n", name, stage.seconds, 100 * stage.seconds / total,
+               stage.flops > 0 ? fmt::format("{:.1f}", stage.flops / stage.seconds / 1e9) : "", stage.calls);
+  }
+}
+
+void print_estimate(const Estimate& estimate, const CommonOptions& common) {
+  if (common.json) {
+    std::cout << nlohmann::json{{"linear_bytes", estimate.linear_bytes},
+                                {"dense_bytes", estimate.dense_bytes},
+                                {"exact", estimate.exact},
+                                {"peak_memory_bytes", estimate.peak_memory_bytes},
+                                {"seconds", estimate.seconds}}
+                     .dump(1)
+              << '\n';
+    return;
+  }
+  const std::string kind = estimate.exact ? "exact" : "estimate";
+  fmt::print("dry run, nothing was written\n");
+  fmt::print("  quantized linears   {} bytes ({})\n  other tensors       {} bytes (exact)\n", estimate.linear_bytes, kind, estimate.dense_bytes);
+  fmt::print("  file                {} and a header with configuration and tokenizer\n",
+             human_bytes(static_cast<double>(estimate.linear_bytes + estimate.dense_bytes)));
+  fmt::print("  peak memory         {} (predicted)\n", human_bytes(static_cast<double>(estimate.peak_memory_bytes)));
+  fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n", estimate.seconds / 60);
+}
+
+void run(Options options) {
   apply(options.common);
+  options.quantize.compare_blocks = !options.report.empty();
   nlohmann::json fields = Recipe::load(options.recipe).to_json();
   if (!options.nm.empty()) fields["nm"] = options.nm;
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   const Recipe recipe = Recipe::from_json(fields);
   if (std::filesystem::exists(options.quantize.output) && !options.quantize.force)
     fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.quantize.output.string());
+  if (!options.report.empty() && std::filesystem::exists(options.report) && !options.quantize.force)
+    fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", options.report);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
@@ -60,6 +104,11 @@ void run(const Options& options) {
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}", options.checkpoint, spec.layers,
             static_cast<double>(spec.linear_weights()) / 1e6, recipe.name, options.samples, seqlen,
             calibration.provenance["corpus"].get<std::string>());
+  if (options.dry_run) {
+    print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
+    return;
+  }
+  const int64_t predicted_memory = predict_peak_memory(spec, calibration, recipe, options.quantize);
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize);
 
   nlohmann::json json = {{"output", options.quantize.output.string()},
@@ -68,17 +117,29 @@ void run(const Options& options) {
                          {"nominal_bits", result.nominal_bits},
                          {"seconds", result.seconds},
                          {"peak_memory_bytes", peak_memory_bytes()},
+                         {"predicted_peak_memory_bytes", predicted_memory},
                          {"verified_logits", result.verified_logits}};
+  if (options.profile) json["stages"] = stages_json(profiled_stages());
+  nlohmann::json ledger_json;
   if (!options.quantize.dense_output) {
     const Ledger ledger = make_ledger(PackedReader::open(options.quantize.output));
     json["stored_bits"] = ledger.stored_bits;
     json["file_bits"] = ledger.file_bits;
     json["file_bytes"] = ledger.file_bytes;
+    ledger_json = to_json(ledger);
   }
   if (!options.report.empty()) {
     nlohmann::json report = json;
     report["linears"] = nlohmann::json::array();
     for (const LinearResult& linear : result.linears) report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
+    report["blocks"] = nlohmann::json::array();
+    for (const BlockResult& block : result.blocks) {
+      nlohmann::json entry = {{"cosine", block.cosine}, {"relative_error", block.relative_error}};
+      if (block.tune) entry["tune"] = to_json(*block.tune);
+      report["blocks"].push_back(entry);
+    }
+    if (!ledger_json.is_null()) report["ledger"] = ledger_json;
+    report["stages"] = stages_json(profiled_stages());
     std::ofstream file(options.report);
     file << report.dump(1) << '\n';
     if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the report", options.report);
@@ -92,7 +153,9 @@ void run(const Options& options) {
     fmt::print("  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n  nominal bits            {:.4f}\n  file                    {}\n",
                json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
                human_bytes(json["file_bytes"].get<double>()));
-  fmt::print("  time                    {:.1f} s, peak memory {}\n", result.seconds, human_bytes(static_cast<double>(peak_memory_bytes())));
+  fmt::print("  time                    {:.1f} s, peak memory {} (predicted {})\n", result.seconds,
+             human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(predicted_memory)));
+  if (options.profile) print_stages(profiled_stages(), result.seconds);
 }
 
 }  // namespace
@@ -115,7 +178,9 @@ void add_quantize(CLI::App& app) {
   command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead");
   command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
   command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");
-  command->add_option("--report", options->report, "Also write a JSON report with a row per linear");
+  command->add_option("--report", options->report, "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");
+  command->add_flag("--profile", options->profile, "Also print the seconds of each stage");
+  command->add_flag("--dry-run", options->dry_run, "Print bytes of the result, peak memory and minutes; write nothing");
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

@@ -1,0 +1,55 @@
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "commands.h"
+#include "report_page.h"
+#include "stbllm/base/error.h"
+
+namespace stbllm {
+namespace {
+
+struct Options {
+  std::string input, output;
+  bool force = false;
+};
+
+void run(const Options& options) {
+  std::ifstream file(options.input);
+  if (!file) fail(ErrorCode::kNotFound, "{}: cannot open the report", options.input);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (std::filesystem::exists(options.output) && !options.force)
+    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
+         options.output);
+  std::string page;
+  try {
+    page = report_page(nlohmann::json::parse(text.str()));
+  } catch (const nlohmann::json::exception& error) {
+    fail(ErrorCode::kCorrupt, "{}: not a report of 'stbllm quantize --report' ({})", options.input,
+         error.what());
+  }
+  const std::string unfinished = options.output + ".tmp";
+  std::ofstream out(unfinished, std::ios::binary);
+  out << page;
+  out.close();
+  std::error_code error;
+  if (out) std::filesystem::rename(unfinished, options.output, error);
+  if (!out || error) fail(ErrorCode::kWriteFailed, "{}: cannot write the page", options.output);
+  fmt::print("{}\n", options.output);
+}
+
+}  // namespace
+
+void add_report(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("report", "Turn the report of a quantization into one HTML page");
+  command->add_option("report", options->input, "What 'stbllm quantize --report' wrote")->required();
+  command->add_option("-o,--output", options->output, "The page to write (.html)")->required();
+  command->add_flag("--force", options->force, "Overwrite the output");
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace stbllm
