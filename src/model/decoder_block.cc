@@ -106,8 +106,13 @@ void KeyValueCache::append(int64_t block, at::Tensor& keys, at::Tensor& values) 
 }
 
 at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x) {
-  if (spec.architecture->norm == Norm::kLayer)
-    return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);
+  if (spec.architecture->norm == Norm::kLayer) {
+    if (!norm.weight.defined() || !norm.weight.requires_grad())
+      return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);
+    // The fused backward adds up the gradients of weight and bias thread by thread; these sums do not depend on threads.
+    const at::Tensor scaled = at::layer_norm(x, {x.size(-1)}, {}, {}, spec.norm_eps) * norm.weight;
+    return norm.bias.defined() ? scaled + norm.bias : scaled;
+  }
   const at::Tensor wide = x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + spec.norm_eps);
   const at::Tensor normalized = (wide * scale).to(x.scalar_type());

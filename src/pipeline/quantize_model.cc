@@ -160,8 +160,8 @@ class DenseModelWriter : public ModelWriter {
   void add_linear(const std::string& name, const BinarizedWeight& weight) override {
     add_tensor(name + ".weight", weight.to_dense(), RowCoding::kKeep);
   }
-  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding) override {
-    const at::Tensor stored = tensor.contiguous();
+  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
+    const at::Tensor stored = stored_table(tensor, coding, name).contiguous();
     file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   }
 

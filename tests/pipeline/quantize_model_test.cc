@@ -1,0 +1,408 @@
+// The whole job on tiny models: what is in the file, that it means what the quantizer computed, and that
+// neither threads nor interruptions change a byte of it.
+
+#include "stbllm/pipeline/quantize_model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+
+#include "stbllm/backend/backend.h"
+#include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/ledger.h"
+#include "stbllm/pipeline/load_model.h"
+#include "stbllm/pipeline/pack_weight.h"
+#include "support/calibration_text.h"
+#include "support/expect_error.h"
+#include "support/scratch_directory.h"
+#include "support/tiny_checkpoint.h"
+
+namespace stbllm {
+namespace {
+
+namespace fs = std::filesystem;
+using test::expect_error;
+
+constexpr int64_t kSamples = 8;  // one of them held out
+constexpr int64_t kSeqlen = 48;  // more than Mistral's window of 16
+
+std::string read_bytes(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file) << path;
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// Everything in a directory, hidden files too.
+std::vector<std::string> list(const fs::path& directory) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(directory)) names.push_back(entry.path().filename());
+  std::ranges::sort(names);
+  return names;
+}
+
+/// Runs a scope with so many threads.
+class Threads {
+ public:
+  explicit Threads(int count) : before_(at::get_num_threads()) { set(count); }
+  ~Threads() { set(before_); }
+
+ private:
+  static void set(int count) {
+    at::set_num_threads(count);
+    omp_set_num_threads(count);
+  }
+  int before_;
+};
+
+/// A checkpoint, a text and a directory for results.
+class Workplace {
+ public:
+  explicit Workplace(const test::TinyModel& model) {
+    test::write_checkpoint(scratch_ / "checkpoint", model);
+    text_ = test::write_calibration_text(scratch_.path());
+    fs::create_directory(results());
+  }
+
+  QuantizeResult quantize(const Recipe& recipe, QuantizeOptions options, uint64_t seed = 0) const {
+    const Checkpoint checkpoint = Checkpoint::open(scratch_ / "checkpoint");
+    return quantize_model(checkpoint, make_calibration(checkpoint, text_, kSamples, kSeqlen, seed), recipe,
+                          options);
+  }
+  /// Quantizes to results()/name and returns that path.
+  fs::path quantize(const Recipe& recipe, const std::string& name, bool dense = false) const {
+    QuantizeOptions options;
+    options.output = results() / name;
+    options.dense_output = dense;
+    quantize(recipe, options);
+    return options.output;
+  }
+  /// A run that stops after its first `blocks` blocks, as one that was killed does.
+  void leave_unfinished(const Recipe& recipe, const fs::path& output, int64_t blocks) const {
+    // A directory in the way of the result fails the last step, when all blocks are in the work directory.
+    fs::create_directory(output);
+    QuantizeOptions options;
+    options.output = output;
+    options.force = true;
+    expect_error(ErrorCode::kWriteFailed, "is a directory", [&] { quantize(recipe, options); });
+    fs::remove(output);
+    const fs::path work = output.string() + ".work";
+    for (const std::string& name : list(work))
+      if (name.starts_with("block_") && std::stoll(name.substr(6)) >= blocks) fs::remove(work / name);
+    ASSERT_TRUE(blocks == 0 || fs::exists(work / fmt::format("block_{:03}.safetensors", blocks - 1)));
+  }
+
+  double perplexity(const fs::path& model) const {
+    const LoadedModel loaded = load_model(model.string(), "cpu", "float32");
+    const auto ids = loaded.tokenizer->encode(test::calibration_text(400, /*seed=*/2));
+    return evaluate_perplexity(loaded.decoder, evaluation_windows(ids)).perplexity;
+  }
+  /// Logits (windows, seqlen, vocab) on the evaluation text.
+  at::Tensor logits(const fs::path& model) const {
+    const LoadedModel loaded = load_model(model.string(), "cpu", "float32");
+    const auto ids = loaded.tokenizer->encode(test::calibration_text(400, /*seed=*/2));
+    return loaded.decoder.logits(final_hidden_states(loaded.decoder, evaluation_windows(ids)));
+  }
+
+  fs::path checkpoint() const { return scratch_ / "checkpoint"; }
+  fs::path results() const { return scratch_ / "results"; }
+
+ private:
+  static Windows evaluation_windows(const std::vector<int32_t>& ids) {
+    Windows windows;
+    for (size_t first = 0; first + kSeqlen <= ids.size(); first += kSeqlen)
+      windows.emplace_back(ids.begin() + first, ids.begin() + first + kSeqlen);
+    return windows;
+  }
+
+  test::ScratchDirectory scratch_;
+  std::string text_;
+};
+
+test::TinyModel tiny_model(const std::string& family) {
+  if (family == "llama") return test::tiny_llama();
+  if (family == "mistral") return test::tiny_mistral();
+  if (family == "opt_350m") return test::tiny_opt_350m();
+  return test::tiny_opt();
+}
+
+/// Every group of every row has exactly N symbols, counted in the decoded codes (a kept weight may still be zero where its
+/// inputs are dead and its scale is). Columns stored exactly are left out, and so is a last group that is cut off.
+void expect_exactly_n_kept(const std::string& name, const StructuredBinaryMatrix& matrix) {
+  const Layout& layout = matrix.layout();
+  const at::Tensor nonzero = unpack_weight(matrix).symbols.ne(0);
+  const auto outliers = matrix.outlier_columns();
+  for (int64_t first = 0; first + layout.nm.group <= layout.cols; first += layout.nm.group) {
+    const bool exact =
+        std::ranges::any_of(outliers, [&](int32_t c) { return c >= first && c < first + layout.nm.group; });
+    if (exact) continue;
+    const at::Tensor kept = nonzero.narrow(1, first, layout.nm.group).sum(1);
+    EXPECT_TRUE(kept.eq(layout.nm.keep).all().item<bool>()) << name << ", group at column " << first;
+  }
+}
+
+class QuantizeModel : public ::testing::TestWithParam<std::tuple<std::string, std::string>> {};
+
+TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
+  const auto& [family, preset] = GetParam();
+  const Workplace place(tiny_model(family));
+  const Recipe recipe = Recipe::load(preset);
+  QuantizeOptions options;
+  options.output = place.results() / "packed.safetensors";
+  const QuantizeResult result = place.quantize(recipe, options);
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{"packed.safetensors"});
+
+  // Strict N:M in the file, for every linear of the model, each with the N that the result tells.
+  const PackedReader reader = PackedReader::open(options.output);
+  reader.verify_checksums();
+  EXPECT_EQ(reader.linears().size(), result.linears.size());
+  EXPECT_EQ(result.linears.size(), 2u * (family.starts_with("opt") ? 6 : 7));
+  for (const LinearResult& linear : result.linears) {
+    const StructuredBinaryMatrix& matrix = reader.linears().at(linear.name);
+    EXPECT_EQ(matrix.layout().nm, linear.nm) << linear.name;
+    EXPECT_TRUE(linear.nm == recipe.nm || recipe.allocation != Allocation::kUniform) << linear.name;
+    expect_exactly_n_kept(linear.name, matrix);
+  }
+
+  // The nominal bits are those of the ledger, which reads them from the planes.
+  EXPECT_NEAR(make_ledger(reader).nominal_bits, result.nominal_bits, 1e-12);
+
+  // Packed and dense differ by the order of float32 sums alone.
+  const fs::path dense = place.quantize(recipe, "dense", /*dense=*/true);
+  const double expected = place.perplexity(dense);
+  EXPECT_NEAR(place.perplexity(options.output), expected, 1e-4 * expected);
+  EXPECT_LT(result.verified_logits, 1e-4);
+  // And they are not the original, which would agree with itself.
+  EXPECT_GT(std::abs(place.perplexity(place.checkpoint()) - expected), 1e-3 * expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, QuantizeModel,
+                         ::testing::Combine(::testing::Values("llama", "mistral", "opt", "opt_350m"),
+                                            ::testing::Values("rtn", "billm", "stbllm-paper", "stbllm",
+                                                              "stbllm-1bit")),
+                         [](const auto& info) {
+                           std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {
+  const Workplace place(test::tiny_llama());
+  for (const NmPattern nm : {NmPattern{1, 4}, {3, 4}, {2, 8}, {6, 8}, {5, 16}, {16, 16}}) {
+    Recipe recipe = Recipe::load("rtn");
+    recipe.nm = nm;
+    const fs::path packed =
+        place.quantize(recipe, "packed-" + std::to_string(nm.keep) + "-" + std::to_string(nm.group));
+    const PackedReader reader = PackedReader::open(packed);
+    for (const auto& [name, matrix] : reader.linears()) {
+      EXPECT_EQ(matrix.layout().nm, nm);
+      expect_exactly_n_kept(name, matrix);
+    }
+  }
+}
+
+// --- determinism and interruptions -------------------------------------------------------------------
+
+class SameBytes : public ::testing::TestWithParam<std::string> {
+ protected:
+  const Recipe recipe_ = Recipe::load(GetParam());
+};
+
+TEST_P(SameBytes, WhateverTheNumberOfThreads) {
+  const Workplace place(test::tiny_llama());
+  fs::path one, two;
+  {
+    const Threads threads(1);
+    one = place.quantize(recipe_, "one");
+  }
+  {
+    const Threads threads(2);
+    two = place.quantize(recipe_, "two");
+  }
+  EXPECT_TRUE(read_bytes(one) == read_bytes(two));
+}
+
+TEST_P(SameBytes, AfterAnInterruption) {
+  const Workplace place(test::tiny_llama());
+  const std::string undisturbed = read_bytes(place.quantize(recipe_, "undisturbed"));
+  for (const int64_t finished : {0, 1, 2}) {
+    QuantizeOptions options;
+    options.output = place.results() / fmt::format("resumed-{}", finished);
+    place.leave_unfinished(recipe_, options.output, finished);
+    options.resume = true;
+    place.quantize(recipe_, options);
+    EXPECT_TRUE(read_bytes(options.output) == undisturbed) << finished << " blocks were finished";
+    EXPECT_FALSE(fs::exists(options.output.string() + ".work"));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Presets, SameBytes, ::testing::Values("rtn", "stbllm-paper", "stbllm"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+TEST(Interruption, StopsARunAndSaysHowToGoOn) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("rtn");
+  const std::string undisturbed = read_bytes(place.quantize(recipe, "undisturbed"));
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  place.leave_unfinished(recipe, options.output, 1);
+  options.resume = true;
+  request_interrupt();
+  expect_error(ErrorCode::kInterrupted, "--resume", [&] { place.quantize(recipe, options); });
+  EXPECT_FALSE(fs::exists(options.output));
+  // The request stopped one run, not those that follow.
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_bytes(options.output) == undisturbed);
+}
+
+TEST(Interruption, BeforeTheFirstBlockLeavesNothing) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  request_interrupt();
+  expect_error(ErrorCode::kInterrupted, "block 0", [&] { place.quantize(Recipe::load("rtn"), options); });
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+}
+
+TEST(Resume, IsRefusedWithOtherInputs) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("rtn");
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  place.leave_unfinished(recipe, options.output, 1);
+  options.resume = true;
+
+  Recipe other = recipe;
+  other.nm = {6, 8};
+  expect_error(ErrorCode::kMismatch, "nm: \"4:8\" there, \"6:8\" here",
+               [&] { place.quantize(other, options); });
+  expect_error(ErrorCode::kMismatch, "seed: 0 there, 7 here",
+               [&] { place.quantize(recipe, options, /*seed=*/7); });
+  QuantizeOptions fewer = options;
+  fewer.blocks = 1;
+  expect_error(ErrorCode::kMismatch, "blocks: 2 there, 1 here", [&] { place.quantize(recipe, fewer); });
+
+  place.quantize(recipe, options);  // the refusals did not harm it
+  EXPECT_TRUE(fs::exists(options.output));
+}
+
+TEST(Resume, IsRefusedWhereNothingWasBegun) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  options.resume = true;
+  expect_error(ErrorCode::kNotFound, "no unfinished run",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+}
+
+TEST(Overwriting, AnUnfinishedRunNeedsForce) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("rtn");
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  place.leave_unfinished(recipe, options.output, 1);
+  expect_error(ErrorCode::kExists, "--resume", [&] { place.quantize(recipe, options); });
+  EXPECT_TRUE(fs::exists(options.output.string() + ".work/block_000.safetensors"));
+  options.force = true;
+  place.quantize(recipe, options);
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{"packed"});
+}
+
+TEST(Overwriting, AResultNeedsForce) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("rtn");
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  test::write_text(options.output, "mine");
+  expect_error(ErrorCode::kExists, "--force", [&] { place.quantize(recipe, options); });
+  EXPECT_EQ(read_bytes(options.output), "mine");
+  options.force = true;
+  place.quantize(recipe, options);
+  EXPECT_EQ(PackedReader::open(options.output).linears().size(), 14u);
+}
+
+// --- dense output, and what is refused ------------------------------------------------------------------
+
+TEST(DenseOutput, HoldsRecipesWithoutPackedForm) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("stbllm-released");
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  expect_error(ErrorCode::kUnsupported, "--dense", [&] { place.quantize(recipe, options); });
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+
+  const fs::path dense = place.quantize(recipe, "dense", /*dense=*/true);
+  EXPECT_EQ(list(dense), (std::vector<std::string>{"config.json", "model.safetensors", "tokenizer.json",
+                                                   "tokenizer_config.json"}));
+  EXPECT_GT(place.perplexity(dense), 1);
+}
+
+TEST(DenseOutput, IsResumedWithTheSameBytes) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("stbllm-released");
+  const std::string undisturbed =
+      read_bytes(place.quantize(recipe, "undisturbed", /*dense=*/true) / "model.safetensors");
+  QuantizeOptions options;
+  options.output = place.results() / "dense";
+  options.dense_output = true;
+  // As above, but what is in the way is the file inside the directory.
+  fs::create_directories(options.output / "model.safetensors");
+  options.force = true;
+  expect_error(ErrorCode::kWriteFailed, "Is a directory", [&] { place.quantize(recipe, options); });
+  fs::remove_all(options.output);
+  fs::remove(options.output.string() + ".work/block_001.safetensors");
+  options.force = false;
+  options.resume = true;
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_bytes(options.output / "model.safetensors") == undisturbed);
+}
+
+TEST(Blocks, BeyondTheFirstStayDense) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  options.blocks = 1;
+  const QuantizeResult result = place.quantize(Recipe::load("rtn"), options);
+  EXPECT_EQ(result.linears.size(), 7u);
+  const PackedReader reader = PackedReader::open(options.output);
+  EXPECT_TRUE(reader.linears().contains("model.layers.0.mlp.down_proj"));
+  EXPECT_TRUE(reader.has_dense("model.layers.1.mlp.down_proj.weight"));
+  EXPECT_LT(result.verified_logits, 1e-4);
+}
+
+// --- embedding and head codings ---------------------------------------------------------------------------
+
+TEST(RowCodings, ChangeLogitsOnlyALittle) {
+  for (const auto& model : {test::tiny_llama(), test::tiny_opt()}) {
+    const Workplace place(model);
+    Recipe recipe = Recipe::load("rtn");
+    const at::Tensor exact = place.logits(place.quantize(recipe, "keep"));
+    // Rounding noise of a row coded on its own, relative to its size: fp16 2^-12; 8 bits on a block of 64
+    // normal values 2.5 sigma / 127 / sqrt(12) = 0.6 %; 4 bits about 12 %. A random model amplifies it
+    // severalfold, and head and embedding add up.
+    const std::pair<RowCoding, double> bounds[] = {
+        {RowCoding::kFloat16, 2e-3}, {RowCoding::kInt8, 0.04}, {RowCoding::kInt4, 0.6}};
+    double smaller = 0;
+    for (const auto& [coding, bound] : bounds) {
+      recipe.embedding = recipe.head = coding;
+      const at::Tensor coded =
+          place.logits(place.quantize(recipe, "coding-" + std::to_string(static_cast<int>(coding))));
+      const double distance = ((coded - exact).norm() / exact.norm()).item<double>();
+      EXPECT_LT(distance, bound);
+      EXPECT_GT(distance, smaller);  // fewer bits, more noise
+      smaller = distance;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace stbllm
