@@ -74,12 +74,10 @@ TEST(TuneBlock, BringsHeldOutOutputsCloser) {
 
 TEST(TuneBlock, LowersTheLossWithMoreEpochs) {
   Recipe recipe = tuned_recipe("stbllm-1bit");
-  recipe.tune_code_lr = 0.1;
   recipe.tune_epochs = 40;  // of one step each: all windows fit into it
   const Tuned tuned = tune_first_block(test::tiny_llama(), recipe);
   EXPECT_GT(tuned.report.epochs, 0);
   EXPECT_LT(tuned.report.loss_after, 0.98 * tuned.report.loss_before);  // it does learn, not just wobble
-  EXPECT_GT(tuned.report.changed, 0);
   // The reported loss is in bfloat16 products; the block itself says the same within their rounding.
   const at::Tensor error = (tuned.outputs - tuned.expected).narrow(0, kWindows - kHoldout, kHoldout);
   EXPECT_GT(error.norm().item<double>(), 0);
