@@ -1,12 +1,14 @@
 // AVX-512 (F, BW, VL, DQ, VBMI, VBMI2; BF16 for one of the products).
 //
-// Lookups. A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction; a group of M columns
-// costs, for 64 rows and one token:
-//   words of 3..5 bits   2 x (extract, vpermw, add)                                           6 instructions
+// Lookups. A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction; a group of codes costs,
+// for 64 rows and one token, this many 512-bit instructions (Zen 4 starts two per cycle, permutations one):
+//   words of 3..5 bits   2 x (extract, vpermw, add)                                            6
 //   words of 7 bits      2 x (extract, test, 2 vpermi2w, blend, add)                          12
-//   bytes                4 vpermi2b, 2 blends, 1 mask, 2 unpacks, 2 adds (+ 2 if signed)      11 (13)
-//   halves               5 vpermi2b, 4 unpacks, 4 adds, 4 to make the second index            17
-// so 2:4 is bound at 43, 3:8 at 79, 2:8 at 85 and 4:8 at 60 weights per cycle of two such instructions.
+//   bytes                4 vpermi2b, 2 blends, 1 mask, 2 unpacks, 2 adds                      11
+//   bytes with signs     + 2 mask loads, 2 masked subtractions                                15
+//   halves               4 vpermi2b, 4 unpacks, 4 adds, 5 to make the second index            17
+// so at most 2:4 does 85, 3:8 68, 2:8 85, 4:8 60 and 2:4 with three levels 47 weights per cycle; then 64 sums
+// become floats and meet their scales once per 128 columns, another 20 to 30.
 
 // g++ 12 takes the "undefined" operands inside its own intrinsics for a mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -43,8 +45,7 @@ STBLLM_INLINE __m512i pinned(__m512i value) {
 }
 STBLLM_INLINE void add_to(__m512i& sum, __m512i value) { sum = pinned(_mm512_add_epi16(sum, value)); }
 
-// --- lookups
-// ----------------------------------------------------------------------------------------------------------
+// --- lookups ---
 // A form knows how its codes are stored and how an index is looked up. Rows 0..31 of a tile are the lanes of
 // the first sum, rows 32..63 those of the second.
 
@@ -241,8 +242,8 @@ STBLLM_INLINE void add_scaled(__m512i sum, __m512 scale0, __m512 scale1, float s
   _mm512_store_ps(y + 16, _mm512_fmadd_ps(odd, _mm512_mul_ps(scale1, step1), _mm512_load_ps(y + 16)));
 }
 
-// Codes are read once per product, in order, but in short pieces from several tiles at a time, which the
-// hardware does not follow. This far ahead covers 100 ns at 33 GB/s.
+// Hardware follows the stream of codes only part of the way: it starts anew at every page. This far ahead
+// covers 100 ns at 33 GB/s.
 constexpr int kPrefetchBytes = 4096;
 
 // Tiles [tile, tile + Tiles) for Tokens tokens: an index, once extracted, serves all tokens, and a table,
@@ -254,11 +255,12 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const St
   const int groups = kChunkColumns / m.group;
   const int64_t token_bytes = groups * Form::kTableBytes;
   constexpr int kPassBytes = Tiles * Form::kGroupBytes;
+  const uint8_t* ahead = strip.codes + strip.first * m.chunk_bytes + kPrefetchBytes;
   __m512i sums[Tokens][Tiles][2] = {};
   form.template for_each_group<Tiles>(
       strip, groups, [&](int g, const auto& index) __attribute__((always_inline)) {
         for (int at = 0; Prefetch && at < kPassBytes; at += 64)
-          _mm_prefetch(strip.codes + kPrefetchBytes + g * kPassBytes + at, _MM_HINT_T0);
+          _mm_prefetch(ahead + g * kPassBytes + at, _MM_HINT_T0);
         for (int t = 0; t < Tokens; ++t) {
           const auto table = Form::load_table(tables + t * token_bytes + g * Form::kTableBytes);
           for (int v = 0; v < Tiles; ++v) Form::add(index[v], table, sums[t][v]);
@@ -289,24 +291,27 @@ void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t 
   int64_t t = 0;
   for (; t + Tokens <= tokens; t += Tokens) {
     const uint8_t* pass_tables = tables + t * token_bytes;
-    for (int64_t tile = first; tile < last; tile += Tiles) {
+    float* pass_y = y + t * y_stride;
+    for (int64_t tile = first; tile < last; tile += m.strip_tiles) {
       Strip strip = strip_of(m, chunk, tile);
-      float* pass_y = y + t * y_stride;
-      if (strip.tiles == Tiles && t == 0)
-        look_up_tiles<Tokens, Tiles, true>(form, m, strip, chunk, tile, pass_tables, steps, pass_y, y_stride);
-      else if (strip.tiles == Tiles)
-        look_up_tiles<Tokens, Tiles, false>(form, m, strip, chunk, tile, pass_tables, steps + t, pass_y,
-                                            y_stride);
-      else
-        for (; strip.first < strip.tiles; ++strip.first)
-          look_up_tiles<Tokens, 1, false>(form, m, strip, chunk, tile + strip.first, pass_tables, steps + t,
-                                          pass_y, y_stride);
+      for (; strip.first + Tiles <= strip.tiles; strip.first += Tiles)
+        if (t == 0)
+          look_up_tiles<Tokens, Tiles, true>(form, m, strip, chunk, tile + strip.first, pass_tables, steps,
+                                             pass_y, y_stride);
+        else
+          look_up_tiles<Tokens, Tiles, false>(form, m, strip, chunk, tile + strip.first, pass_tables,
+                                              steps + t, pass_y, y_stride);
+      for (; strip.first < strip.tiles; ++strip.first)
+        look_up_tiles<Tokens, 1, false>(form, m, strip, chunk, tile + strip.first, pass_tables, steps + t,
+                                        pass_y, y_stride);
     }
   }
   if constexpr (Tokens > 1)
-    if (t < tokens)
-      look_up_form<Tokens / 2, Tiles>(form, m, chunk, first, last, tables + t * token_bytes, steps + t,
-                                      tokens - t, y + t * y_stride, y_stride);
+    if (t < tokens) {
+      constexpr int kMoreTiles = Tiles > 1 ? 2 * Tiles : 1;
+      look_up_form<Tokens / 2, kMoreTiles>(form, m, chunk, first, last, tables + t * token_bytes, steps + t,
+                                           tokens - t, y + t * y_stride, y_stride);
+    }
 }
 
 bool can_look_up(CodeForm, int) { return true; }
@@ -329,10 +334,10 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
       if (m.code_bits == 6) return f(Words<6>(), two, one);
       return f(Words<7>(), two, one);
     case CodeForm::kBytes:
-      if (m.signs) return f(Bytes<true>(), one, four);
+      if (m.signs) return f(Bytes<true>(), two, two);
       return f(Bytes<false>(), one, four);
     case CodeForm::kHalves:
-      return f(Halves{load(m.half_base), load(m.half_base + 64)}, one, four);
+      return f(Halves{load(m.half_base), load(m.half_base + 64)}, two, two);
   }
 }
 
@@ -343,8 +348,7 @@ void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, co
   });
 }
 
-// --- tables
-// -----------------------------------------------------------------------------------------------------------
+// --- tables ---
 
 // An upper bound of the sum over groups of the largest contribution of any state to a dot product with x: the
 // `keep` largest magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and
@@ -438,8 +442,7 @@ void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step)
   }
 }
 
-// --- panels
-// -----------------------------------------------------------------------------------------------------------
+// --- panels ---
 
 // out[i] = the i-th 64-bit lanes of in[0..7].
 STBLLM_INLINE void transpose_lanes(const __m512i (&in)[8], __m512i (&out)[8]) {

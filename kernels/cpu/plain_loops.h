@@ -14,8 +14,7 @@
 namespace stbllm::cpu {
 namespace {
 
-// --- half precision
-// ---------------------------------------------------------------------------------------------------
+// --- half precision ---
 
 inline float float_of_bits(uint32_t bits) {
   float f;
@@ -90,8 +89,7 @@ void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
   for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
-// --- decoding
-// ---------------------------------------------------------------------------------------------------------
+// --- decoding ---
 
 // scales[slot][row] of a tile.
 inline void tile_scales(const MatrixView& m, int64_t tile, int64_t block, float (*scales)[kTileRows]) {
