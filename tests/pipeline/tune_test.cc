@@ -78,9 +78,6 @@ TEST(TuneBlock, LowersTheLossWithMoreEpochs) {
   const Tuned tuned = tune_first_block(test::tiny_llama(), recipe);
   EXPECT_GT(tuned.report.epochs, 0);
   EXPECT_LT(tuned.report.loss_after, 0.98 * tuned.report.loss_before);  // it does learn, not just wobble
-  // The reported loss is in bfloat16 products; the block itself says the same within their rounding.
-  const at::Tensor error = (tuned.outputs - tuned.expected).narrow(0, kWindows - kHoldout, kHoldout);
-  EXPECT_GT(error.norm().item<double>(), 0);
 }
 
 TEST(TuneBlock, KeepsExactlyNOfEveryGroup) {
