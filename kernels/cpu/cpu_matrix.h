@@ -1,6 +1,8 @@
 #pragma once
 // prepare(): from the planes of the file to the layout of the CPU kernels.
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -11,22 +13,33 @@
 
 namespace stbllm::cpu {
 
-/// Aligns vectors to whole 512-bit registers.
+/// Aligns vectors to whole 512-bit registers, and large ones to huge pages: hardware prefetching stops at
+/// page borders.
 template <typename T>
-struct CacheLineAllocator {
+struct AlignedAllocator {
   using value_type = T;
-  CacheLineAllocator() = default;
+  AlignedAllocator() = default;
   template <typename U>
-  CacheLineAllocator(const CacheLineAllocator<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{64})); }
-  void deallocate(T* p, size_t) { ::operator delete (p, std::align_val_t{64}); }
+  AlignedAllocator(const AlignedAllocator<U>&) {}
+
+  static constexpr size_t kHugePage = size_t{2} << 20;
+  static std::align_val_t alignment(size_t bytes) {
+    return std::align_val_t{bytes < 2 * kHugePage ? 64 : kHugePage};
+  }
+
+  T* allocate(size_t n) {
+    void* memory = ::operator new(n * sizeof(T), alignment(n * sizeof(T)));
+    if (n * sizeof(T) >= 2 * kHugePage) madvise(memory, n * sizeof(T), MADV_HUGEPAGE);
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t n) { ::operator delete(memory, alignment(n * sizeof(T))); }
   template <typename U>
-  bool operator==(const CacheLineAllocator<U>&) const {
+  bool operator==(const AlignedAllocator<U>&) const {
     return true;
   }
 };
 template <typename T>
-using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
+using AlignedVector = std::vector<T, AlignedAllocator<T>>;
 
 class CpuMatrix : public PreparedMatrix {
  public:

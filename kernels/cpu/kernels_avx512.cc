@@ -242,8 +242,8 @@ STBLLM_INLINE void add_scaled(__m512i sum, __m512 scale0, __m512 scale1, float s
   _mm512_store_ps(y + 16, _mm512_fmadd_ps(odd, _mm512_mul_ps(scale1, step1), _mm512_load_ps(y + 16)));
 }
 
-// Hardware follows the stream of codes only part of the way: it starts anew at every page. This far ahead
-// covers 100 ns at 33 GB/s.
+// Codes pass by once per product: fetched this far ahead, which covers 100 ns at 33 GB/s, and without
+// displacing the tables.
 constexpr int kPrefetchBytes = 4096;
 
 // Tiles [tile, tile + Tiles) for Tokens tokens: an index, once extracted, serves all tokens, and a table,
@@ -260,7 +260,7 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const St
   form.template for_each_group<Tiles>(
       strip, groups, [&](int g, const auto& index) __attribute__((always_inline)) {
         for (int at = 0; Prefetch && at < kPassBytes; at += 64)
-          _mm_prefetch(ahead + g * kPassBytes + at, _MM_HINT_T0);
+          _mm_prefetch(ahead + g * kPassBytes + at, _MM_HINT_NTA);
         for (int t = 0; t < Tokens; ++t) {
           const auto table = Form::load_table(tables + t * token_bytes + g * Form::kTableBytes);
           for (int v = 0; v < Tiles; ++v) Form::add(index[v], table, sums[t][v]);
