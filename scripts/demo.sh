@@ -37,7 +37,7 @@ if [ -z "$model" ]; then
 fi
 
 # --- texts ------------------------------------------------------------------------------------------
-# Calibration never sees the text that is evaluated: it takes Wikitext-2's validation split, a C4 sample, or the other
+# Calibration never sees the text that is evaluated: it takes a C4 sample, Wikitext-2's validation split, or the other
 # half of the Debian text.
 find_text() {  # file name
   local directory
@@ -52,7 +52,7 @@ if [ -z "$data" ] && [ -z "$(find_text wiki.test.raw)" ]; then
 fi
 data=${data:-$(find_text wiki.test.raw)}
 calib=''
-for name in wiki.valid.raw c4-sample.txt; do
+for name in c4-sample.txt wiki.valid.raw; do
   path=$(find_text "$name")
   if [ -n "$path" ] && ! [ "$path" -ef "$data" ]; then calib=$path && break; fi
 done
