@@ -113,9 +113,9 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
   };
   decoder.load_outer(load);
   decoder.keep_blocks_ = options.keep_blocks;
-  decoder.load_block_ = [spec = decoder.spec_, load](int64_t index) {
+  decoder.load_block_ = [spec = decoder.spec_, load, product = options.product_dtype.value_or(options.dtype)](int64_t index) {
     return load_block(spec, index, load, [&](const LinearSpec& linear, at::Tensor bias) {
-      return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias));
+      return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias), product);
     });
   };
   return decoder;
@@ -203,11 +203,12 @@ std::shared_ptr<DecoderBlock> Decoder::block(int64_t index) const {
   return loaded;
 }
 
-at::Tensor Decoder::logits(const at::Tensor& hidden) const {
-  at::Tensor x = spec_.has_final_norm ? apply_norm(spec_, outer_.final_norm, hidden) : hidden;
-  if (outer_.project_out.defined()) x = at::linear(x, outer_.project_out);
-  return at::linear(x, outer_.head);
+at::Tensor Decoder::before_head(const at::Tensor& hidden) const {
+  const at::Tensor x = spec_.has_final_norm ? apply_norm(spec_, outer_.final_norm, hidden) : hidden;
+  return outer_.project_out.defined() ? at::linear(x, outer_.project_out) : x;
 }
+
+at::Tensor Decoder::logits(const at::Tensor& hidden) const { return at::linear(before_head(hidden), outer_.head); }
 
 at::Tensor Decoder::forward(const at::Tensor& ids, KeyValueCache* cache) const {
   const int64_t first = cache == nullptr ? 0 : cache->length();

@@ -33,12 +33,31 @@ ActivationView view_of(const at::Tensor& tensor) {
 
 }  // namespace
 
+at::ScalarType fast_product_dtype() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512bf16")) return at::kBFloat16;
+#endif
+  return at::kFloat;
+}
+
 DenseLinear::DenseLinear(at::Tensor weight, at::Tensor bias)
-    : weight_(std::move(weight)), bias_(std::move(bias)) {}
+    : weight_(std::move(weight)), bias_(std::move(bias)), product_(weight_) {}
 
-at::Tensor DenseLinear::forward(const at::Tensor& x) const { return at::linear(x, weight_, bias_); }
+DenseLinear::DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType product_dtype)
+    : weight_(std::move(weight)), bias_(std::move(bias)), product_(weight_.to(product_dtype)) {}
 
-int64_t DenseLinear::bytes() const { return tensor_bytes(weight_) + tensor_bytes(bias_); }
+at::Tensor DenseLinear::forward(const at::Tensor& x) const {
+  const at::ScalarType dtype = product_dtype();
+  if (x.scalar_type() == dtype) return at::linear(x, product_, bias_);
+  const at::Tensor y = at::linear(x.to(dtype), product_).to(x.scalar_type());
+  return bias_.defined() ? y + bias_ : y;
+}
+
+int64_t DenseLinear::bytes() const {
+  return tensor_bytes(weight_) + tensor_bytes(bias_) + (product_.is_same(weight_) ? 0 : tensor_bytes(product_));
+}
+
+at::ScalarType DenseLinear::product_dtype() const { return product_.scalar_type(); }
 
 PackedLinear::PackedLinear(const Backend& backend, const StructuredBinaryMatrix& matrix, at::Tensor bias)
     : backend_(backend),

@@ -37,7 +37,7 @@ double seconds_of(const std::function<void()>& work) {
 }
 
 bool with_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
-  return recipe.tune_epochs > 0 || options.compare_blocks;
+  return recipe.tune_epochs > 0 || recipe.distill_epochs > 0 || options.compare_blocks;
 }
 
 int64_t layout_bytes(const Layout& layout) {

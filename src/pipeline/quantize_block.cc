@@ -76,7 +76,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     LinearResult result{linear.name, own.nm, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dense.weight(), *stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
-    block.set_linear(linear.role, std::make_unique<DenseLinear>(weight.to_dense(), dense.bias()));
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(weight.to_dense(), dense.bias(), dense.product_dtype()));
     quantized.linears.emplace(linear.name, std::move(weight));
     quantized.results.push_back(result);
     on_linear(result);
@@ -85,21 +85,20 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
 }
 
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {
-  const auto tuned = [&](const std::string& name, const at::Tensor& otherwise) {
-    const auto found = quantized.tensors.find(name);
-    return found == quantized.tensors.end() ? otherwise : found->second;
-  };
   for (const LinearSpec& linear : block.linears()) {
-    const at::Tensor bias = dynamic_cast<const DenseLinear&>(block.linear(linear.role)).bias();
+    const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
+    const auto bias = quantized.tensors.find(linear.name + ".bias");
     block.set_linear(linear.role, std::make_unique<DenseLinear>(quantized.linears.at(linear.name).to_dense(),
-                                                               tuned(linear.name + ".bias", bias)));
+                                                               bias == quantized.tensors.end() ? dense.bias() : bias->second,
+                                                               dense.product_dtype()));
   }
-  const auto set_norm = [&](NormWeights& norm, const std::string& name) {
-    norm.weight = tuned(name + ".weight", norm.weight);
-    norm.bias = tuned(name + ".bias", norm.bias);
-  };
-  set_norm(block.attn_norm(), spec.attn_norm(block.index()));
-  set_norm(block.mlp_norm(), spec.mlp_norm(block.index()));
+  install(quantized.tensors, block.attn_norm(), spec.attn_norm(block.index()));
+  install(quantized.tensors, block.mlp_norm(), spec.mlp_norm(block.index()));
+}
+
+void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name) {
+  if (const auto weight = tensors.find(name + ".weight"); weight != tensors.end()) norm.weight = weight->second;
+  if (const auto bias = tensors.find(name + ".bias"); bias != tensors.end()) norm.bias = bias->second;
 }
 
 }  // namespace stbllm

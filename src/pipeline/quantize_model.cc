@@ -15,7 +15,8 @@
 #include "stbllm/base/profile.h"
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/packed_file.h"
-#include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/pipeline/assemble.h"
+#include "stbllm/pipeline/distill.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/tune.h"
 #include "stbllm/pipeline/work_directory.h"
@@ -31,24 +32,14 @@ namespace fs = std::filesystem;
 
 std::atomic<bool> g_interrupt{false};
 
-/// Windows whose logits are compared after packing; their hidden states are kept until then.
-constexpr int64_t kVerifiedWindows = 2;
-/// Packed and dense logits differ by float32 rounding only, which deep models amplify.
-constexpr double kLogitTolerance = 2e-3;
+/// Windows whose logits are compared after packing.
+constexpr size_t kVerifiedWindows = 2;
 
 at::Tensor ids_of(const Windows& windows, size_t count) {
   at::Tensor ids = at::empty({static_cast<int64_t>(count), static_cast<int64_t>(windows[0].size())}, at::kInt);
   for (size_t i = 0; i < count; ++i)
     std::copy(windows[i].begin(), windows[i].end(), ids.data_ptr<int32_t>() + i * windows[0].size());
   return ids;
-}
-
-std::string_view dtype_name(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
-}
-
-std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
-  return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
 }
 
 /// L2 norm of the weights of each block.
@@ -109,150 +100,6 @@ std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& 
   return std::vector<NmPattern>(decoder.spec().layers, recipe.nm);
 }
 
-/// The packed form of a table of rows; `coding` is kInt8 or kInt4.
-QuantizedRows encode_rows(const at::Tensor& table, RowCoding coding, const std::string& name) {
-  const QuantizedRows::Layout layout{table.size(0), table.size(1), coding == RowCoding::kInt8 ? 8 : 4};
-  const auto load = [&](int64_t row, float* out) { at::from_blob(out, {layout.cols}, at::kFloat).copy_(table[row]); };
-  return QuantizedRows::encode(layout, load, name);
-}
-
-/// What a table becomes by being stored, float32.
-at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name) {
-  if (coding == RowCoding::kKeep) return table;
-  if (coding == RowCoding::kFloat16) return table.to(at::kHalf).to(at::kFloat);
-  const QuantizedRows rows = encode_rows(table, coding, name);
-  at::Tensor result = at::empty(table.sizes(), at::kFloat);
-  at::parallel_for(0, table.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
-  });
-  return result;
-}
-
-/// Writes the assembled model, whatever its container is.
-class ModelWriter {
- public:
-  virtual ~ModelWriter() = default;
-  virtual void add_linear(const std::string& name, const BinarizedWeight& weight) = 0;
-  virtual void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) = 0;
-};
-
-class PackedModelWriter : public ModelWriter {
- public:
-  explicit PackedModelWriter(PackedWriter& file) : file_(file) {}
-  void add_linear(const std::string& name, const BinarizedWeight& weight) override { file_.add_linear(name, pack_weight(weight, name)); }
-  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
-    if (coding == RowCoding::kInt8 || coding == RowCoding::kInt4) {
-      const std::string matrix = name.substr(0, name.rfind('.'));  // without ".weight", as linears are named
-      file_.add_quantized_rows(matrix, encode_rows(tensor, coding, matrix));
-      return;
-    }
-    const at::Tensor stored = (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf) : tensor).contiguous();
-    file_.add_dense(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
-  }
-
- private:
-  PackedWriter& file_;
-};
-
-class DenseModelWriter : public ModelWriter {
- public:
-  explicit DenseModelWriter(SafetensorsWriter& file) : file_(file) {}
-  void add_linear(const std::string& name, const BinarizedWeight& weight) override {
-    add_tensor(name + ".weight", weight.to_dense(), RowCoding::kKeep);
-  }
-  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
-    const at::Tensor stored = stored_table(tensor, coding, name).contiguous();
-    file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
-  }
-
- private:
-  SafetensorsWriter& file_;
-};
-
-/// Everything of the model, in the order of the checkpoint's blocks.
-void write_model(ModelWriter& writer, const Checkpoint& checkpoint, const ModelSpec& spec, const WorkDirectory& work, int64_t quantized_blocks,
-                 const Recipe& recipe) {
-  const StageTimer timer("pack");
-  std::map<std::string, at::Tensor> tuned;
-  for (int64_t i = 0; i < spec.layers; ++i) {
-    if (i < quantized_blocks) {
-      const auto block = work.load(i);
-      STBLLM_CHECK(block.has_value(), "block {} is not in the work directory", i);
-      for (const LinearSpec& linear : spec.linears(i)) writer.add_linear(linear.name, block->linears.at(linear.name));
-      tuned.insert(block->tensors.begin(), block->tensors.end());
-    } else {
-      for (const LinearSpec& linear : spec.linears(i)) {
-        const TensorSpec weight = linear.weight();
-        writer.add_tensor(weight.name, checkpoint.load(weight.name, weight.shape), RowCoding::kKeep);
-        checkpoint.release(weight.name);
-      }
-    }
-  }
-  for (const TensorSpec& tensor : spec.other_tensors()) {
-    const auto found = tuned.find(tensor.name);
-    const RowCoding coding = tensor.name == spec.embedding().name ? recipe.embedding
-                             : tensor.name == spec.head().name    ? recipe.head
-                                                                  : RowCoding::kKeep;
-    writer.add_tensor(tensor.name, found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape), coding);
-    checkpoint.release(tensor.name);
-  }
-}
-
-/// A HuggingFace directory of dequantized weights: assembled in the work directory, its files then renamed into place.
-void export_dense(const QuantizeOptions& options, const Checkpoint& checkpoint, const ModelSpec& spec, const WorkDirectory& work,
-                  int64_t quantized_blocks, const Recipe& recipe) {
-  const fs::path assembled = work.path() / "dense";
-  std::error_code error;
-  const auto check = [&](const fs::path& path) {
-    if (error) fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", path.string(), error.message());
-  };
-  fs::create_directories(assembled, error);
-  check(assembled);
-  SafetensorsWriter file(assembled / "model.safetensors", /*force=*/true);
-  DenseModelWriter writer(file);
-  write_model(writer, checkpoint, spec, work, quantized_blocks, recipe);
-  file.set_metadata("format", "pt");
-  file.finish();
-  file.commit();
-  for (const auto& entry : fs::directory_iterator(checkpoint.directory())) {
-    const std::string name = entry.path().filename().string();
-    if ((!name.ends_with(".json") || name.ends_with(".index.json")) && name != "tokenizer.model" && name != "merges.txt") continue;
-    fs::copy_file(entry.path(), assembled / name, fs::copy_options::overwrite_existing, error);
-    check(assembled / name);
-  }
-  fs::create_directories(options.output, error);
-  check(options.output);
-  for (const auto& entry : fs::directory_iterator(assembled)) {
-    fs::rename(entry.path(), options.output / entry.path().filename(), error);
-    check(options.output / entry.path().filename());
-  }
-}
-
-/// Relative L2 distance between the logits of the packed file and those of the dense blocks the quantizer went on with.
-double verify_packed(const fs::path& path, const Decoder& dense, const Windows& windows, const at::Tensor& dense_hidden) {
-  const PackedReader reader = PackedReader::open(path);
-  const Decoder packed = Decoder::from_packed(reader, find_backend("cpu"), at::kFloat);
-  const size_t count = static_cast<size_t>(dense_hidden.size(0));
-  const at::Tensor hidden = final_hidden_states(packed, std::span(windows).subspan(0, count));
-  double difference = 0, energy = 0;
-  for (size_t w = 0; w < count; ++w) {
-    const at::Tensor dense_window = dense_hidden[static_cast<int64_t>(w)], packed_window = hidden[static_cast<int64_t>(w)];
-    for (int64_t first = 0; first < dense_window.size(0); first += 128) {  // logits of few tokens at a time
-      const int64_t tokens = std::min<int64_t>(128, dense_window.size(0) - first);
-      const at::Tensor a = dense.logits(dense_window.narrow(0, first, tokens).unsqueeze(0)).to(at::kFloat);
-      const at::Tensor b = packed.logits(packed_window.narrow(0, first, tokens).unsqueeze(0)).to(at::kFloat);
-      difference += (a - b).square().sum(at::kDouble).item<double>();
-      energy += a.square().sum(at::kDouble).item<double>();
-    }
-  }
-  const double distance = std::sqrt(difference / energy);
-  if (!(distance < kLogitTolerance))
-    fail(ErrorCode::kVerifyFailed,
-         "the packed file does not reproduce the quantizer's logits: relative distance {:.2e}, expected below {:.0e}; nothing was written",
-         distance, kLogitTolerance);
-  return distance;
-}
-
 /// What BlockResult holds of two streams of hidden states (windows, seqlen, hidden), a window at a time.
 BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense) {
   double cosine = 0, error = 0;
@@ -308,16 +155,18 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   if (fs::exists(options.output) && !options.force)
     fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.output.string());
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
-  Decoder decoder = Decoder::from_checkpoint(checkpoint);
+  Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype()});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const int64_t block_count = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
 
+  nlohmann::json block_recipe = recipe.to_json();  // what follows the last block may change between runs
+  for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
   const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
                                       {"config", checkpoint.config()},
                                       {"checkpoint_bytes", checkpoint.file_bytes()},
                                       {"calibration", calibration.provenance},
-                                      {"recipe", recipe.to_json()},
+                                      {"recipe", block_recipe},
                                       {"blocks", block_count}};
   const WorkDirectory work(options.output, fingerprint, options.resume, options.force);
 
@@ -327,9 +176,9 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     for (int64_t w = 0; w < out.size(0); ++w) out[w].copy_(decoder.embed(ids.narrow(0, w, 1))[0]);
   };
   // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
-  const bool tuning = recipe.tune_epochs > 0;
+  const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0;
   at::Tensor dense_hidden;
-  const bool with_dense = tuning || options.compare_blocks;
+  const bool with_dense = tuning || distilling || options.compare_blocks;
   if (with_dense) embed_windows(dense_hidden = at::empty_like(hidden));
   // From here on the tables at both ends are what the packed file will hold.
   const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
@@ -344,13 +193,12 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     const double pass_flops = block_flops(spec, hidden.size(0) * hidden.size(1));
     const int64_t linears_per_block = static_cast<int64_t>(spec.linears(0).size());
     log::Progress progress("quantize: linear", block_count * linears_per_block);
-    for (int64_t i = 0; i < spec.layers; ++i) {
+    for (int64_t i = 0; i < (distilling ? spec.layers : block_count); ++i) {
       const auto block = [&] {
         const StageTimer timer("load");
         return decoder.block(i);
       }();
-      // The dense model is of use up to the last quantized block only.
-      if (with_dense && i < block_count) {
+      if (with_dense) {
         const StageTimer timer("dense pass", pass_flops);
         dense_hidden = run_block(*block, spec, dense_hidden);
       }
@@ -387,7 +235,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
         progress.update(static_cast<int64_t>(result.linears.size()));
       }
       for (const LinearSpec& linear : spec.linears(i)) checkpoint.release(linear.weight().name);
-      {
+      if (i + 1 < block_count || (with_dense && quantized)) {
         const StageTimer timer("outputs", pass_flops);
         hidden = run_block(*block, spec, hidden);
       }
@@ -398,15 +246,29 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
       }
     }
   }
-  dense_hidden.reset();
   result.nominal_bits = nominal_bits(result.linears);
 
+  std::vector<QuantizedBlock> distilled;
+  if (recipe.distill_epochs > 0 && block_count > 0) {
+    const StageTimer timer("distill");
+    hidden.reset();
+    distilled.resize(block_count);
+    result.distill = work.load_distilled(distilled, recipe.to_json());
+    if (!result.distill) {
+      for (int64_t i = 0; i < block_count; ++i) distilled[i] = work.load(i).value();
+      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, dense_hidden, calibration.holdout, recipe);
+      work.save_distilled(distilled, recipe.to_json(), *result.distill);
+    }
+  }
+  const auto finished_block = [&](int64_t i) { return distilled.empty() ? work.load(i).value() : distilled[i]; };
+  dense_hidden.reset();
+
+  const Assembly assembly{checkpoint, spec, recipe, block_count, finished_block};
   if (options.dense_output) {
-    export_dense(options, checkpoint, spec, work, block_count, recipe);
+    export_dense(options.output, work.path() / "dense", assembly);
   } else {
     PackedWriter file(options.output, options.force);
-    PackedModelWriter writer(file);
-    write_model(writer, checkpoint, spec, work, block_count, recipe);
+    write_packed(file, assembly);
     nlohmann::json results = nlohmann::json::array();
     for (const LinearResult& linear : result.linears) results.push_back(to_json(linear, /*with_seconds=*/false));
     file.set_metadata("config", checkpoint.config().dump());
@@ -416,9 +278,8 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     file.set_metadata("results", results.dump());
     file.set_metadata("version", STBLLM_VERSION);
     const fs::path finished = file.finish();
-    const int64_t count = std::min<int64_t>(kVerifiedWindows, hidden.size(0));
     const StageTimer timer("verify");
-    result.verified_logits = verify_packed(finished, decoder, calibration.windows, hidden.narrow(0, 0, count));
+    result.verified_logits = verify_packed(finished, assembly, std::span(calibration.windows).first(std::min(kVerifiedWindows, calibration.windows.size())));
     file.commit();
   }
   work.remove();

@@ -37,6 +37,10 @@ std::string first_difference(const nlohmann::json& before, const nlohmann::json&
   return "";
 }
 
+constexpr const char* kDistilled = "distilled.json";
+
+std::string block_file(int64_t block) { return fmt::format("block_{:03}.safetensors", block); }
+
 }  // namespace
 
 nlohmann::json to_json(const LinearResult& result, bool with_seconds) {
@@ -74,6 +78,13 @@ LinearResult linear_result_from_json(const nlohmann::json& json) {
 
 nlohmann::json to_json(const TuneReport& report) {
   return {{"loss_before", report.loss_before}, {"loss_after", report.loss_after}, {"changed", report.changed}, {"epochs", report.epochs}};
+}
+
+nlohmann::json to_json(const DistillReport& report) {
+  return {{"divergence_before", report.divergence_before},
+          {"divergence_after", report.divergence_after},
+          {"changed", report.changed},
+          {"epochs", report.epochs}};
 }
 
 TuneReport tune_report_from_json(const nlohmann::json& json) {
@@ -115,10 +126,37 @@ WorkDirectory::~WorkDirectory() {
   remove();
 }
 
-fs::path WorkDirectory::block_path(int64_t block) const { return path_ / fmt::format("block_{:03}.safetensors", block); }
+void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const { save(path_ / block_file(block), quantized); }
 
-void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {
-  PackedWriter writer(block_path(block), /*force=*/true);
+std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const { return load(path_ / block_file(block)); }
+
+void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe, const DistillReport& report) const {
+  const fs::path directory = path_ / "distilled";
+  std::error_code error;
+  fs::remove_all(directory, error);
+  fs::create_directories(directory, error);
+  for (size_t i = 0; i < blocks.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), blocks[i]);
+  std::ofstream file(directory / kDistilled);  // last: where it is, all blocks are
+  file << nlohmann::json{{"recipe", recipe}, {"report", to_json(report)}}.dump(1) << '\n';
+  file.close();
+  if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", directory.string());
+}
+
+std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe) const {
+  const fs::path directory = path_ / "distilled";
+  const nlohmann::json found = read_json(directory / kDistilled);
+  if (!found.is_object() || found.value("recipe", nlohmann::json()) != recipe) return std::nullopt;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    auto block = load(directory / block_file(static_cast<int64_t>(i)));
+    if (!block) return std::nullopt;
+    blocks[i] = std::move(*block);
+  }
+  const nlohmann::json& report = found.at("report");
+  return DistillReport{report.at("divergence_before"), report.at("divergence_after"), report.at("changed"), report.at("epochs")};
+}
+
+void WorkDirectory::save(const fs::path& path, const QuantizedBlock& quantized) const {
+  PackedWriter writer(path, /*force=*/true);
   nlohmann::json results = nlohmann::json::array();
   for (const LinearResult& result : quantized.results) results.push_back(to_json(result, true));
   // Results without a packed form (the released arithmetic) are kept dense.
@@ -136,8 +174,7 @@ void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {
   writer.commit();
 }
 
-std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const {
-  const fs::path path = block_path(block);
+std::optional<QuantizedBlock> WorkDirectory::load(const fs::path& path) const {
   if (!fs::exists(path)) return std::nullopt;
   const PackedReader reader = PackedReader::open(path);
   QuantizedBlock quantized;

@@ -62,6 +62,9 @@ void visit_fields(R& r, Visit&& visit) {
   visit("tune_epochs", r.tune_epochs);
   visit("tune_lr", r.tune_lr);
   visit("tune_code_lr", r.tune_code_lr);
+  visit("distill_epochs", r.distill_epochs);
+  visit("distill_lr", r.distill_lr);
+  visit("distill_code_lr", r.distill_code_lr);
 }
 
 void require(bool ok, std::string_view field, std::string_view expected) {
@@ -139,8 +142,9 @@ void Recipe::validate() const {
   require(lean() || (refit == 0 && descend == 0), "refit", "0 unless the code is lean (one level or coded scales, no salient columns)");
   require(lean() || compensate != Compensate::kColumn, "compensate", "'block' or 'none' unless the code is lean");
   require(packable() || !lean(), "support_carried, means", "true and false for lean codes");
-  require(lean() || tune_epochs == 0, "tune_epochs", "0 unless the code is lean");
-  require(tune_epochs >= 0, "tune_epochs", "counts >= 0");
+  require(tune_epochs >= 0 && distill_epochs >= 0, "tune_epochs, distill_epochs", "counts >= 0");
+  require(lean() || (tune_epochs == 0 && distill_epochs == 0), "tune_epochs, distill_epochs", "0 unless the code is lean");
+  require(tune_lr >= 0 && tune_code_lr >= 0 && distill_lr >= 0 && distill_code_lr >= 0, "tune_lr and the like", "rates >= 0");
 }
 
 }  // namespace stbllm

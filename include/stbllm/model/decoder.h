@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "stbllm/checkpoint/checkpoint.h"
@@ -17,6 +18,8 @@ namespace stbllm {
 
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;  ///< of weights and activations: float32 or bfloat16
+  /// Of the products with dense linears; unset: dtype. The weights stay in dtype beside.
+  std::optional<at::ScalarType> product_dtype;
   at::Device device = at::kCPU;
   bool keep_blocks = false;  ///< a dense block, once loaded (and perhaps changed by its user), stays
 };
@@ -46,11 +49,16 @@ class Decoder {
   const at::Tensor& head() const { return outer_.head; }
   void set_tables(at::Tensor embedding, at::Tensor head);
 
+  /// Mutable for the quantizer, which may train it.
+  NormWeights& final_norm() { return outer_.final_norm; }
+
   /// ids (batch, tokens), int32 or int64 -> hidden states (batch, tokens, hidden) that enter block 0.
   at::Tensor embed(const at::Tensor& ids, int64_t first_position = 0) const;
   Positions positions(int64_t first, int64_t count) const { return {spec_, first, count, dtype_, device_}; }
   /// Block `index`. Owned by the caller, and by the decoder where it is kept.
   std::shared_ptr<DecoderBlock> block(int64_t index) const;
+  /// hidden (batch, tokens, hidden) that leaves the last block -> what the head multiplies (batch, tokens, embedding_width).
+  at::Tensor before_head(const at::Tensor& hidden) const;
   /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab) in dtype().
   at::Tensor logits(const at::Tensor& hidden) const;
 

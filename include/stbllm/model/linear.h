@@ -18,19 +18,26 @@ class Linear {
   virtual int64_t bytes() const = 0;  ///< memory held by weight and bias
 };
 
+/// The dtype in which this machine multiplies fastest at full range: bfloat16 where it has instructions for it, else float32.
+at::ScalarType fast_product_dtype();
+
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {
  public:
-  /// weight (rows, cols); bias (rows) or undefined.
+  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in weight's dtype, or in
+  /// `product_dtype` (from a copy of weight); x is cast to it and the result back.
   DenseLinear(at::Tensor weight, at::Tensor bias);
+  DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType product_dtype);
   at::Tensor forward(const at::Tensor& x) const override;
   int64_t bytes() const override;
   const at::Tensor& weight() const { return weight_; }
   const at::Tensor& bias() const { return bias_; }
+  at::ScalarType product_dtype() const;
 
  private:
   at::Tensor weight_;
   at::Tensor bias_;
+  at::Tensor product_;  // weight_ in the dtype of products
 };
 
 /// Multiplies by a backend straight from the packed bits. x is float32 or bfloat16 on the backend's device.

@@ -33,5 +33,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
 
 /// Puts a quantized block's weights, norms and biases into `block`.
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec);
+/// Puts those of `tensors` that belong to the norm called `name` there.
+void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name);
 
 }  // namespace stbllm

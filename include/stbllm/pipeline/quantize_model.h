@@ -51,6 +51,12 @@ struct TuneReport {
   int epochs = 0;                          ///< until the best held-out loss
 };
 
+struct DistillReport {
+  double divergence_before = 0, divergence_after = 0;  ///< nats per token on the held-out windows, or on all when there are none
+  double changed = 0;                                  ///< share of weights whose symbol changed
+  int epochs = 0;                                      ///< until the smallest held-out divergence
+};
+
 /// The hidden states after a block against those of the dense model, over all calibration windows; tokens weigh the same,
 /// whatever their norm.
 struct BlockResult {
@@ -62,6 +68,7 @@ struct BlockResult {
 struct QuantizeResult {
   std::vector<LinearResult> linears;
   std::vector<BlockResult> blocks;  ///< of the quantized blocks; empty unless they were compared or tuned
+  std::optional<DistillReport> distill;  ///< where the whole model was distilled
   double nominal_bits = 0;      ///< mean of N/M (1 + share of salient columns) over the quantized weights
   double seconds = 0;
   double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify

@@ -11,7 +11,7 @@ namespace stbllm {
 
 class WorkDirectory {
  public:
-  /// `<output>.work` with a fingerprint of everything that decides the result. With `resume` the directory of an earlier run is
+  /// `<output>.work` with a fingerprint of everything that decides the blocks. With `resume` the directory of an earlier run is
   /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
   /// existing one is discarded with `force`, and Error(kExists) without.
   WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
@@ -25,10 +25,15 @@ class WorkDirectory {
   void save(int64_t block, const QuantizedBlock& quantized) const;
   /// Block `block` of an earlier run, or nothing.
   std::optional<QuantizedBlock> load(int64_t block) const;
+  /// The blocks after the whole model was distilled, all of them, with the recipe that did it; load_distilled gives nothing when
+  /// they are not all there or another recipe made them.
+  void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe, const DistillReport& report) const;
+  std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe) const;
   void remove() const;
 
  private:
-  std::filesystem::path block_path(int64_t block) const;
+  void save(const std::filesystem::path& path, const QuantizedBlock& quantized) const;
+  std::optional<QuantizedBlock> load(const std::filesystem::path& path) const;
   std::filesystem::path path_;
 };
 
@@ -36,5 +41,6 @@ nlohmann::json to_json(const LinearResult& result, bool with_seconds);
 LinearResult linear_result_from_json(const nlohmann::json& json);
 nlohmann::json to_json(const TuneReport& report);
 TuneReport tune_report_from_json(const nlohmann::json& json);
+nlohmann::json to_json(const DistillReport& report);
 
 }  // namespace stbllm

@@ -1,0 +1,40 @@
+#pragma once
+// The finished blocks and what is left of the checkpoint as one model: a packed file, or a directory of dequantized weights.
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "stbllm/model/decoder.h"
+#include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/quantize_block.h"
+
+namespace stbllm {
+
+struct Assembly {
+  const Checkpoint& checkpoint;
+  const ModelSpec& spec;
+  const Recipe& recipe;
+  int64_t quantized_blocks;                          ///< the others stay dense
+  std::function<QuantizedBlock(int64_t)> quantized;  ///< a finished block
+};
+
+/// What a table (rows, cols) becomes by being stored, float32.
+at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name);
+
+/// Adds all tensors to `file`, in the order of the checkpoint's blocks.
+void write_packed(PackedWriter& file, const Assembly& assembly);
+
+/// A HuggingFace directory of dequantized weights: assembled in `scratch`, its files then renamed into `output`. Throws
+/// Error(kWriteFailed).
+void export_dense(const std::filesystem::path& output, const std::filesystem::path& scratch, const Assembly& assembly);
+
+/// Relative L2 distance between the logits of the packed file and those of the assembled blocks as dense weights in float32.
+/// Throws Error(kVerifyFailed).
+double verify_packed(const std::filesystem::path& path, const Assembly& assembly, std::span<const std::vector<int32_t>> windows);
+
+}  // namespace stbllm

@@ -1,0 +1,26 @@
+#pragma once
+// Distillation, the last stage of tuning: the whole packed model against the logits of the dense one on the calibration
+// windows.
+//
+//   loss = mean_t KL(softmax(dense logits_t) || softmax(packed logits_t))
+//
+// A step sees about 2048 tokens: a forward pass that keeps the inputs of every block, then block by block from the last to the
+// first its forward and backward pass and its step, so that activations of one block are alive at a time.
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "stbllm/model/decoder.h"
+#include "stbllm/pipeline/quantize_block.h"
+
+namespace stbllm {
+
+/// `student` has the tables of the packed file and yields dense blocks; the first of them are quantized as `blocks` say, and
+/// these are optimised in place (the final norm becomes one of the last block's tensors). `teacher` is the dense model.
+/// ids (windows, seqlen); teacher_hidden (windows, seqlen, hidden): what leaves the teacher's last block. The last `holdout`
+/// windows only judge: the best epoch on them is kept. Deterministic.
+DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks, const at::Tensor& ids,
+                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe);
+
+}  // namespace stbllm

@@ -1,0 +1,141 @@
+#include "stbllm/pipeline/distill.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "stbllm/base/log.h"
+#include "stbllm/pipeline/trained_block.h"
+
+namespace stbllm {
+namespace {
+
+constexpr int64_t kTokensPerStep = 2048;
+/// Tokens whose logits exist at a time.
+constexpr int64_t kTokensPerHead = 256;
+
+/// One end of the comparison: normalised hidden states to logits, in bfloat16 products.
+struct Head {
+  at::Tensor weight;  // bfloat16 (vocab, width)
+  explicit Head(const at::Tensor& table) : weight(table.to(at::kBFloat16)) {}
+  at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(at::kBFloat16), weight).to(at::kFloat); }
+};
+
+/// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads; with `gradient`, its derivative
+/// with respect to x goes there.
+double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y, at::Tensor* gradient) {
+  double sum = 0;
+  for (int64_t first = 0; first < x.size(0); first += kTokensPerHead) {
+    const int64_t count = std::min(kTokensPerHead, x.size(0) - first);
+    const at::Tensor log_p = at::log_softmax(teacher.logits(y.narrow(0, first, count)), -1);
+    const at::Tensor log_q = at::log_softmax(student.logits(x.narrow(0, first, count)), -1);
+    const at::Tensor p = log_p.exp();
+    sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble).item<double>();
+    if (gradient != nullptr)
+      gradient->narrow(0, first, count).copy_(at::mm((log_q.exp() - p).to(at::kBFloat16), student.weight));
+  }
+  return sum;
+}
+
+}  // namespace
+
+DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks, const at::Tensor& ids,
+                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe) {
+  const at::NoGradGuard no_grad;
+  const ModelSpec& spec = student.spec();
+  const int64_t windows = ids.size(0), seqlen = ids.size(1), training = windows - holdout;
+  const Positions positions(spec, 0, seqlen, at::kFloat, at::kCPU);
+  std::vector<std::shared_ptr<DecoderBlock>> layers;
+  std::vector<TrainedBlock> trained;
+  trained.reserve(blocks.size());
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    layers.push_back(student.block(i));
+    if (i < static_cast<int64_t>(blocks.size())) trained.emplace_back(*layers.back(), spec, blocks[i], /*train_codes=*/recipe.distill_code_lr > 0);
+  }
+  TrainedVectors outer;
+  if (spec.has_final_norm) outer.add(student.final_norm(), spec.final_norm());
+  const Head student_head(student.head()), teacher_head(teacher.head());
+
+  const auto forward = [&](int64_t first, int64_t count, std::vector<at::Tensor>* inputs) {
+    at::Tensor hidden = student.embed(ids.narrow(0, first, count));
+    for (const auto& layer : layers) {
+      if (inputs != nullptr) inputs->push_back(hidden);
+      hidden = layer->forward(hidden, positions);
+    }
+    return hidden;
+  };
+  // Divergence per token; with `gradient`, of its derivative with respect to hidden too, and the final norm's gradients.
+  const auto compare = [&](const at::Tensor& hidden, int64_t first, at::Tensor* gradient) {
+    const at::Tensor y = teacher.before_head(teacher_hidden.narrow(0, first, hidden.size(0))).flatten(0, 1);
+    const double tokens = static_cast<double>(y.size(0));
+    if (gradient == nullptr) return divergence(student_head, student.before_head(hidden).flatten(0, 1), teacher_head, y, nullptr) / tokens;
+    at::Tensor leaf = hidden.detach().set_requires_grad(true), x;
+    {
+      const at::AutoGradMode with_grad(true);
+      x = student.before_head(leaf);
+    }
+    at::Tensor x_gradient = at::empty({y.size(0), x.size(-1)}, at::kFloat);
+    const double sum = divergence(student_head, x.detach().flatten(0, 1), teacher_head, y, &x_gradient);
+    {
+      const at::AutoGradMode with_grad(true);
+      x.backward(x_gradient.view_as(x) / tokens);
+    }
+    *gradient = leaf.grad();
+    return sum / tokens;
+  };
+  const int64_t step = std::max<int64_t>(1, kTokensPerStep / seqlen);
+  const auto judge = [&] {
+    const int64_t from = holdout > 0 ? training : 0;
+    double sum = 0;
+    for (int64_t first = from; first < windows; first += step) {
+      const int64_t count = std::min(step, windows - first);
+      sum += compare(forward(first, count, nullptr), first, nullptr) * static_cast<double>(count);
+    }
+    return sum / static_cast<double>(windows - from);
+  };
+
+  DistillReport report;
+  report.divergence_before = report.divergence_after = judge();
+  log::info("distill: divergence {:.4f} held out before", report.divergence_before);
+  const int64_t steps_per_epoch = (training + step - 1) / step, total_steps = steps_per_epoch * recipe.distill_epochs;
+  log::Progress progress("distill: step", total_steps);
+  int64_t done = 0;
+  for (int epoch = 1; epoch <= recipe.distill_epochs; ++epoch) {
+    double sum = 0;
+    for (int64_t first = 0; first < training; first += step) {
+      const TuneRates rates = decayed({recipe.distill_lr, recipe.distill_code_lr}, done, total_steps);
+      const int64_t count = std::min(step, training - first);
+      std::vector<at::Tensor> inputs;
+      const at::Tensor hidden = forward(first, count, &inputs);
+      at::Tensor gradient;
+      sum += compare(hidden, first, &gradient) * static_cast<double>(count);
+      outer.step(rates.gains);
+      for (int64_t i = spec.layers - 1; i >= 0; --i) {
+        at::Tensor leaf = inputs[i].set_requires_grad(true);
+        {
+          const at::AutoGradMode with_grad(true);
+          layers[i]->forward(leaf, positions).backward(gradient);
+        }
+        gradient = leaf.grad();
+        inputs.pop_back();
+        if (i < static_cast<int64_t>(trained.size())) trained[i].step(rates);
+      }
+      progress.update(++done, fmt::format("divergence {:.4f}", sum / static_cast<double>(first + count)));
+    }
+    const double divergence = judge();
+    log::info("distill: epoch {} of {}: divergence {:.4f} in training, {:.4f} held out", epoch, recipe.distill_epochs,
+              sum / static_cast<double>(training), divergence);
+    if (divergence < report.divergence_after) {
+      report.divergence_after = divergence;
+      report.epochs = epoch;
+      report.changed = 0;
+      for (TrainedBlock& block : trained) report.changed += block.write_back() / static_cast<double>(trained.size());
+      outer.write_back(blocks.back().tensors);
+    }
+  }
+  return report;
+}
+
+}  // namespace stbllm
