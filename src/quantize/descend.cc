@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"
 
@@ -46,7 +47,10 @@ double descend(LeanWeight& lean) {
   const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, group_size) : GroupCodebook({1, 4}, 1, 4);
   const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
   at::Tensor dense = lean.dense();
-  at::Tensor gradient = lean.hessian.mm(dense - lean.target);
+  at::Tensor gradient = [&] {
+    const StageTimer timer("products", 2.0 * static_cast<double>(cols * cols) * static_cast<double>(rows));
+    return lean.hessian.mm(dense - lean.target);
+  }();
   const float* h = lean.hessian.data_ptr<float>();
   std::atomic<int64_t> changed{0};
 
@@ -121,8 +125,10 @@ double descend(LeanWeight& lean) {
       changed += local_changes;
     });
     const int64_t rest = cols - start - width;
-    if (rest > 0)
+    if (rest > 0) {
+      const StageTimer timer("products", 2.0 * static_cast<double>(rest * width * rows));
       gradient.narrow(0, start + width, rest).addmm_(lean.hessian.narrow(0, start + width, rest).narrow(1, start, width), change);
+    }
   }
   return static_cast<double>(changed) / static_cast<double>(rows * cols);
 }

@@ -11,6 +11,7 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"
 
@@ -142,7 +143,7 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           }
           scale[lane] = std::max(static_cast<float>(sum / (static_cast<double>(count) * mean_level)), 1e-6f);
         }
-        for (int iteration = 0; iteration < 2; ++iteration) {
+        for (int search = 1; search < kEncodeSearches; ++search) {
           std::array<double, kTileRows> top{}, bottom{};
           for (size_t g = 0; g < groups.size(); ++g) {
             choose(g, scale);
@@ -193,8 +194,10 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
       }
     });
     const int64_t rest = cols - start - width;
-    if (compensate != Compensate::kNone && rest > 0)
+    if (compensate != Compensate::kNone && rest > 0) {
+      const StageTimer timer("products", 2.0 * static_cast<double>(rest * width * rows));
       work.narrow(0, start + width, rest).addmm_(upper.narrow(0, start, width).narrow(1, start + width, rest).t(), errors, 1, -1);
+    }
   }
 }
 

@@ -19,10 +19,21 @@
 namespace stbllm {
 namespace {
 
+/// `flops`: what the stage announces itself, without that of stages inside it; 0: no clear count.
 template <typename Work>
-auto timed(std::string_view stage, Work&& work) {
-  const StageTimer timer(stage);
+auto timed(std::string_view stage, double flops, Work&& work) {
+  const StageTimer timer(stage, flops);
   return work();
+}
+
+/// A Cholesky and the inverse of a triangle; with `three_steps` the inverse of a whole matrix and another Cholesky.
+double factor_flops(int64_t cols, bool three_steps) { return (three_steps ? 4. : 2.) / 3 * std::pow(static_cast<double>(cols), 3); }
+
+/// One search over all groups of the weight: per state a dot product of N terms and four operations for its cost.
+double search_flops(const LeanWeight& lean, int levels) {
+  if (!GroupCodebook::enumerable(lean.nm, levels)) return 0;
+  const double per_group = static_cast<double>(GroupCodebook(lean.nm, levels, lean.nm.group).states()) * (2 * lean.nm.keep + 3);
+  return static_cast<double>(lean.rows() * lean.cols()) / lean.nm.group * per_group;
 }
 
 at::Tensor round_to_half(const at::Tensor& x) { return x.to(at::kHalf).to(at::kFloat); }
@@ -88,7 +99,8 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
   const int64_t cols = weight_t.size(0), rows = weight_t.size(1);
   // In float32 the rounding of a Cholesky depends on the number of threads: only the released arithmetic needs it.
   const InverseFactor factor =
-      timed("factor", [&] { return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable()); });
+      timed("factor", factor_flops(cols, !recipe.packable()),
+            [&] { return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable()); });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
   const at::Tensor& upper = factor.upper;
@@ -115,10 +127,10 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
     const int64_t start = b * recipe.column_block, width = std::min<int64_t>(recipe.column_block, cols - start);
     const at::Tensor w = work.narrow(0, start, width).contiguous();
     const at::Tensor d_block = d.narrow(0, start, width);
-    const at::Tensor kept =
-        recipe.support_carried
-            ? nm_mask(importance(w, norm_sq.narrow(0, start, width), d_block, recipe.importance).contiguous(), recipe.nm)
-            : at::ones({width, rows}, at::kByte);
+    const at::Tensor kept = timed("mask", 0, [&] {
+      if (!recipe.support_carried) return at::ones({width, rows}, at::kByte);
+      return nm_mask(importance(w, norm_sq.narrow(0, start, width), d_block, recipe.importance).contiguous(), recipe.nm);
+    });
     const at::Tensor saliency = w.square() / d_block.square().unsqueeze(1);
     const bool on_saliency = recipe.search_on == SearchOn::kSaliency;
     const ColumnBlock search{on_saliency ? saliency : w, kept,
@@ -136,7 +148,7 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       const int minimum = on_saliency ? 1 : 0;
       const int maximum = on_saliency ? recipe.max_salient - 1 : recipe.max_salient;
       salient_count =
-          timed("salient search", [&] { return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means); });
+          timed("salient search", 0, [&] { return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means); });
       for (int i = 0; i < salient_count; ++i) salient[order[i]] = 1;
     }
     for (const int64_t column : outliers)  // stored exactly: not salient, and no reason for a scale
@@ -162,9 +174,9 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       report.threshold.push_back(p1);
     }
     const at::Tensor sets = assign_sets(search, salient, p1, recipe.levels);
-    BinarizedBlock fit = timed("binarize", [&] { return binarize_sets(w, sets, recipe.levels, recipe.means); });
+    BinarizedBlock fit = timed("binarize", 0, [&] { return binarize_sets(w, sets, recipe.levels, recipe.means); });
     if (recipe.packable()) fit.scale = round_to_half(fit.scale);
-    const at::Tensor q = fit.dequantize(sets, recipe.levels);
+    const at::Tensor q = timed("dequantize", 0, [&] { return fit.dequantize(sets, recipe.levels); });
     if (recipe.packable()) {
       // +-(1 + level); salient columns are of level 0.
       const at::Tensor level = at::where(sets.eq(kSalientSet), at::ones_like(sets), sets).to(at::kChar);
@@ -217,17 +229,18 @@ LeanWeight optimize_lean(const at::Tensor& weight_t, const at::Tensor& hessian, 
     zero_columns(lean.hessian, outliers);
   }
   lean.target.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);
-  const InverseFactor factor = timed("factor", [&] { return inverse_factor(lean.hessian, recipe.damping); });
+  const InverseFactor factor = timed("factor", factor_flops(lean.cols(), false), [&] { return inverse_factor(lean.hessian, recipe.damping); });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
-  timed("encode", [&] {
+  const double one_search = search_flops(lean, recipe.levels);
+  timed("encode", kEncodeSearches * one_search, [&] {
     initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
     encode_columns(lean, factor.upper, recipe.compensate);
   });
-  if (recipe.refit > 0) timed("refit", [&] { refit(lean); });
+  if (recipe.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
-    const double changed = timed("descend", [&] { return descend(lean); });
-    if (sweep < recipe.refit) timed("refit", [&] { refit(lean); });
+    const double changed = timed("descend", one_search, [&] { return descend(lean); });
+    if (sweep < recipe.refit) timed("refit", 0, [&] { refit(lean); });
     if (changed < 1e-4) break;
   }
   return lean;
@@ -292,7 +305,8 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     at::Tensor symbols = result.symbols.index_select(1, outlier_columns);
     result.symbols.index_copy_(1, outlier_columns, symbols.ne(0).to(at::kChar));
   }
-  const StageTimer timer("errors");
+  const int hessians = stats.holdout_hessian.defined() ? 2 : 1;
+  const StageTimer timer("errors", 4.0 * hessians * static_cast<double>(w.numel()) * static_cast<double>(w.size(1)));
   const at::Tensor dense = result.to_dense();
   out.output_error = relative_output_error(w, dense, stats.hessian);
   if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);

@@ -10,6 +10,7 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/quantize/lean_weight.h"
 
 namespace stbllm {
@@ -33,7 +34,10 @@ void refit_scales(LeanWeight& lean) {
   at::Tensor p = at::empty({rows, blocks, blocks}, at::kDouble), r = at::empty({rows, blocks}, at::kDouble);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
-    const at::Tensor product = lean.hessian.narrow(1, first, width).mm(unit.narrow(0, first, width));  // (cols, rows)
+    const at::Tensor product = [&] {  // (cols, rows)
+      const StageTimer timer("products", 2.0 * static_cast<double>(cols * width) * static_cast<double>(rows));
+      return lean.hessian.narrow(1, first, width).mm(unit.narrow(0, first, width));
+    }();
     r.select(1, b).copy_((product * lean.target).sum(0, /*keepdim=*/false, at::kDouble));
     for (int64_t c = 0; c < blocks; ++c) {
       const int64_t from = c * lean.column_block, count = std::min<int64_t>(lean.column_block, cols - from);
@@ -102,6 +106,7 @@ void refit_levels(LeanWeight& lean) {
       const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
       part[level].narrow(0, first, width).mul_(lean.scales[b].unsqueeze(0));
     }
+    const StageTimer timer("products", 2.0 * static_cast<double>(cols * cols) * static_cast<double>(lean.rows()));
     product[level] = lean.hessian.mm(part[level]);
   }
   std::vector<double> p(levels * levels), r(levels), value(levels), rounded(levels);

@@ -1,249 +1,56 @@
-// stbllm-bench: the packed product on real layer shapes, beside the dense one and the ceilings of the
-// machine.
+// stbllm-bench: how fast this machine multiplies with packed weights and how fast it makes them.
 
 #include <fmt/format.h>
-#include <omp.h>
 
 #include <CLI/CLI.hpp>
-#include <cmath>
-#include <fstream>
-#include <nlohmann/json.hpp>
-#include <random>
 
-#include "ceilings.h"
-#include "dense.h"
-#include "stbllm/backend/backend.h"
-#include "stbllm/base/bits.h"
+#include "products.h"
+#include "quantizer.h"
 #include "stbllm/base/error.h"
-#include "timing.h"
-
-namespace stbllm::bench {
-namespace {
-
-struct Shape {
-  std::string model, layer;
-  int64_t rows, cols;
-};
-
-const std::vector<Shape> kShapes = {
-    {"smollm2", "attention", 576, 576},      {"smollm2", "gate/up", 1536, 576},
-    {"smollm2", "down", 576, 1536},          {"opt-1.3b", "attention", 2048, 2048},
-    {"opt-1.3b", "fc1", 8192, 2048},         {"opt-1.3b", "fc2", 2048, 8192},
-    {"llama2-7b", "attention", 4096, 4096},  {"llama2-7b", "gate/up", 11008, 4096},
-    {"llama2-7b", "down", 4096, 11008},      {"llama3-8b", "k/v", 1024, 4096},
-    {"llama3-8b", "gate/up", 14336, 4096},   {"llama3-8b", "down", 4096, 14336},
-    {"mistral-7b", "attention", 4096, 4096}, {"mistral-7b", "gate/up", 14336, 4096},
-    {"mistral-7b", "down", 4096, 14336},
-};
-
-// "2:4" is the lean code with one level and 5-bit scale codes, "2:4x3" has three levels, "2:4x3/fp16" fp16
-// scales per level and block, and "+salient" one column in 32 with residual signs (what the paper's recipe
-// stores).
-Layout parse_code(const std::string& text, int64_t rows, int64_t cols) {
-  Layout layout = {.rows = rows, .cols = cols, .nm = {}, .scale_bits = 5};
-  std::string rest = text;
-  const auto strip = [&](std::string_view suffix) {
-    if (!rest.ends_with(suffix)) return false;
-    rest.resize(rest.size() - suffix.size());
-    return true;
-  };
-  if (strip("+salient")) layout.salient = cols / 32;
-  if (strip("/fp16")) layout.scale_bits = 16;
-  if (strip("x3")) layout.levels = 3;
-  if (strip("x2")) layout.levels = 2;
-  layout.nm = NmPattern::parse(rest);
-  layout.validate("code " + text);
-  return layout;
-}
-
-// Random codes, scales of one magnitude; rows and columns are multiples of 16 in all shapes above.
-StructuredBinaryMatrix random_matrix(const Layout& layout) {
-  struct Owner {
-    std::array<std::vector<std::byte>, kPlaneCount> planes;
-  };
-  auto owner = std::make_shared<Owner>();
-  const auto plane = [&](Plane p) { return owner->planes[static_cast<size_t>(p)].data(); };
-  StructuredBinaryMatrix::Planes views;
-  for (int i = 0; i < kPlaneCount; ++i) {
-    owner->planes[i].resize(static_cast<size_t>(plane_bytes(layout, static_cast<Plane>(i))));
-    views[i] = owner->planes[i];
-  }
-  std::mt19937_64 rng(1);
-  std::vector<bool> salient(static_cast<size_t>(layout.cols));
-  for (int64_t i = 0; i < layout.salient; ++i) {
-    const auto column = static_cast<int32_t>(i * 32 + 5);
-    std::memcpy(plane(Plane::kSalientColumns) + 4 * i, &column, 4);
-    salient[column] = true;
-  }
-  const uint64_t states = layout.code_states();
-  const int bits = layout.code_bits(), keep = layout.nm.keep, group_size = layout.nm.group;
-  for (int64_t row = 0; row < layout.rows; ++row)
-    for (int64_t group = 0; group < layout.groups(); ++group) {
-      uint64_t code = rng() % states;
-      if (layout.salient > 0) {  // salient columns have level 0
-        GroupSymbols symbols = decode_group(layout.nm, layout.levels, code);
-        for (int k = 0; k < keep; ++k)
-          if (salient[group * group_size + symbols.position[k]]) symbols.level[k] = 0;
-        code = encode_group(layout.nm, layout.levels, symbols);
-      }
-      write_bits(plane(Plane::kCodes) + row * layout.code_row_bytes(), group * bits, bits, code);
-    }
-  for (const Plane p : {Plane::kScales, Plane::kRowScales, Plane::kLevels}) {
-    const uint16_t scale = float_to_half(0.02f);
-    for (size_t i = 0; i < owner->planes[static_cast<size_t>(p)].size(); i += 2)
-      std::memcpy(plane(p) + i, &scale, 2);
-  }
-  return {layout, views, owner, "random matrix"};
-}
-
-struct Options {
-  std::vector<std::string> models = {"llama2-7b"};
-  std::vector<std::string> codes = {
-      "1:8", "1:4", "2:8", "3:8", "2:4", "4:8", "8:8", "2:4x3", "4:8x3/fp16+salient"};
-  std::vector<int64_t> tokens = {1, 4, 16, 512};
-  std::vector<std::string> backends = {"cpu"};
-  std::vector<int> threads = {1};
-  std::string type = "bf16";
-  double min_seconds = 0.3;
-  int64_t cold_mib = 96;
-  bool dense = true;
-  std::string json;
-};
-
-int copies_for(int64_t cold_mib, int64_t bytes) {
-  return static_cast<int>(std::clamp<int64_t>(ceil_div(cold_mib << 20, bytes), 1, 64));
-}
-
-nlohmann::json measure(const Backend& backend, const std::vector<std::unique_ptr<PreparedMatrix>>& copies,
-                       const Layout& layout, int64_t tokens, ElementType type, int threads,
-                       double min_seconds) {
-  std::vector<float> x(static_cast<size_t>(tokens * layout.cols)),
-      y(static_cast<size_t>(tokens * layout.rows));
-  std::mt19937 rng(2);
-  std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < tokens * layout.cols; ++i) {
-    const float value = normal(rng);
-    if (type == ElementType::kFloat32)
-      x[i] = value;
-    else  // truncation to bfloat16
-      reinterpret_cast<uint16_t*>(x.data())[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
-  }
-  const ActivationView in = {x.data(), type, tokens, layout.cols},
-                       out = {y.data(), type, tokens, layout.rows};
-  const double seconds = best_seconds(threads, min_seconds, static_cast<int>(copies.size()),
-                                      [&](int i) { backend.matmul(*copies[i], in, out); });
-  const double weights = static_cast<double>(layout.rows * layout.cols);
-  return {{"ns", seconds * 1e9},
-          {"gweights_per_s", weights * static_cast<double>(tokens) / seconds / 1e9},
-          {"gop_per_s", 2 * weights * static_cast<double>(tokens) / seconds / 1e9},
-          {"gb_per_s", static_cast<double>(copies[0]->bytes()) / seconds / 1e9}};
-}
-
-void run(const Options& options) {
-  const int most_threads = *std::ranges::max_element(options.threads);
-  const Ceilings ceilings = measure_ceilings(most_threads);
-  nlohmann::json report = {{"ceilings", ceilings.per_core}, {"results", nlohmann::json::array()}};
-  for (size_t t = 0; t < ceilings.bandwidth.size(); ++t) {
-    report["ceilings"][fmt::format("read bandwidth, {} threads", t + 1)] = ceilings.bandwidth[t];
-    fmt::print("read bandwidth, {} threads  {:6.1f} GB/s\n", t + 1, ceilings.bandwidth[t] / 1e9);
-  }
-  for (const auto& [name, rate] : ceilings.per_core)
-    fmt::print("{:<25} {:7.1f} G/s per core\n", name, rate / 1e9);
-
-  const ElementType type = options.type == "fp32" ? ElementType::kFloat32 : ElementType::kBFloat16;
-  fmt::print("\n{:<22} {:<20} {:<12} {:>7} {:>6} {:>10} {:>9} {:>8} {:>7} {:>7} {:>8} {:>8}\n", "layer",
-             "code", "backend", "threads", "tokens", "us", "Gweight/s", "GOP/s", "GB/s", "memory", "/fp32",
-             "/bf16");
-  for (const Shape& shape : kShapes) {
-    if (std::ranges::find(options.models, shape.model) == options.models.end()) continue;
-    std::map<std::tuple<int, int64_t, ElementType>, double> dense;
-    if (options.dense)
-      for (const int threads : options.threads)
-        for (const int64_t tokens : options.tokens)
-          for (const ElementType t : {ElementType::kFloat32, ElementType::kBFloat16}) {
-            const int64_t bytes = shape.rows * shape.cols * (t == ElementType::kFloat32 ? 4 : 2);
-            dense[{threads, tokens, t}] =
-                dense_seconds(t, shape.rows, shape.cols, tokens, copies_for(options.cold_mib, bytes),
-                              options.min_seconds, threads);
-          }
-    for (const std::string& code : options.codes) {
-      const Layout layout = parse_code(code, shape.rows, shape.cols);
-      const StructuredBinaryMatrix matrix = random_matrix(layout);
-      for (const std::string& name : options.backends) {
-        const Backend& backend = find_backend(name);
-        omp_set_num_threads(most_threads);
-        std::vector<std::unique_ptr<PreparedMatrix>> copies;
-        const double start = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
-        copies.push_back(backend.prepare(matrix));
-        const double prepare_seconds = seconds_on(CLOCK_PROCESS_CPUTIME_ID) - start;
-        while (std::ssize(copies) < copies_for(options.cold_mib, copies[0]->bytes()))
-          copies.push_back(backend.prepare(matrix));
-        for (const int threads : options.threads) {
-          omp_set_num_threads(threads);
-          for (const int64_t tokens : options.tokens) {
-            nlohmann::json row = measure(backend, copies, layout, tokens, type, threads, options.min_seconds);
-            const double seconds = row["ns"].get<double>() / 1e9;
-            const auto ratio = [&](ElementType t) {
-              return options.dense ? dense[{threads, tokens, t}] / seconds : std::nan("");
-            };
-            const double share = row["gb_per_s"].get<double>() * 1e9 / ceilings.bandwidth[threads - 1];
-            row.update({{"model", shape.model},
-                        {"layer", shape.layer},
-                        {"rows", shape.rows},
-                        {"cols", shape.cols},
-                        {"code", code},
-                        {"backend", backend.name()},
-                        {"activations", options.type},
-                        {"threads", threads},
-                        {"tokens", tokens},
-                        {"stored_bits", matrix.stored_bits()},
-                        {"prepared_bytes", copies[0]->bytes()},
-                        {"prepare_cpu_seconds", prepare_seconds},
-                        {"share_of_bandwidth", share},
-                        {"speedup_over_dense_fp32", ratio(ElementType::kFloat32)},
-                        {"speedup_over_dense_bf16", ratio(ElementType::kBFloat16)}});
-            fmt::print(
-                "{:<22} {:<20} {:<12} {:>7} {:>6} {:>10.1f} {:>9.1f} {:>8.1f} {:>7.1f} {:>6.0f}% {:>7.1f}x "
-                "{:>7.1f}x\n",
-                fmt::format("{} {}", shape.model, shape.layer), code, backend.name(), threads, tokens,
-                seconds * 1e6, row["gweights_per_s"].get<double>(), row["gop_per_s"].get<double>(),
-                row["gb_per_s"].get<double>(), 100 * share, ratio(ElementType::kFloat32),
-                ratio(ElementType::kBFloat16));
-            std::fflush(stdout);
-            report["results"].push_back(std::move(row));
-          }
-        }
-      }
-    }
-  }
-  if (options.json.empty()) return;
-  std::ofstream file(options.json);
-  if (!(file << report.dump(1) << '\n')) fail(ErrorCode::kWriteFailed, "cannot write {}", options.json);
-}
-
-}  // namespace
-}  // namespace stbllm::bench
 
 int main(int argc, char** argv) {
-  using stbllm::bench::Options;
-  Options options;
+  using namespace stbllm::bench;
   CLI::App app("Times the packed matrix product on real layer shapes, beside the dense product by libtorch");
-  app.add_option("--models", options.models, "smollm2, opt-1.3b, llama2-7b, llama3-8b, mistral-7b")
+  app.require_subcommand(0, 1);
+  const CLI::IsMember known_model({"smollm2", "opt-1.3b", "llama2-7b", "llama3-8b", "mistral-7b"});
+  ProductOptions products;
+  app.add_option("--models", products.models, "whose layers")->delimiter(',')->check(known_model);
+  app.add_option("--codes", products.codes, "N:M, with x2 or x3 levels, /fp16 scales, +salient columns")
       ->delimiter(',');
-  app.add_option("--codes", options.codes, "N:M, with x2 or x3 levels, /fp16 scales, +salient columns")
-      ->delimiter(',');
-  app.add_option("--tokens", options.tokens, "tokens per product")->delimiter(',');
-  app.add_option("--backends", options.backends, "backends by name")->delimiter(',');
-  app.add_option("--threads", options.threads, "numbers of threads")->delimiter(',');
-  app.add_option("--type", options.type, "activations")->check(CLI::IsMember({"fp32", "bf16"}));
-  app.add_option("--min-seconds", options.min_seconds, "time per figure, of which the shortest call counts");
-  app.add_option("--cold-mib", options.cold_mib,
+  app.add_option("--tokens", products.tokens, "tokens per product")->delimiter(',');
+  app.add_option("--backends", products.backends, "backends by name")->delimiter(',');
+  app.add_option("--threads", products.threads, "numbers of threads")->delimiter(',');
+  app.add_option("--type", products.type, "activations")->check(CLI::IsMember({"fp32", "bf16"}));
+  app.add_option("--min-seconds", products.min_seconds, "time per figure, of which the shortest call counts");
+  app.add_option("--cold-mib", products.cold_mib,
                  "weights rotate through copies of this size; 0 keeps them in cache");
-  app.add_flag("!--no-dense", options.dense, "leave out the dense products");
-  app.add_option("--json", options.json, "also write the figures to this file");
+  app.add_flag("!--no-dense", products.dense, "leave out the dense products");
+  app.add_option("--json", products.json, "also write the figures to this file");
+
+  QuantizerOptions quantizer;
+  CLI::App* command = app.add_subcommand("quantizer", "Time the stages of the quantizer instead");
+  command->add_option("--models", quantizer.models, "whose layers")
+      ->delimiter(',')
+      ->check(known_model)
+      ->capture_default_str();
+  command->add_option("--recipes", quantizer.recipes, "presets or .json files")
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--tokens", quantizer.tokens, "calibration tokens behind the statistics")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--threads", quantizer.threads, "threads; 0: all")->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--min-seconds", quantizer.min_seconds,
+                   "repeat each linear for this long; the shortest of each stage counts")
+      ->capture_default_str();
+  command->add_option("--json", quantizer.json, "also write the figures to this file");
   CLI11_PARSE(app, argc, argv);
   try {
-    stbllm::bench::run(options);
+    if (command->parsed())
+      measure_quantizer(quantizer);
+    else
+      measure_products(products);
   } catch (const stbllm::Error& error) {
     fmt::print(stderr, "stbllm-bench: {}\n", error.what());
     return static_cast<int>(error.code());

@@ -45,6 +45,9 @@ float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t
 /// First level values and scales from the weights alone (a Lloyd iteration on |w| over the row block's scale).
 void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_weight);
 
+/// How often encode_columns searches each group: twice for the scale of its column block, then for good.
+inline constexpr int kEncodeSearches = 3;
+
 /// Codes from left to right; the error of each group is pushed into later columns through `upper` (InverseFactor::upper).
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate);
 
