@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Quantizes and evaluates a checkpoint once per N:M pattern.
+"""Quantizes and evaluates a checkpoint once per point.
 
     scripts/sweep.sh CHECKPOINT --nm "2:8 4:8 2:4 6:8" -o DIR [options of `stbllm quantize` and `stbllm eval-ppl`]
+    scripts/sweep.sh CHECKPOINT --points FILE -o DIR [options ...]
 
---data, --windows and --backend go to eval-ppl; --seqlen, --threads and --device to both; --eval-seqlen holds for
-eval-ppl alone; every other option goes to quantize. DIR gets the packed file and the log of each point, and one line
-per finished point in sweep.jsonl. Finished points are skipped: start an interrupted sweep again, or add patterns and
-options to it. The exit status is 1 when a point failed. $STBLLM names another program than build/stbllm.
+A point is an N:M pattern, or a line `label | options of stbllm quantize` of FILE (# opens a comment). --data, --windows,
+--backend and --kl go to eval-ppl; --seqlen, --threads and --device to both; --eval-seqlen "512 2048" holds for eval-ppl
+alone, one evaluation each; every other option goes to quantize. DIR gets the packed file and the log of each point, and
+one line per finished point in sweep.jsonl. Finished points are skipped: start an interrupted sweep again, or add points
+and options to it. The exit status is 1 when a point failed. $STBLLM names another program than build/stbllm.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -30,12 +34,33 @@ def die(message):
     sys.exit(2)
 
 
+def read_points(path):
+    """[(label, options of quantize)] of a file of points."""
+    points = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                line = line.split("#")[0].strip()
+                if not line:
+                    continue
+                label, separator, options = line.partition("|")
+                if not separator:
+                    die(f"{path}:{number}: expected `label | options of stbllm quantize`, found `{line}`")
+                points.append((label.strip(), shlex.split(options)))
+    except OSError as error:
+        die(f"{path}: {error.strerror}")
+    return points
+
+
 def parse_arguments(arguments):
-    """(checkpoint, patterns, directory, options of quantize, options of eval-ppl)."""
-    parser = argparse.ArgumentParser(usage="scripts/sweep.sh CHECKPOINT --nm PATTERNS -o DIR [options]", add_help=False, allow_abbrev=False)
-    parser.add_argument("--nm", required=True)
+    """(checkpoint, [(label, options of quantize)], directory, [options of one eval-ppl])."""
+    parser = argparse.ArgumentParser(usage="scripts/sweep.sh CHECKPOINT --nm PATTERNS | --points FILE -o DIR [options]",
+                                     add_help=False, allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--nm")
+    what.add_argument("--points")
     parser.add_argument("-o", "--output", required=True)
-    evaluate_only, both = ["--data", "--windows", "--backend"], ["--seqlen", "--threads", "--device"]
+    evaluate_only, both = ["--data", "--windows", "--backend", "--kl"], ["--seqlen", "--threads", "--device"]
     for option in evaluate_only + both + ["--eval-seqlen"]:
         parser.add_argument(option)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -43,28 +68,32 @@ def parse_arguments(arguments):
         sys.exit(0 if arguments else 2)
     checkpoint = arguments[0].rstrip("/")
     parsed, quantize = parser.parse_known_args(arguments[1:])
-    evaluate = []
+    evaluate = [] if parsed.data else ["--data", "wikitext2"]
     for option in evaluate_only + both:
         value = getattr(parsed, option[2:])
-        if option in both and value is not None:
+        if value is None:
+            continue
+        if option in both:
             quantize += [option, value]
-        if option == "--seqlen" and parsed.eval_seqlen is not None:
-            value = parsed.eval_seqlen
-        if value is not None:
+        if option != "--seqlen":
             evaluate += [option, value]
-    if parsed.data is None:
-        evaluate += ["--data", "wikitext2"]
-    return checkpoint, parsed.nm.replace(",", " ").split(), parsed.output, quantize, evaluate
+    lengths = (parsed.eval_seqlen or parsed.seqlen or "").replace(",", " ").split()
+    evaluations = [evaluate + ["--seqlen", length] for length in lengths] or [evaluate]
+    if parsed.points:
+        points = read_points(parsed.points)
+    else:
+        points = [(pattern, ["--nm", pattern]) for pattern in parsed.nm.replace(",", " ").split()]
+    return checkpoint, [(label, own + quantize) for label, own in points], parsed.output, evaluations
 
 
 class Point:
-    """One N:M pattern under one set of options."""
+    """One way to quantize a checkpoint, and how the result is evaluated."""
 
-    def __init__(self, directory, checkpoint, pattern, quantize, evaluate):
-        self.pattern = pattern
-        self.options = {"checkpoint": checkpoint, "nm": pattern, "quantize": quantize, "eval": evaluate}
+    def __init__(self, directory, checkpoint, label, quantize, evaluations):
+        self.label = label
+        self.options = {"checkpoint": checkpoint, "label": label, "quantize": quantize, "eval": evaluations}
         digest = hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:8]
-        self.stem = os.path.join(directory, f"{pattern.replace(':', '-')}-{digest}")
+        self.stem = os.path.join(directory, re.sub(r"[^A-Za-z0-9.]+", "-", label) + "-" + digest)
 
     def run(self):
         """The point's line; raises CalledProcessError when a command failed."""
@@ -77,23 +106,18 @@ class Point:
                 log.flush()
                 return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=log).stdout)
 
-            options = self.options
-            quantized = call("quantize", options["checkpoint"], "-o", packed, "--force", "--nm", options["nm"],
-                             *options["quantize"])
+            quantized = call("quantize", self.options["checkpoint"], "-o", packed, "--force", *self.options["quantize"])
             inspected = call("inspect", packed)
-            evaluated = call("eval-ppl", packed, *options["eval"])
+            evaluated = [call("eval-ppl", packed, *options) for options in self.options["eval"]]
+        wanted = ("perplexity", "standard_error", "kl", "windows", "seqlen", "tokens", "seconds", "data")
         return {
-            "options": options,
+            "options": self.options,
             "file": os.path.basename(packed),
             "nominal_bits": inspected["nominal_bits"],
             "stored_bits": inspected["stored_bits"],
             "file_bytes": inspected["file_bytes"],
-            "perplexity": evaluated["perplexity"],
-            "standard_error": evaluated["standard_error"],
-            "windows": evaluated["windows"],
-            "seqlen": evaluated["seqlen"],
+            "evaluations": [{key: result[key] for key in wanted if key in result} for result in evaluated],
             "seconds": quantized["seconds"],
-            "eval_seconds": evaluated["seconds"],
             "peak_memory_bytes": quantized["peak_memory_bytes"],
         }
 
@@ -110,16 +134,23 @@ def read_lines(path):
 
 
 def print_table(lines):
-    print(f"{'N:M':>6} {'nominal':>8} {'stored':>7} {'file MB':>8} {'perplexity':>20} {'minutes':>8} {'peak GB':>8}")
+    width = max(len("point"), *(len(line["options"]["label"]) for line in lines))
+    lengths = [str(result["seqlen"]) for result in lines[0]["evaluations"]]
+    divergence = any("kl" in result for line in lines for result in line["evaluations"])
+    head = "".join(f"{'perplexity at ' + length:>24}" + (f"{'KL':>8}" if divergence else "") for length in lengths)
+    print(f"{'point':>{width}} {'nominal':>8} {'stored':>7} {'file MB':>8}{head} {'minutes':>8} {'peak GB':>8}")
     for line in lines:
-        perplexity = f"{line['perplexity']:.2f} +- {line['standard_error']:.2f}"
-        print(f"{line['options']['nm']:>6} {line['nominal_bits']:8.3f} {line['stored_bits']:7.3f} "
-              f"{line['file_bytes'] / 1e6:8.1f} {perplexity:>20} {line['seconds'] / 60:8.1f} "
-              f"{line['peak_memory_bytes'] / 1e9:8.2f}")
+        cells = ""
+        for result in line["evaluations"]:
+            cells += f"{result['perplexity']:.2f} +- {result['standard_error']:.2f}".rjust(24)
+            if divergence:
+                cells += f"{result['kl']:8.3f}" if "kl" in result else " " * 8
+        print(f"{line['options']['label']:>{width}} {line['nominal_bits']:8.3f} {line['stored_bits']:7.3f} "
+              f"{line['file_bytes'] / 1e6:8.1f}{cells} {line['seconds'] / 60:8.1f} {line['peak_memory_bytes'] / 1e9:8.2f}")
 
 
 def main():
-    checkpoint, patterns, directory, quantize, evaluate = parse_arguments(sys.argv[1:])
+    checkpoint, points, directory, evaluations = parse_arguments(sys.argv[1:])
     if not os.access(PROGRAM, os.X_OK):
         die(f"{PROGRAM} is not there; build it with scripts/build.sh")
     if not os.path.isdir(checkpoint):
@@ -134,21 +165,21 @@ def main():
     path = os.path.join(directory, "sweep.jsonl")
     done = {json.dumps(line["options"]): line for line in read_lines(path)}
     lines, failed = [], []
-    for number, pattern in enumerate(patterns, 1):
-        point = Point(directory, checkpoint, pattern, quantize, evaluate)
+    for number, (label, quantize) in enumerate(points, 1):
+        point = Point(directory, checkpoint, label, quantize, evaluations)
         key = json.dumps(point.options)
         if key in done:
-            say(f"{number}/{len(patterns)}  {pattern}: done before")
+            say(f"{number}/{len(points)}  {label}: done before")
         else:
-            say(f"{number}/{len(patterns)}  {pattern}: log in {point.stem}.log")
+            say(f"{number}/{len(points)}  {label}: log in {point.stem}.log")
             try:
                 done[key] = point.run()
             except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError) as error:
                 if isinstance(error, subprocess.CalledProcessError):
                     with open(point.stem + ".log", encoding="utf-8", errors="replace") as log:
                         error = f"exit status {error.returncode}: {log.read().splitlines()[-1]}"
-                say(f"{pattern} failed: {error}")
-                failed.append(pattern)
+                say(f"{label} failed: {error}")
+                failed.append(label)
                 continue
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[key]) + "\n")
@@ -156,7 +187,7 @@ def main():
     if lines:
         print_table(lines)
     if failed:
-        say(f"failed: {' '.join(failed)}; start the same command again to retry")
+        say(f"failed: {', '.join(failed)}; start the same command again to retry")
         sys.exit(1)
 
 

@@ -55,7 +55,6 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
       report.changed = trained.write_back();
     }
   }
-  install(quantized, block, spec);
   return report;
 }
 

@@ -23,8 +23,7 @@ constexpr int64_t kWindows = 16, kHoldout = 4, kSeqlen = 64;
 struct Tuned {
   TuneReport report;
   QuantizedBlock quantized;
-  at::Tensor outputs;   ///< of the block that tuning leaves installed
-  at::Tensor expected;  ///< of the dense block
+  at::Tensor expected;  ///< outputs of the dense block
 };
 
 Recipe tuned_recipe(const std::string& preset) {
@@ -55,12 +54,6 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
   const auto dense_block = decoder.block(0);
   tuned.report =
       tune_block(*dense_block, decoder.spec(), tuned.quantized, hidden, tuned.expected, kHoldout, recipe);
-  tuned.outputs = run_block(*dense_block, decoder.spec(), hidden);
-
-  // What tuning installed is what the packed file will hold.
-  const auto fresh = decoder.block(0);
-  install(tuned.quantized, *fresh, decoder.spec());
-  EXPECT_TRUE(run_block(*fresh, decoder.spec(), hidden).equal(tuned.outputs));
   return tuned;
 }
 

@@ -1,0 +1,127 @@
+// Distillation: the packed model's logits come closer to the dense model's, and what is written is what was trained.
+
+#include "stbllm/pipeline/distill.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include "stbllm/pipeline/load_model.h"
+#include "stbllm/pipeline/quantize_model.h"
+#include "support/calibration_text.h"
+#include "support/scratch_directory.h"
+#include "support/tiny_checkpoint.h"
+
+namespace stbllm {
+namespace {
+
+constexpr int64_t kWindows = 16, kHoldout = 2, kSeqlen = 48;
+
+Recipe distilled_recipe(double code_lr) {
+  Recipe recipe = Recipe::load("stbllm-1bit");
+  recipe.distill_epochs = 10;  // of one step each: all windows fit into it
+  recipe.distill_lr = 0.03;
+  recipe.distill_code_lr = code_lr;
+  return recipe;
+}
+
+struct Distilled {
+  DistillReport report;
+  std::vector<QuantizedBlock> blocks;
+};
+
+/// Quantizes all blocks of a tiny model and distils it.
+Distilled run(const test::TinyModel& model, const Recipe& recipe) {
+  const at::NoGradGuard no_grad;
+  const test::ScratchDirectory scratch;
+  test::write_checkpoint(scratch.path(), model);
+  const Checkpoint checkpoint = Checkpoint::open(scratch.path());
+  Decoder student = Decoder::from_checkpoint(checkpoint);
+  const Decoder teacher = Decoder::from_checkpoint(checkpoint);
+  const ModelSpec& spec = student.spec();
+  const Calibration calibration =
+      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, kSeqlen, /*seed=*/0);
+  at::Tensor ids = at::empty({kWindows, kSeqlen}, at::kInt);
+  for (int64_t w = 0; w < kWindows; ++w) ids[w].copy_(at::tensor(calibration.windows[w], at::kInt));
+  Distilled result;
+  at::Tensor hidden = student.embed(ids), dense_hidden = hidden;
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    const auto block = student.block(i);
+    dense_hidden = run_block(*block, spec, dense_hidden);
+    result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, [&](const LinearSpec&) { return recipe.nm; },
+                                           [](const LinearResult&) {}));
+    hidden = run_block(*block, spec, hidden);
+  }
+  result.report = distill(student, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe);
+  return result;
+}
+
+TEST(Distill, BringsHeldOutLogitsCloser) {
+  for (const auto& model : {test::tiny_llama(), test::tiny_opt()})
+    for (const double code_lr : {0.0, 0.02}) {
+      const DistillReport report = run(model, distilled_recipe(code_lr)).report;
+      EXPECT_GT(report.epochs, 0);
+      EXPECT_LT(report.divergence_after, 0.95 * report.divergence_before);
+      EXPECT_EQ(report.changed > 0, code_lr > 0);
+    }
+}
+
+TEST(Distill, KeepsExactlyNOfEveryGroup) {
+  const Recipe recipe = distilled_recipe(0.01);
+  for (const QuantizedBlock& block : run(test::tiny_llama(), recipe).blocks)
+    for (const auto& [name, weight] : block.linears) {
+      const at::Tensor groups = weight.symbols.reshape({weight.rows(), -1, recipe.nm.group});
+      EXPECT_TRUE(groups.ne(0).sum(-1).eq(recipe.nm.keep).all().item<bool>()) << name;
+    }
+}
+
+TEST(Distill, DoesNotDependOnThreads) {
+  Recipe recipe = distilled_recipe(0.02);
+  recipe.distill_epochs = 2;
+  const int before = at::get_num_threads();
+  std::vector<Distilled> runs;
+  for (const int threads : {1, 2}) {
+    at::set_num_threads(threads);
+    omp_set_num_threads(threads);
+    runs.push_back(run(test::tiny_llama(), recipe));
+  }
+  at::set_num_threads(before);
+  omp_set_num_threads(before);
+  EXPECT_EQ(runs[0].report.divergence_after, runs[1].report.divergence_after);
+  for (size_t i = 0; i < runs[0].blocks.size(); ++i)
+    for (const auto& [name, weight] : runs[0].blocks[i].linears)
+      EXPECT_TRUE(weight.to_dense().equal(runs[1].blocks[i].linears.at(name).to_dense())) << name;
+}
+
+/// The whole way through a file, which quantize_model verifies against float32 weights by itself.
+TEST(Distill, ReachesThePackedFile) {
+  const test::ScratchDirectory scratch;
+  test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
+  const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");
+  const Calibration calibration =
+      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, kSeqlen, /*seed=*/0);
+  QuantizeOptions options;
+  options.output = scratch / "packed.safetensors";
+  const QuantizeResult result = quantize_model(checkpoint, calibration, distilled_recipe(0.02), options);
+  ASSERT_TRUE(result.distill.has_value());
+  EXPECT_LT(result.distill->divergence_after, result.distill->divergence_before);
+
+  const LoadedModel dense = load_model((scratch / "checkpoint").string(), "cpu", "float32"),
+                    packed = load_model(options.output.string(), "cpu", "float32");
+  const Windows held_out(calibration.windows.end() - calibration.holdout, calibration.windows.end());
+  double divergence = 0;
+  for (const auto& window : held_out) {
+    const auto log_probabilities = [&](const Decoder& decoder) {
+      return at::log_softmax(decoder.logits(final_hidden_states(decoder, std::span(&window, 1))), -1);
+    };
+    const at::Tensor p = log_probabilities(dense.decoder), q = log_probabilities(packed.decoder);
+    divergence += (p.exp() * (p - q)).sum(-1).mean().item<double>() / static_cast<double>(held_out.size());
+  }
+  // Training multiplies in bfloat16, which moves logits by parts in 2^8.
+  EXPECT_NEAR(divergence, result.distill->divergence_after, 0.1 * result.distill->divergence_after);
+}
+
+}  // namespace
+}  // namespace stbllm

@@ -1,0 +1,137 @@
+// A weight in training: what it starts as, that its gradients are those of its equation, what it leaves behind.
+
+#include "stbllm/pipeline/latent_weight.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/quantize/quantize_linear.h"
+
+namespace stbllm {
+namespace {
+
+struct Layer {
+  at::Tensor original;
+  BinarizedWeight weight;
+};
+
+/// A layer quantized by a preset; 72 columns are no multiple of 16, so that 16-wide groups have a tail.
+Layer make_layer(NmPattern nm, int levels, int64_t rows = 24, int64_t cols = 72) {
+  at::manual_seed(7);
+  Layer layer;
+  layer.original = at::randn({rows, cols}) * 0.05;
+  StatsAccumulator accumulator(cols, false);
+  at::Tensor inputs = at::randn({4 * cols, cols});
+  inputs.select(1, 3).mul_(30);  // a column that carries outsized activations
+  accumulator.add(inputs, false);
+  Recipe recipe = Recipe::load("stbllm");
+  recipe.nm = nm;
+  recipe.levels = levels;
+  recipe.column_block = 32;
+  layer.weight = quantize_linear(layer.original, accumulator.finish(), recipe, nullptr);
+  return layer;
+}
+
+const std::vector<std::pair<NmPattern, int>> kCodes = {{{2, 4}, 1}, {{2, 4}, 3}, {{3, 8}, 1}, {{4, 8}, 2}, {{5, 16}, 1}};
+
+/// Largest difference relative to the largest value: bfloat16 keeps 8 bits, so half a unit is up to 2^-8 of a value.
+constexpr double kBFloat16 = 1.0 / 256;
+
+void expect_exactly_n_kept(const BinarizedWeight& weight) {
+  for (int64_t first = 0; first < weight.cols(); first += weight.nm.group) {
+    const int64_t width = std::min<int64_t>(weight.nm.group, weight.cols() - first);
+    const at::Tensor kept = weight.symbols.narrow(1, first, width).ne(0).sum(1);
+    EXPECT_TRUE(kept.eq(std::min<int64_t>(weight.nm.keep, width)).all().item<bool>()) << "group at column " << first;
+  }
+}
+
+TEST(LatentWeight, StartsAsTheQuantizedWeight) {
+  for (const auto& [nm, levels] : kCodes) {
+    Layer layer = make_layer(nm, levels);
+    ASSERT_TRUE(layer.weight.has_outliers());
+    const at::Tensor expected = layer.weight.to_dense(), symbols = layer.weight.symbols;
+    LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
+    EXPECT_LE((latent.dense().detach().to(at::kFloat) - expected).abs().div(expected.abs().clamp_min(1e-6)).max().item<double>(), kBFloat16)
+        << nm.str() << " " << levels;
+    EXPECT_EQ(latent.write_back(), 0);
+    EXPECT_TRUE(layer.weight.symbols.equal(symbols));
+    EXPECT_TRUE(layer.weight.to_dense().equal(expected)) << nm.str() << " " << levels;
+  }
+}
+
+TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
+  for (const auto& [nm, levels] : kCodes) {
+    for (const bool codes : {false, true}) {
+      Layer layer = make_layer(nm, levels);
+      const at::Tensor symbols = layer.weight.symbols.clone();
+      at::manual_seed(11);
+      const at::Tensor x = at::randn({256, layer.original.size(1)}), y = x.mm(layer.original.t());
+      LatentWeight latent(layer.weight, layer.original, codes);
+      const auto loss = [&] { return (at::linear(x.to(at::kBFloat16), latent.dense()).to(at::kFloat) - y).square().mean(); };
+      const double before = loss().item<double>();
+      for (int64_t step = 0; step < 60; ++step) {
+        loss().backward();
+        latent.step(decayed({0.01, codes ? 0.01 : 0.0}, step, 60));
+      }
+      // White inputs instead of those that the layer was quantized for: scales alone must gain, codes more.
+      EXPECT_LT(loss().item<double>(), (codes ? 0.95 : 0.995) * before) << nm.str() << " " << levels << " codes " << codes;
+      latent.write_back();
+      expect_exactly_n_kept(layer.weight);
+      EXPECT_EQ(layer.weight.symbols.equal(symbols), !codes);
+      EXPECT_TRUE(unpack_dense(pack_weight(layer.weight, "w")).equal(layer.weight.to_dense()));
+      // Row scales and levels are rounded to fp16 on the way (2^-11), the weights of the forward pass to bfloat16 (2^-8).
+      const at::Tensor dense = layer.weight.to_dense();
+      EXPECT_LE((latent.dense().detach().to(at::kFloat) - dense).abs().max().item<double>(), 2 * kBFloat16 * dense.abs().max().item<double>());
+    }
+  }
+}
+
+TEST(LatentWeight, LeavesExactColumnsAlone) {
+  Layer layer = make_layer({3, 8}, 1);
+  const at::Tensor columns = layer.weight.outlier_columns.to(at::kLong), before = layer.weight.to_dense().index_select(1, columns);
+  LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
+  for (int64_t step = 0; step < 30; ++step) {
+    latent.dense().square().sum().backward();
+    latent.step({0.05, 0.05});
+  }
+  latent.write_back();
+  EXPECT_TRUE(layer.weight.to_dense().index_select(1, columns).equal(before));
+}
+
+TEST(LatentWeight, WritesTheStateOfNowHoweverOftenItIsAsked) {
+  Layer layer = make_layer({2, 4}, 3);
+  LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
+  for (int64_t step = 0; step < 10; ++step) {
+    latent.dense().square().sum().backward();
+    latent.step({0.02, 0.02});
+  }
+  latent.write_back();
+  const at::Tensor once = layer.weight.to_dense();
+  latent.write_back();
+  EXPECT_TRUE(layer.weight.to_dense().equal(once));
+}
+
+TEST(LatentWeight, DoesNotDependOnThreads) {
+  const int before = at::get_num_threads();
+  std::vector<at::Tensor> results;
+  for (const int threads : {1, 2}) {
+    at::set_num_threads(threads);
+    omp_set_num_threads(threads);
+    Layer layer = make_layer({2, 4}, 3, 96, 128);
+    LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
+    for (int64_t step = 0; step < 5; ++step) {
+      (latent.dense() * latent.dense().detach().add(0.01)).sum().backward();
+      latent.step({0.02, 0.02});
+    }
+    results.push_back(latent.dense().detach().clone());
+  }
+  at::set_num_threads(before);
+  omp_set_num_threads(before);
+  EXPECT_TRUE(results[0].equal(results[1]));
+}
+
+}  // namespace
+}  // namespace stbllm
