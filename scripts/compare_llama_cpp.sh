@@ -115,7 +115,7 @@ run=$home/run  # the raw output of this run
 rm -rf "$run" && mkdir "$run"
 for type in BF16 "${types[@]}"; do
   say "llama.cpp $type"
-  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$data" -c 512 --chunks "$windows" -t "$threads"
+  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$data" -c 512 --chunks "$windows" -t "$threads" -lv 4
   "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
