@@ -18,6 +18,16 @@ die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 # --- packages -----------------------------------------------------------------------------------
 packages=(g++ cmake ninja-build ccache python3 python3-pip unzip libcli11-dev libspdlog-dev libfmt-dev
           nlohmann-json3-dev libgtest-dev libgmock-dev libxxhash-dev zlib1g-dev)
+installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
+install() {  # package...
+  say "installing $*"
+  if [ "$(id -u)" = 0 ]; then as_root=(env); elif command -v sudo >/dev/null; then as_root=(sudo); else
+    say "there is neither root nor sudo"
+    return 1
+  fi
+  "${as_root[@]}" apt-get update -qq &&
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
 missing=()
 for package in "${packages[@]}"; do
   case $package in  # a tool that is there by other means is good enough
@@ -25,16 +35,13 @@ for package in "${packages[@]}"; do
     ninja-build) command -v ninja >/dev/null && continue ;;
     python3-pip) python3 -m pip --version >/dev/null 2>&1 && continue ;;
   esac
-  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  installed "$package" || missing+=("$package")
 done
 if ((${#missing[@]})); then
-  say "installing ${missing[*]}"
-  if [ "$(id -u)" = 0 ]; then as_root=(env); elif command -v sudo >/dev/null; then as_root=(sudo); else
-    die "these packages are missing and there is neither root nor sudo: ${missing[*]}"
-  fi
-  "${as_root[@]}" apt-get update -qq
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  install "${missing[@]}" || die "these packages are missing and cannot be installed: ${missing[*]}"
 fi
+# Headers of the Gloo that libtorch holds, for calibration in several processes.
+installed libgloo-dev || install libgloo-dev || say "libgloo-dev cannot be installed: quantize will run in one process"
 
 # --- libtorch -----------------------------------------------------------------------------------
 usable() { [ -f "$1/lib/libtorch_cpu.so" ] && [ -f "$1/include/ATen/ATen.h" ]; }

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <fstream>
+#include <numeric>
 
 #include "stbllm/base/error.h"
 #include "stbllm/eval/perplexity.h"
@@ -58,35 +59,81 @@ int64_t dense_tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tenso
   return bytes;
 }
 
-}  // namespace
+/// Bytes of the tables at both ends, float32.
+int64_t table_bytes(const ModelSpec& spec) {
+  return (spec.tied_head ? 1 : 2) * 4 * spec.vocab * spec.embedding_width;
+}
 
-int64_t predict_peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
-                            const QuantizeOptions& options) {
+int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                    const QuantizeOptions& options, bool spill) {
   const auto windows = static_cast<int64_t>(calibration.windows.size()),
              seqlen = static_cast<int64_t>(calibration.windows[0].size());
-  const int64_t table = 4 * spec.vocab * spec.embedding_width;
-  // The tables of the checkpoint and, where they are coded, what the packed file makes of them.
-  const int64_t copies = recipe.embedding == RowCoding::kKeep && recipe.head == RowCoding::kKeep ? 1 : 2;
-  const int64_t tables = (spec.tied_head ? 1 : 2) * copies * table;
-  // Inputs and outputs of a block; the dense model's stream beside them.
-  const int64_t hidden = (with_dense_stream(recipe, options) ? 3 : 2) * windows * seqlen * spec.hidden * 4;
-  int64_t block = 0, workspace = 0;
+  const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+  const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
+  const int64_t stream = windows * seqlen * spec.hidden * 4;
+  const int64_t hidden = spill ? 0 : (with_dense_stream(recipe, options) ? 2 : 1) * stream;
+  const int64_t tables = table_bytes(spec);
+  const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
+  const int64_t attention = spec.heads * tokens * std::min<int64_t>(seqlen, tokens) * 4;
+  const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + attention;
+
+  int64_t weights = 0, workspace = 0;
   std::array<int64_t, kTapCount> tap_bytes{};
   for (const LinearSpec& linear : spec.linears(0)) {
-    const int64_t weights = linear.rows * linear.cols;
-    block += 5 * weights;  // float32 and one symbol byte
+    const int64_t count = linear.rows * linear.cols;
+    weights += count;
     tap_bytes[static_cast<size_t>(linear.tap)] =
         4 * linear.cols * linear.cols * (calibration.holdout > 0 ? 2 : 1);
     // A Cholesky and its inverse in float64 with their permuted copies, H shrunk; W, targets, gradients,
     // dense values.
-    workspace = std::max(workspace, 40 * linear.cols * linear.cols + 40 * weights);
+    workspace = std::max(workspace, 40 * linear.cols * linear.cols + 40 * count);
   }
-  int64_t hessians = 0;
-  for (const int64_t bytes : tap_bytes) hessians += bytes;
-  if (recipe.tune_epochs > 0) block *= 5;  // latents with their gradients and Adam's two moments
-  const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
-  const int64_t pass = tokens * (4 * spec.ffn + 10 * spec.hidden) * 4 + spec.heads * seqlen * seqlen * 4;
-  return resident_bytes() + tables + hidden + block + hessians + std::max(workspace, pass);
+  const int64_t hessians = std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0});
+  // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
+  const int64_t dense_block = (fast_product_dtype() == at::kFloat ? 4 : 6) * weights;
+  const int64_t quantized_block = weights + weights / 8;
+  // A latent weight with its two moments, what the forward pass uses and its gradient: float32 and bfloat16.
+  const auto trained_block = [&](bool codes) { return (codes ? 16 : 8) * weights; };
+  // Forward and backward of one block: what autograd keeps, and a gradient of the same size.
+  const int64_t training_pass = 2 * tokens * (6 * spec.ffn + 20 * spec.hidden) * 4 + 3 * attention;
+
+  int64_t peak = tables + hidden + dense_block + quantized_block + hessians + std::max(workspace, pass);
+  if (tuning)  // the quantized block, the one in training; differences of the two streams
+    peak = std::max(peak, tables + hidden + 2 * stream + 2 * dense_block + quantized_block +
+                              trained_block(recipe.tune_code_lr > 0) + training_pass);
+  if (distilling) {
+    const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
+    const int64_t logits = 6 * 256 * spec.vocab * 4;
+    peak =
+        std::max(peak, 2 * tables + heads + hidden / 2 + logits + spec.layers * tokens * spec.hidden * 4 +
+                           training_pass +
+                           quantized_blocks * (quantized_block + trained_block(recipe.distill_code_lr > 0)) +
+                           (spec.layers - quantized_blocks) * dense_block + dense_block);
+  }
+  // Verification: the packed model, whose other blocks are dense float32, beside the quantizer's.
+  if (!options.dense_output) {
+    const int64_t packed = quantized_blocks * weights + (spec.layers - quantized_blocks) * 4 * weights;
+    peak =
+        std::max(peak, 3 * tables + packed + dense_block + quantized_block + pass + 4 * 128 * spec.vocab * 4 +
+                           (distilling ? quantized_blocks * quantized_block : 0));
+  }
+  return resident_bytes() + peak;
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                       const QuantizeOptions& options) {
+  const int64_t in_memory = peak_memory(spec, calibration, recipe, options, /*spill=*/false);
+  if (options.max_memory <= 0 || in_memory <= options.max_memory) return {in_memory, false};
+  const int64_t spilled = peak_memory(spec, calibration, recipe, options, /*spill=*/true);
+  if (spilled > options.max_memory)
+    fail(ErrorCode::kUsage,
+         "--max-memory {}: about {} bytes are needed even with the hidden states in a file ({} without); "
+         "allow "
+         "more, or use fewer or shorter windows",
+         options.max_memory, spilled, in_memory);
+  return {spilled, true};
 }
 
 Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& calibration,
@@ -95,7 +142,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   recipe.validate();
   Estimate estimate;
   estimate.peak_memory_bytes =
-      predict_peak_memory(ModelSpec::from_checkpoint(checkpoint), calibration, recipe, options);
+      plan_memory(ModelSpec::from_checkpoint(checkpoint), calibration, recipe, options).peak_bytes;
   const Decoder decoder = Decoder::from_checkpoint(checkpoint);
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
@@ -119,7 +166,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
     if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)
       accumulator.emplace(linear.cols, recipe.token_weights);
   const double statistics = seconds_of([&] {
-    run_block(*block, spec, hidden, -1, [&](Tap tap, const at::Tensor& inputs, bool) {
+    observe_block(*block, spec, hidden, /*holdout=*/0, [&](Tap tap, const at::Tensor& inputs, bool) {
       accumulators[static_cast<size_t>(tap)]->add(inputs, /*holdout=*/false);
     });
   });

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <optional>
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/pipeline/spill.h"
+#include "stbllm/pipeline/work_directory.h"
 
 namespace stbllm {
 namespace {
@@ -27,61 +30,140 @@ double statistics_flops(const DecoderBlock& block, int64_t tokens) {
   return flops * static_cast<double>(tokens);
 }
 
+/// Calls visit(first, count, held out) for windows that go through a block together; the last `holdout` go apart.
+void for_each_pass(const at::Tensor& hidden, int64_t holdout, const std::function<void(int64_t, int64_t, bool)>& visit) {
+  const int64_t windows = hidden.size(0), training = windows - holdout;
+  const int64_t step = std::max<int64_t>(1, kTokensPerPass / hidden.size(1));
+  for (int64_t first = 0; first < training; first += step) visit(first, std::min(step, training - first), false);
+  for (int64_t first = training; first < windows; first += step) visit(first, std::min(step, windows - first), true);
+}
+
+Positions positions_of(const ModelSpec& spec, const at::Tensor& hidden) { return {spec, 0, hidden.size(1), at::kFloat, at::kCPU}; }
+
+TapObserver watching(const CalibrationObserver& observer, bool held_out) {
+  if (!observer) return {};
+  return [&observer, held_out](Tap tap, const at::Tensor& inputs) { observer(tap, inputs, held_out); };
+}
+
+/// Who quantizes which linear: each in turn, the largest first, goes to the process with the least to do.
+std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
+  std::vector<size_t> order(linears.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return linears[a].rows * linears[a].cols > linears[b].rows * linears[b].cols;
+  });
+  std::vector<int> owners(linears.size());
+  std::vector<int64_t> load(processes);
+  for (const size_t i : order) {
+    const auto idlest = std::min_element(load.begin(), load.end());
+    *idlest += linears[i].rows * linears[i].cols;
+    owners[i] = static_cast<int>(idlest - load.begin());
+  }
+  return owners;
+}
+
+void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup& group, int root) {
+  nlohmann::json facts;
+  if (group.rank() == root)
+    facts = {{"result", to_json(result, /*with_seconds=*/true)},
+             {"levels", weight.levels},
+             {"column_block", weight.column_block},
+             {"scale_bits", weight.scale_bits}};
+  std::string text = facts.dump();
+  group.broadcast(text, root);
+  facts = nlohmann::json::parse(text);
+  result = linear_result_from_json(facts.at("result"));
+  weight.nm = result.nm;
+  weight.levels = facts.at("levels");
+  weight.column_block = facts.at("column_block");
+  weight.scale_bits = facts.at("scale_bits");
+  for (at::Tensor BinarizedWeight::*tensor :
+       {&BinarizedWeight::symbols, &BinarizedWeight::scales, &BinarizedWeight::scale_codes, &BinarizedWeight::row_scales,
+        &BinarizedWeight::level_values, &BinarizedWeight::salient_columns, &BinarizedWeight::salient_signs,
+        &BinarizedWeight::outlier_columns, &BinarizedWeight::outlier_values, &BinarizedWeight::unpackable})
+    group.broadcast(weight.*tensor, root);
+}
+
 }  // namespace
 
-at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t first_held_out,
-                     const CalibrationObserver& observer) {
-  const int64_t windows = hidden.size(0), seqlen = hidden.size(1);
-  const Positions positions(spec, 0, seqlen, at::kFloat, at::kCPU);
-  const int64_t step = std::max<int64_t>(1, kTokensPerPass / seqlen);
-  at::Tensor outputs = at::empty_like(hidden);
-  for (int64_t first = 0; first < windows;) {
-    int64_t count = std::min(step, windows - first);
-    const bool holdout = first_held_out >= 0 && first >= first_held_out;
-    if (first_held_out > first) count = std::min(count, first_held_out - first);  // a pass is held out as a whole or not at all
-    TapObserver tap;
-    if (observer) tap = [&](Tap which, const at::Tensor& inputs) { observer(which, inputs, holdout); };
-    outputs.narrow(0, first, count).copy_(block.forward(hidden.narrow(0, first, count).to(at::kFloat), positions, tap));
-    first += count;
-  }
+at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden) {
+  at::Tensor outputs = hidden.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  advance(block, spec, outputs);
   return outputs;
+}
+
+void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
+                   const CalibrationObserver& observer) {
+  const Positions positions = positions_of(spec, hidden);
+  for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
+    const at::Tensor pass = hidden.narrow(0, first, count);
+    block.forward(pass, positions, watching(observer, held_out));
+    release_spilled(pass);
+  });
+}
+
+void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer) {
+  const Positions positions = positions_of(spec, hidden);
+  for_each_pass(hidden, /*holdout=*/0, [&](int64_t first, int64_t count, bool held_out) {
+    at::Tensor pass = hidden.narrow(0, first, count);
+    pass.copy_(block.forward(pass, positions, watching(observer, held_out)));
+    release_spilled(pass);
+  });
 }
 
 QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                               const Recipe& recipe, const std::function<NmPattern(const LinearSpec&)>& pattern,
-                              const std::function<void(const LinearResult&)>& on_linear) {
+                              const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group) {
+  const std::vector<LinearSpec> linears = block.linears();
   std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
   std::array<std::optional<InputStats>, kTapCount> stats;
   {
     const StageTimer timer("statistics", statistics_flops(block, hidden.size(0) * hidden.size(1)));
-    for (const LinearSpec& linear : block.linears()) {
+    for (const LinearSpec& linear : linears) {
       auto& accumulator = accumulators[static_cast<size_t>(linear.tap)];
       if (!accumulator) accumulator.emplace(linear.cols, recipe.token_weights);
     }
-    run_block(block, spec, hidden, hidden.size(0) - holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
+    observe_block(block, spec, hidden, holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
       accumulators[static_cast<size_t>(tap)]->add(inputs, held_out);
     });
     for (size_t tap = 0; tap < kTapCount; ++tap)
       if (accumulators[tap]) {
+        accumulators[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
         stats[tap] = accumulators[tap]->finish();
         accumulators[tap].reset();
       }
   }
 
+  const std::vector<int> owners = divide(linears, group.size());
   QuantizedBlock quantized;
-  for (const LinearSpec& linear : block.linears()) {
-    const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
+  quantized.results.resize(linears.size());
+  for (size_t i = 0; i < linears.size(); ++i) {
+    if (owners[i] != group.rank()) continue;
+    const LinearSpec& linear = linears[i];
     Recipe own = recipe;
     own.nm = pattern(linear);
-    LinearResult result{linear.name, own.nm, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight = quantize_linear(dense.weight(), *stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
+    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
+                                             *stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
-    block.set_linear(linear.role, std::make_unique<DenseLinear>(weight.to_dense(), dense.bias(), dense.product_dtype()));
     quantized.linears.emplace(linear.name, std::move(weight));
-    quantized.results.push_back(result);
     on_linear(result);
   }
+  stats = {};
+  exchange(quantized, linears, owners, group);
+  for (size_t i = 0; i < linears.size(); ++i)
+    if (owners[i] != group.rank()) on_linear(quantized.results[i]);
+  install(quantized, block, spec);
   return quantized;
+}
+
+void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
+              const ProcessGroup& group) {
+  if (group.size() == 1) return;
+  const StageTimer timer("exchange");
+  quantized.results.resize(linears.size());
+  for (size_t i = 0; i < linears.size(); ++i)
+    broadcast(quantized.linears[linears[i].name], quantized.results[i], group, owners[i]);
 }
 
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {

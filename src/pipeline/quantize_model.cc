@@ -17,7 +17,9 @@
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/assemble.h"
 #include "stbllm/pipeline/distill.h"
+#include "stbllm/pipeline/estimate.h"
 #include "stbllm/pipeline/quantize_block.h"
+#include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/tune.h"
 #include "stbllm/pipeline/work_directory.h"
 #include "stbllm/plan/allocate.h"
@@ -35,9 +37,9 @@ std::atomic<bool> g_interrupt{false};
 /// Windows whose logits are compared after packing.
 constexpr size_t kVerifiedWindows = 2;
 
-at::Tensor ids_of(const Windows& windows, size_t count) {
-  at::Tensor ids = at::empty({static_cast<int64_t>(count), static_cast<int64_t>(windows[0].size())}, at::kInt);
-  for (size_t i = 0; i < count; ++i)
+at::Tensor ids_of(const Windows& windows) {
+  at::Tensor ids = at::empty({static_cast<int64_t>(windows.size()), static_cast<int64_t>(windows[0].size())}, at::kInt);
+  for (size_t i = 0; i < windows.size(); ++i)
     std::copy(windows[i].begin(), windows[i].end(), ids.data_ptr<int32_t>() + i * windows[0].size());
   return ids;
 }
@@ -57,19 +59,21 @@ std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& s
   return norms;
 }
 
-/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass over the calibration windows.
-std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor hidden) {
+/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass that takes `hidden` along.
+std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hidden, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
   std::vector<double> shares;
   log::Progress progress("scores for the outlier allocation: block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = decoder.block(i);
     std::array<at::Tensor, kTapCount> norm_sq;
-    hidden = run_block(*block, spec, hidden, -1, [&](Tap tap, const at::Tensor& inputs, bool) {
+    advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& inputs, bool) {
       at::Tensor& sum = norm_sq[static_cast<size_t>(tap)];
       const at::Tensor squares = inputs.reshape({-1, inputs.size(-1)}).square().sum(0);
       sum = sum.defined() ? sum + squares : squares;
     });
+    for (at::Tensor& sum : norm_sq)
+      if (sum.defined()) group.all_reduce(sum);
     double total = 0, above = 0;
     int64_t count = 0;
     std::vector<at::Tensor> scores;
@@ -87,13 +91,15 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor hidd
   return shares;
 }
 
-std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& decoder, const at::Tensor& hidden, const Recipe& recipe) {
+/// One N:M per block. `hidden` holds what the embedding gives and is used up where `recipe` asks for a pass.
+std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, const Recipe& recipe,
+                                   const ProcessGroup& group) {
   const StageTimer timer("plan");
   switch (recipe.allocation) {
     case Allocation::kNorm:
       return allocate_by_norm(recipe.nm, block_norms(checkpoint, decoder.spec()));
     case Allocation::kOutlier:
-      return allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden));
+      return allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
     case Allocation::kUniform:
       break;
   }
@@ -101,16 +107,29 @@ std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& 
 }
 
 /// What BlockResult holds of two streams of hidden states (windows, seqlen, hidden), a window at a time.
-BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense) {
+BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group) {
   double cosine = 0, error = 0;
   for (int64_t w = 0; w < hidden.size(0); ++w) {
     const at::Tensor norm_sq = dense[w].square().sum(1).clamp_min(1e-30);  // (seqlen)
     const at::Tensor product = (hidden[w] * dense[w]).sum(1), own_sq = hidden[w].square().sum(1).clamp_min(1e-30);
     cosine += (product / (norm_sq * own_sq).sqrt()).sum(0, false, at::kDouble).item<double>();
     error += ((hidden[w] - dense[w]).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
+    release_spilled(hidden[w]);
+    release_spilled(dense[w]);
   }
-  const double tokens = static_cast<double>(hidden.size(0) * hidden.size(1));
-  return {cosine / tokens, error / tokens, {}};
+  const double tokens = group.all_reduce(static_cast<double>(hidden.size(0) * hidden.size(1)));
+  return {group.all_reduce(cosine) / tokens, group.all_reduce(error) / tokens, {}};
+}
+
+/// Throws Error(kMismatch) in a process that was not started as process 0 was.
+void check_same_inputs(const nlohmann::json& fingerprint, const QuantizeOptions& options, const ProcessGroup& group) {
+  nlohmann::json own = fingerprint;
+  own["report"] = options.compare_blocks;
+  std::string first = own.dump();
+  group.broadcast(first, 0);
+  const std::string difference = first_difference(nlohmann::json::parse(first), own);
+  if (!difference.empty())
+    fail(ErrorCode::kMismatch, "process {} was started with other inputs than process 0 ({}); start all with the same command", group.rank(), difference);
 }
 
 /// Floating-point operations of one block's linears over `tokens` tokens.
@@ -144,20 +163,45 @@ Calibration make_calibration(const Checkpoint& checkpoint, const std::string& da
   return calibration;
 }
 
-QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
-                              const QuantizeOptions& options) {
-  const auto started = std::chrono::steady_clock::now();
-  const at::NoGradGuard no_grad;
+Calibration share_of(const Calibration& calibration, const ProcessGroup& group) {
+  const int64_t training = static_cast<int64_t>(calibration.windows.size()) - calibration.holdout;
+  if (training < group.size())
+    fail(ErrorCode::kUsage, "{} calibration windows are too few for {} processes; pass a larger --nsamples or start fewer", training, group.size());
+  const Share seen = share_of(training, group), held_out = share_of(calibration.holdout, group);
+  const auto first = calibration.windows.begin();
+  Calibration share{{first + seen.first, first + seen.first + seen.count}, held_out.count, calibration.provenance};
+  share.windows.insert(share.windows.end(), first + training + held_out.first, first + training + held_out.first + held_out.count);
+  return share;
+}
+
+void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
   recipe.validate();
   if (!recipe.packable() && !options.dense_output)
     fail(ErrorCode::kUnsupported, "recipe '{}' does not give N:M sparse weights and has no packed form; write a dense checkpoint with --dense",
          recipe.name);
-  if (fs::exists(options.output) && !options.force)
+  if (group.size() > 1 && (recipe.tune_epochs > 0 || recipe.distill_epochs > 0))
+    fail(ErrorCode::kUnsupported, "recipe '{}' tunes or distils, which works in one process only, and WORLD_SIZE is {}; start one, or set "
+                                  "tune_epochs and distill_epochs to 0", recipe.name, group.size());
+  if (group.rank() > 0 || !fs::exists(options.output)) return;
+  if (fs::is_directory(options.output) != options.dense_output)
+    fail(ErrorCode::kUsage, "{}: a {} is there, and {}; choose another path", options.output.string(),
+         options.dense_output ? "file" : "directory", options.dense_output ? "--dense writes a directory" : "the packed model is one file");
+  if (!options.force)
     fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.output.string());
+}
+
+QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                              const QuantizeOptions& options, const ProcessGroup& group) {
+  const auto started = std::chrono::steady_clock::now();
+  const at::NoGradGuard no_grad;
+  check_request(recipe, options, group);
+  const Calibration share = share_of(calibration, group);
+  const bool spill = plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
   Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype()});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
+  const auto& [windows, holdout, provenance] = share;
   const int64_t block_count = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
 
   nlohmann::json block_recipe = recipe.to_json();  // what follows the last block may change between runs
@@ -165,26 +209,37 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
                                       {"config", checkpoint.config()},
                                       {"checkpoint_bytes", checkpoint.file_bytes()},
-                                      {"calibration", calibration.provenance},
+                                      {"calibration", provenance},
                                       {"recipe", block_recipe},
-                                      {"blocks", block_count}};
-  const WorkDirectory work(options.output, fingerprint, options.resume, options.force);
+                                      {"blocks", block_count},
+                                      {"processes", group.size()}};
+  std::optional<WorkDirectory> work;  // of process 0
+  if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
+  check_same_inputs(fingerprint, options, group);
 
-  at::Tensor hidden = at::empty({static_cast<int64_t>(calibration.windows.size()), static_cast<int64_t>(calibration.windows[0].size()), spec.hidden}, at::kFloat);
-  const at::Tensor ids = ids_of(calibration.windows, calibration.windows.size());
-  const auto embed_windows = [&](at::Tensor& out) {
-    for (int64_t w = 0; w < out.size(0); ++w) out[w].copy_(decoder.embed(ids.narrow(0, w, 1))[0]);
+  const at::Tensor ids = ids_of(windows);
+  const auto embed_windows = [&](const at::Tensor& out) {
+    for (int64_t w = 0; w < out.size(0); ++w) {
+      out[w].copy_(decoder.embed(ids.narrow(0, w, 1))[0]);
+      release_spilled(out[w]);
+    }
   };
+  const auto hidden_states = [&] {
+    const std::vector<int64_t> sizes = {ids.size(0), ids.size(1), spec.hidden};
+    return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::kFloat);
+  };
+  at::Tensor hidden = hidden_states();
   // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0;
   at::Tensor dense_hidden;
   const bool with_dense = tuning || distilling || options.compare_blocks;
-  if (with_dense) embed_windows(dense_hidden = at::empty_like(hidden));
+  if (with_dense) embed_windows(dense_hidden = hidden_states());
   // From here on the tables at both ends are what the packed file will hold.
   const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
   decoder.set_tables(embedding, spec.tied_head ? embedding : stored_table(decoder.head(), recipe.head, spec.head().name));
   embed_windows(hidden);
-  const std::vector<NmPattern> plan = plan_blocks(checkpoint, decoder, hidden, recipe);
+  const std::vector<NmPattern> plan = plan_blocks(checkpoint, decoder, hidden, recipe, group);
+  if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along
   log::info("plan: {} ({}), mean kept {:.4f}", describe(plan), nlohmann::json(recipe.to_json())["allocation"].get<std::string>(),
             mean_density(plan));
 
@@ -200,36 +255,38 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
       }();
       if (with_dense) {
         const StageTimer timer("dense pass", pass_flops);
-        dense_hidden = run_block(*block, spec, dense_hidden);
+        advance(*block, spec, dense_hidden);
       }
       std::optional<QuantizedBlock> quantized;
       if (i < block_count) {
-        quantized = work.load(i);
-        if (quantized) {
+        if (work) quantized = work->load(i);
+        if (group.all_reduce(quantized ? 1.0 : 0.0) > 0) {  // process 0 knows
+          if (!quantized) quantized.emplace();
+          exchange(*quantized, block->linears(), std::vector<int>(block->linears().size(), 0), group);
           install(*quantized, *block, spec);
         } else {
-          quantized = quantize_block(*block, spec, hidden, calibration.holdout, recipe, [&](const LinearSpec&) { return plan[i]; },
+          quantized = quantize_block(*block, spec, hidden, holdout, recipe, [&](const LinearSpec&) { return plan[i]; },
                                      [&](const LinearResult& linear) {
                                        result.linears.push_back(linear);
                                        progress.update(static_cast<int64_t>(result.linears.size()),
                                                        fmt::format("block {}  error {:.4f}", i, linear.report.output_error));
                                        if (g_interrupt.exchange(false))  // one request stops one run
                                          fail(ErrorCode::kInterrupted, "interrupted in block {} of {}; {}", i, block_count,
-                                              i == 0 ? "nothing is finished yet" : work.path().string() + " holds what is finished, continue with --resume");
+                                              i == 0 ? "nothing is finished yet" : options.output.string() + ".work holds what is finished, continue with --resume");
                                        log::debug("{}: {} error {:.5f} held out {:.5f} shrink {:.2f} damping {:g} ({} retries) {:.2f} s", linear.name,
                                                   linear.nm.str(), linear.report.output_error, linear.report.holdout_error, linear.report.shrink,
                                                   linear.report.damping, linear.report.damping_retries, linear.report.seconds);
-                                     });
+                                     }, group);
           result.linears.resize(result.linears.size() - quantized->results.size());
           if (tuning) {
             const auto dense_block = decoder.block(i);
             const StageTimer timer("tune");
-            quantized->tune = tune_block(*dense_block, spec, *quantized, hidden, dense_hidden, calibration.holdout, recipe);
+            quantized->tune = tune_block(*dense_block, spec, *quantized, hidden, dense_hidden, holdout, recipe);
             install(*quantized, *block, spec);
             log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed", i,
                       quantized->tune->loss_before, quantized->tune->loss_after, quantized->tune->epochs, 100 * quantized->tune->changed);
           }
-          work.save(i, *quantized);
+          if (work) work->save(i, *quantized);
         }
         result.linears.insert(result.linears.end(), quantized->results.begin(), quantized->results.end());
         progress.update(static_cast<int64_t>(result.linears.size()));
@@ -237,35 +294,37 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
       for (const LinearSpec& linear : spec.linears(i)) checkpoint.release(linear.weight().name);
       if (i + 1 < block_count || (with_dense && quantized)) {
         const StageTimer timer("outputs", pass_flops);
-        hidden = run_block(*block, spec, hidden);
+        advance(*block, spec, hidden);
       }
       if (with_dense && quantized) {
         const StageTimer timer("compare");
-        result.blocks.push_back(compare_hidden(hidden, dense_hidden));
+        result.blocks.push_back(compare_hidden(hidden, dense_hidden, group));
         result.blocks.back().tune = quantized->tune;
       }
     }
   }
   result.nominal_bits = nominal_bits(result.linears);
+  group.all_reduce(0.0);  // nobody leaves while another one still waits for a block
+  if (!work) return result;
 
+  hidden.reset();
   std::vector<QuantizedBlock> distilled;
   if (recipe.distill_epochs > 0 && block_count > 0) {
     const StageTimer timer("distill");
-    hidden.reset();
     distilled.resize(block_count);
-    result.distill = work.load_distilled(distilled, recipe.to_json());
+    result.distill = work->load_distilled(distilled, recipe.to_json());
     if (!result.distill) {
-      for (int64_t i = 0; i < block_count; ++i) distilled[i] = work.load(i).value();
-      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, dense_hidden, calibration.holdout, recipe);
-      work.save_distilled(distilled, recipe.to_json(), *result.distill);
+      for (int64_t i = 0; i < block_count; ++i) distilled[i] = work->load(i).value();
+      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, dense_hidden, holdout, recipe);
+      work->save_distilled(distilled, recipe.to_json(), *result.distill);
     }
   }
-  const auto finished_block = [&](int64_t i) { return distilled.empty() ? work.load(i).value() : distilled[i]; };
+  const auto finished_block = [&](int64_t i) { return distilled.empty() ? work->load(i).value() : distilled[i]; };
   dense_hidden.reset();
 
   const Assembly assembly{checkpoint, spec, recipe, block_count, finished_block};
   if (options.dense_output) {
-    export_dense(options.output, work.path() / "dense", assembly);
+    export_dense(options.output, work->path() / "dense", assembly);
   } else {
     PackedWriter file(options.output, options.force);
     write_packed(file, assembly);
@@ -274,7 +333,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     file.set_metadata("config", checkpoint.config().dump());
     file.set_metadata("tokenizer", tokenizer->serialize());
     file.set_metadata("recipe", recipe.to_json().dump());
-    file.set_metadata("calibration", calibration.provenance.dump());
+    file.set_metadata("calibration", provenance.dump());
     file.set_metadata("results", results.dump());
     file.set_metadata("version", STBLLM_VERSION);
     const fs::path finished = file.finish();
@@ -282,7 +341,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     result.verified_logits = verify_packed(finished, assembly, std::span(calibration.windows).first(std::min(kVerifiedWindows, calibration.windows.size())));
     file.commit();
   }
-  work.remove();
+  work->remove();
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   return result;
 }

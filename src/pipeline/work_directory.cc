@@ -26,7 +26,12 @@ nlohmann::json read_json(const fs::path& path) {
   return nlohmann::json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
 }
 
-/// "nsamples: 16 there, 32 here" for the first field that differs.
+constexpr const char* kDistilled = "distilled.json";
+
+std::string block_file(int64_t block) { return fmt::format("block_{:03}.safetensors", block); }
+
+}  // namespace
+
 std::string first_difference(const nlohmann::json& before, const nlohmann::json& now) {
   const nlohmann::json was = before.flatten(), is = now.flatten();
   for (const auto& [key, value] : is.items())
@@ -36,12 +41,6 @@ std::string first_difference(const nlohmann::json& before, const nlohmann::json&
     if (!is.contains(key)) return fmt::format("{}: {} there, nothing here", key.substr(1), value.dump());
   return "";
 }
-
-constexpr const char* kDistilled = "distilled.json";
-
-std::string block_file(int64_t block) { return fmt::format("block_{:03}.safetensors", block); }
-
-}  // namespace
 
 nlohmann::json to_json(const LinearResult& result, bool with_seconds) {
   const LinearReport& report = result.report;

@@ -21,13 +21,15 @@ StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
     : sum_(at::zeros({cols, cols}, at::kFloat)), token_weights_(token_weights) {}
 
 void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
-  at::Tensor x = inputs.reshape({-1, inputs.size(-1)}).to(at::kFloat);
-  const int64_t tokens = x.size(0);
+  at::Tensor x = inputs.to(at::kFloat);
   if (token_weights_) {
-    const at::Tensor norm = x.norm(2, 1).clamp_min(1e-12);
-    const at::Tensor weight = (3 * norm.median() / norm).clamp_max(1.0);
-    x = x * weight.sqrt().unsqueeze(1);
+    const at::Tensor norm = x.norm(2, -1).clamp_min(1e-12);  // (..., tokens of a window)
+    // Of each window alone, so that a window counts the same whatever the batch around it.
+    const at::Tensor median = std::get<0>(norm.median(-1, /*keepdim=*/true));
+    x = x * (3 * median / norm).clamp_max(1.0).sqrt().unsqueeze(-1);
   }
+  x = x.reshape({-1, x.size(-1)});
+  const int64_t tokens = x.size(0);
   if (holdout && !holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);
   at::Tensor& sum = holdout ? holdout_sum_ : sum_;
   // H is symmetric: panels of columns on and above the diagonal are enough.
@@ -37,6 +39,17 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
     sum.narrow(0, first, width).narrow(1, first, cols - first).addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols - first));
   }
   (holdout ? holdout_tokens_ : tokens_) += tokens;
+}
+
+void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
+  at::Tensor tokens = at::tensor({tokens_, holdout_tokens_}, at::kLong);
+  add_up(tokens);
+  tokens_ = tokens[0].item<int64_t>();
+  holdout_tokens_ = tokens[1].item<int64_t>();
+  add_up(sum_);
+  if (holdout_tokens_ == 0) return;
+  if (!holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);  // held-out windows are elsewhere
+  add_up(holdout_sum_);
 }
 
 InputStats StatsAccumulator::finish() {

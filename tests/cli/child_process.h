@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -41,8 +42,9 @@ struct Outcome {
 class ChildProcess {
  public:
   /// Starts `STBLLM_BINARY args...`. With `largest_file` above 0 a write beyond so many bytes of a file
-  /// fails, as on a disk that is full.
-  explicit ChildProcess(const std::vector<std::string>& args, int64_t largest_file = 0) {
+  /// fails, as on a disk that is full. `environment` is added to this process's own.
+  explicit ChildProcess(const std::vector<std::string>& args, int64_t largest_file = 0,
+                        const std::map<std::string, std::string>& environment = {}) {
     std::vector<char*> argv = {const_cast<char*>(STBLLM_BINARY)};
     for (const std::string& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
     argv.push_back(nullptr);
@@ -52,6 +54,7 @@ class ChildProcess {
     redirect(out, STDOUT_FILENO);
     redirect(err, STDERR_FILENO);
     ::setenv("OMP_WAIT_POLICY", "passive", 1);  // tests run side by side
+    for (const auto& [name, value] : environment) ::setenv(name.c_str(), value.c_str(), 1);
     ::signal(SIGINT, SIG_DFL);
     if (largest_file > 0) {
       ::signal(SIGXFSZ, SIG_IGN);  // write() then fails with EFBIG

@@ -7,6 +7,8 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <omp.h>
+#include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <fstream>
@@ -14,9 +16,11 @@
 
 #include "stbllm/backend/backend.h"
 #include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/estimate.h"
 #include "stbllm/pipeline/ledger.h"
 #include "stbllm/pipeline/load_model.h"
 #include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/pipeline/spill.h"
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/scratch_directory.h"
@@ -59,6 +63,27 @@ class Threads {
   int before_;
 };
 
+/// In a scope no file of this process grows beyond so many bytes.
+class FullDisk {
+ public:
+  explicit FullDisk(rlim_t largest_file) {
+    ::getrlimit(RLIMIT_FSIZE, &before_);
+    handler_ = ::signal(SIGXFSZ, SIG_IGN);  // write() then fails with EFBIG
+    const rlimit limit = {largest_file, before_.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FullDisk() {
+    ::setrlimit(RLIMIT_FSIZE, &before_);
+    ::signal(SIGXFSZ, handler_);
+  }
+  FullDisk(const FullDisk&) = delete;
+  FullDisk& operator=(const FullDisk&) = delete;
+
+ private:
+  rlimit before_{};
+  sighandler_t handler_;
+};
+
 /// A checkpoint, a text and a directory for results.
 class Workplace {
  public:
@@ -83,13 +108,14 @@ class Workplace {
   }
   /// A run that stops after its first `blocks` blocks, as one that was killed does.
   void leave_unfinished(const Recipe& recipe, const fs::path& output, int64_t blocks) const {
-    // A directory in the way of the result fails the last step, when all blocks are in the work directory.
-    fs::create_directory(output);
+    // The disk is full when the result is written, and all blocks are in the work directory.
     QuantizeOptions options;
     options.output = output;
-    options.force = true;
-    expect_error(ErrorCode::kWriteFailed, "is a directory", [&] { quantize(recipe, options); });
-    fs::remove(output);
+    {
+      // The embedding alone has 272 x 64 floats = 68 KiB, a block's planes have less than 32.
+      const FullDisk disk(48 << 10);
+      expect_error(ErrorCode::kWriteFailed, output.filename(), [&] { quantize(recipe, options); });
+    }
     const fs::path work = output.string() + ".work";
     for (const std::string& name : list(work))
       if (name.starts_with("block_") && std::stoll(name.substr(6)) >= blocks) fs::remove(work / name);
@@ -109,6 +135,7 @@ class Workplace {
   }
 
   fs::path checkpoint() const { return scratch_ / "checkpoint"; }
+  const std::string& text() const { return text_; }
   fs::path results() const { return scratch_ / "results"; }
 
  private:
@@ -330,6 +357,24 @@ TEST(Overwriting, AResultNeedsForce) {
   EXPECT_EQ(PackedReader::open(options.output).linears().size(), 14u);
 }
 
+TEST(Overwriting, AnOutputOfTheOtherKindIsRefusedAtOnce) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("rtn");
+  QuantizeOptions options;
+  options.output = place.results() / "directory";
+  fs::create_directory(options.output);
+  test::write_text(options.output / "file", "mine");
+  for (const bool force : {false, true}) {
+    options.force = force;
+    expect_error(ErrorCode::kUsage, "a directory is there", [&] { place.quantize(recipe, options); });
+    EXPECT_EQ(list(place.results()), std::vector<std::string>{"directory"});  // no work directory either
+  }
+  options.output /= "file";
+  options.dense_output = true;
+  expect_error(ErrorCode::kUsage, "a file is there", [&] { place.quantize(recipe, options); });
+  EXPECT_EQ(read_bytes(options.output), "mine");
+}
+
 // --- dense output, and what is refused ------------------------------------------------------------------
 
 TEST(DenseOutput, HoldsRecipesWithoutPackedForm) {
@@ -377,6 +422,53 @@ TEST(Blocks, BeyondTheFirstStayDense) {
   EXPECT_TRUE(reader.linears().contains("model.layers.0.mlp.down_proj"));
   EXPECT_TRUE(reader.has_dense("model.layers.1.mlp.down_proj.weight"));
   EXPECT_LT(result.verified_logits, 1e-4);
+}
+
+// --- memory ---------------------------------------------------------------------------------------------------
+
+TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
+  const Workplace place(test::tiny_opt());
+  const Recipe recipe = Recipe::load("rtn");
+  const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
+  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+  // 1024 windows x 48 tokens x 64 floats = 12.6 MB per stream, far more than what a process gains while it does nothing.
+  const Calibration calibration = make_calibration(checkpoint, place.text(), 1024, kSeqlen, 0);
+  QuantizeOptions options;
+  options.compare_blocks = true;
+  options.output = place.results() / "in-memory";
+  const QuantizeResult in_memory = quantize_model(checkpoint, calibration, recipe, options);
+  options.output = place.results() / "spilled";
+  options.max_memory = plan_memory(spec, calibration, recipe, options).peak_bytes - (8 << 20);
+  ASSERT_TRUE(plan_memory(spec, calibration, recipe, options).spill);
+  const QuantizeResult spilled = quantize_model(checkpoint, calibration, recipe, options);
+  EXPECT_TRUE(read_bytes(place.results() / "in-memory") == read_bytes(place.results() / "spilled"));
+  EXPECT_EQ(list(place.results()), (std::vector<std::string>{"in-memory", "spilled"}));
+  ASSERT_EQ(spilled.blocks.size(), in_memory.blocks.size());
+  for (size_t i = 0; i < spilled.blocks.size(); ++i)
+    EXPECT_EQ(spilled.blocks[i].relative_error, in_memory.blocks[i].relative_error);
+}
+
+TEST(MaxMemory, TooLittleIsRefusedAtOnce) {
+  const Workplace place(test::tiny_opt());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  options.max_memory = 1 << 20;
+  expect_error(ErrorCode::kUsage, "--max-memory 1048576", [&] { place.quantize(Recipe::load("rtn"), options); });
+  EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+}
+
+TEST(Spilled, TensorKeepsItsValuesOutsideMemory) {
+  const test::ScratchDirectory scratch;
+  const at::Tensor tensor = spilled_tensor({3, 1000, 7}, scratch.path());
+  const at::Tensor values = at::arange(21000, at::kFloat).view({3, 1000, 7});
+  tensor.copy_(values);
+  for (int i = 0; i < 3; ++i) release_spilled(tensor[i]);
+  EXPECT_TRUE(tensor.equal(values));
+  EXPECT_TRUE(fs::is_empty(scratch.path()));
+  const at::Tensor in_memory = values.clone();
+  release_spilled(in_memory);
+  EXPECT_TRUE(in_memory.equal(values));
+  expect_error(ErrorCode::kWriteFailed, "nowhere", [&] { spilled_tensor({1}, scratch / "nowhere"); });
 }
 
 // --- embedding and head codings ---------------------------------------------------------------------------

@@ -92,9 +92,12 @@ void run(Options options) {
   if (!options.nm.empty()) fields["nm"] = options.nm;
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   const Recipe recipe = Recipe::from_json(fields);
-  if (std::filesystem::exists(options.quantize.output) && !options.quantize.force)
-    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.quantize.output.string());
-  if (!options.report.empty() && std::filesystem::exists(options.report) && !options.quantize.force)
+  const ProcessGroup group = ProcessGroup::from_environment();
+  const bool first = group.rank() == 0;  // the one that prints and writes
+  if (!first) log::set_level(log::Level::kWarn);
+  if (options.dry_run && group.size() > 1) fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
+  check_request(recipe, options.quantize, group);
+  if (first && !options.report.empty() && std::filesystem::exists(options.report) && !options.quantize.force)
     fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", options.report);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
@@ -108,8 +111,10 @@ void run(Options options) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;
   }
-  const int64_t predicted_memory = predict_peak_memory(spec, calibration, recipe, options.quantize);
-  const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize);
+  const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
+  if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+  const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
+  if (!first) return;
 
   nlohmann::json json = {{"output", options.quantize.output.string()},
                          {"recipe", recipe.to_json()},
@@ -117,7 +122,7 @@ void run(Options options) {
                          {"nominal_bits", result.nominal_bits},
                          {"seconds", result.seconds},
                          {"peak_memory_bytes", peak_memory_bytes()},
-                         {"predicted_peak_memory_bytes", predicted_memory},
+                         {"predicted_peak_memory_bytes", memory.peak_bytes},
                          {"verified_logits", result.verified_logits}};
   if (options.profile) json["stages"] = stages_json(profiled_stages());
   nlohmann::json ledger_json;
@@ -154,7 +159,7 @@ void run(Options options) {
                json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
                human_bytes(json["file_bytes"].get<double>()));
   fmt::print("  time                    {:.1f} s, peak memory {} (predicted {})\n", result.seconds,
-             human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(predicted_memory)));
+             human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(memory.peak_bytes)));
   if (options.profile) print_stages(profiled_stages(), result.seconds);
 }
 
@@ -162,7 +167,11 @@ void run(Options options) {
 
 void add_quantize(CLI::App& app) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("quantize", "Turn a HuggingFace checkpoint into one packed file");
+  CLI::App* command = app.add_subcommand(
+      "quantize",
+      "Turn a HuggingFace checkpoint into one packed file.\n\n"
+      "Several processes share the calibration when each is started with the same command and the environment\n"
+      "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes the result.");
   command->add_option("checkpoint", options->checkpoint, "Directory with config.json, weights and tokenizer")->required();
   command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")->required();
   std::string names;
@@ -175,6 +184,10 @@ void add_quantize(CLI::App& app) {
   command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
   command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks");
+  command
+      ->add_option("--max-memory", options->quantize.max_memory,
+                   "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead");
   command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
   command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");

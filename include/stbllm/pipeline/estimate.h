@@ -17,11 +17,16 @@ struct Estimate {
   int64_t peak_memory_bytes = 0;
 };
 
-/// Resident memory at the worst moment of quantize_model, from what it holds then:
-///   this process now + tables at both ends + hidden states + one block + the Hessians of its taps + the
-///   larger of the workspace of one linear and the intermediates of one forward pass.
-int64_t predict_peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
-                            const QuantizeOptions& options);
+struct MemoryPlan {
+  int64_t peak_bytes = 0;  ///< resident memory at the worst moment of quantize_model
+  bool spill = false;      ///< hidden states go to a file, to stay below options.max_memory
+};
+
+/// Adds up what each stage of quantize_model holds beside what this process holds now. `calibration` has the
+/// windows of this process alone. Throws Error(kUsage) when options.max_memory is too little even with hidden
+/// states in a file.
+MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                       const QuantizeOptions& options);
 
 /// Runs block 0 over a few windows and quantizes one linear of its widest tap; writes nothing. Throws as
 /// quantize_model does before its first expensive step, except for an output that exists.

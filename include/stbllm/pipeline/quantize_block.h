@@ -5,8 +5,10 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "stbllm/model/decoder_block.h"
+#include "stbllm/pipeline/process_group.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "stbllm/quantize/binarized_weight.h"
 
@@ -19,17 +21,27 @@ struct QuantizedBlock {
   std::optional<TuneReport> tune;                  ///< where the block was tuned
 };
 
-/// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs; `observer` may be empty.
-/// `first_held_out`: windows from this index on are announced to the observer as held out.
+/// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs.
+at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden);
+
+/// Gets the inputs of a tap, float32 (windows, seqlen, cols), for some windows that are all held out or none.
 using CalibrationObserver = std::function<void(Tap, const at::Tensor& inputs, bool holdout)>;
-at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t first_held_out = -1,
-                     const CalibrationObserver& observer = {});
+/// Shows what the taps of `block` see of `hidden`, the last `holdout` windows of which are held out.
+void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
+                   const CalibrationObserver& observer);
+/// Puts the outputs of `block` in place of `hidden`; there is never a second copy. `observer` may be empty.
+void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer = {});
 
 /// Quantizes every linear of `block` on the inputs that `hidden` makes, and replaces it by the dense form of the result.
-/// `pattern` gives the N:M of a linear; `on_linear` is called after each.
+/// `pattern` gives the N:M of a linear; `on_linear` is called after each. Several processes bring windows of their own, share
+/// the work and end with the same block.
 QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                               const Recipe& recipe, const std::function<NmPattern(const LinearSpec&)>& pattern,
-                              const std::function<void(const LinearResult&)>& on_linear);
+                              const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group = {});
+
+/// Gives every process the quantized linears; owners[i] is the one that has linears[i]. Does not know of what tuning changes.
+void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
+              const ProcessGroup& group);
 
 /// Puts a quantized block's weights, norms and biases into `block`.
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec);

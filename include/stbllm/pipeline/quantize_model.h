@@ -1,7 +1,8 @@
 #pragma once
 // A checkpoint in, a packed file out: block by block, the inputs of each block coming from the quantized blocks before it.
 //
-// Resident at any time: one decoder block, the Hessians of its four taps, the hidden states of the calibration windows.
+// Resident at any time: one decoder block, the Hessians of its four taps, the hidden states of the calibration windows, which
+// go to a file where they do not fit.
 // Every finished block is a file in a work directory beside the output, so that a run can be continued after any interruption;
 // the finished model is assembled there, verified against the quantizer's own result, and renamed into place.
 
@@ -14,6 +15,7 @@
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/eval/perplexity.h"
+#include "stbllm/pipeline/process_group.h"
 #include "stbllm/quantize/quantize_linear.h"
 
 namespace stbllm {
@@ -35,6 +37,7 @@ struct QuantizeOptions {
   bool resume = false;           ///< continue the unfinished run beside `output`
   int64_t blocks = -1;           ///< quantize only so many blocks, the others stay dense; below 0: all
   bool compare_blocks = false;   ///< run the dense model beside, for QuantizeResult::blocks
+  int64_t max_memory = 0;        ///< bytes; hidden states go to a file where more would be needed. 0: no limit
 };
 
 struct LinearResult {
@@ -74,10 +77,20 @@ struct QuantizeResult {
   double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify
 };
 
-/// Throws before the first expensive step: Error(kUnsupported | kMismatch | kUsage | kExists); later Error(kWriteFailed |
-/// kVerifyFailed | kInterrupted). Deterministic, whatever the number of threads and after a resume.
+/// Refuses what can be refused without the checkpoint: Error(kUnsupported | kUsage | kExists).
+void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group);
+
+/// Throws before the first expensive step: as check_request and plan_memory, and Error(kMismatch); later Error(kWriteFailed | kVerifyFailed |
+/// kInterrupted). Deterministic, whatever the number of threads and after a resume.
+///
+/// Several processes, all called with the same arguments, calibrate on their part of the windows and quantize their part of the
+/// linears. Process 0 alone has the work directory and writes the output; the others return when their last block is done,
+/// without what is computed after that. The result is that of one process but for the rounding of sums.
 QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
-                              const QuantizeOptions& options);
+                              const QuantizeOptions& options, const ProcessGroup& group = {});
+
+/// The windows of one process: its share of those that make H and of those held out. Throws Error(kUsage) when there are too few.
+Calibration share_of(const Calibration& calibration, const ProcessGroup& group);
 
 /// Asks a running quantize_model to stop after the current linear; safe to call from a signal handler.
 void request_interrupt();

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <functional>
+
 namespace stbllm {
 
 /// Statistics of the inputs of one tap, shared by all linears that read it.
@@ -18,10 +20,12 @@ struct InputStats {
 /// Sums up x x^T over batches of inputs. The order of calls decides the rounding, nothing else does.
 class StatsAccumulator {
  public:
-  /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over the batch.
+  /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
   StatsAccumulator(int64_t cols, bool token_weights);
-  /// inputs: (..., cols), float32 or bfloat16. Held-out batches go to a matrix of their own.
+  /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their own.
   void add(const at::Tensor& inputs, bool holdout);
+  /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor by its sum over all processes.
+  void merge(const std::function<void(at::Tensor&)>& add_up);
   InputStats finish();
 
  private:

@@ -1,0 +1,208 @@
+// One calibration in two processes: the result is that of one process, and nobody waits for ever.
+
+#include <ATen/ATen.h>
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "child_process.h"
+#include "stbllm/base/error.h"
+#include "stbllm/pack/packed_file.h"
+#include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/pipeline/process_group.h"
+#include "support/calibration_text.h"
+#include "support/scratch_directory.h"
+#include "support/tiny_checkpoint.h"
+
+namespace stbllm::test {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using Args = std::vector<std::string>;
+
+/// A port of this machine that was free a moment ago.
+std::string free_port() {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  ::bind(fd, reinterpret_cast<sockaddr*>(&address), size);
+  ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
+  ::close(fd);
+  return std::to_string(ntohs(address.sin_port));
+}
+
+int code(ErrorCode code) { return static_cast<int>(code); }
+
+class Processes : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::string(STBLLM_BINARY).empty()) GTEST_SKIP() << "the program was not built";
+    if (!ProcessGroup::supported()) GTEST_SKIP() << "built without Gloo (package libgloo-dev)";
+    write_checkpoint(checkpoint_, model_);
+    fs::create_directory(results_);
+    text_ = write_calibration_text(scratch_.path());
+  }
+
+  Args quantize(const std::string& output, const Args& more = {}) const {
+    Args args = {"quantize",   checkpoint_.string(),
+                 "-o",         (results_ / output).string(),
+                 "--calib",    text_,
+                 "--nsamples", "16",
+                 "--seqlen",   "48",
+                 "--threads",  "1"};
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  }
+  using Pair = std::array<std::unique_ptr<ChildProcess>, 2>;
+  Pair start(const Args& first, const Args& second) const {
+    std::map<std::string, std::string> environment = {
+        {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", free_port()}, {"WORLD_SIZE", "2"}};
+    Pair pair;
+    for (int rank = 0; rank < 2; ++rank) {
+      environment["RANK"] = std::to_string(rank);
+      pair[rank] = std::make_unique<ChildProcess>(rank == 0 ? first : second, 0, environment);
+    }
+    return pair;
+  }
+  /// Outcomes of `args` in two processes.
+  std::array<Outcome, 2> run(const Args& args) const {
+    const Pair pair = start(args, args);
+    return {pair[0]->wait(), pair[1]->wait()};
+  }
+
+  TinyModel model_ = tiny_llama();
+  ScratchDirectory scratch_;
+  const fs::path checkpoint_ = scratch_ / "checkpoint", results_ = scratch_ / "results";
+  std::string text_;
+};
+
+class SameResult : public Processes, public ::testing::WithParamInterface<std::string> {};
+
+TEST_P(SameResult, AsInOneProcess) {
+  const auto with_report = [&](const std::string& report) {
+    return Args{"--recipe", GetParam(), "--json", "--report", (scratch_ / report).string()};
+  };
+  const Outcome alone = run_program(quantize("alone", with_report("alone.json")));
+  ASSERT_EQ(alone.status, 0) << alone.err;
+  const auto shared = run(quantize("shared", with_report("shared.json")));
+  ASSERT_EQ(shared[0].status, 0) << shared[0].err;
+  ASSERT_EQ(shared[1].status, 0) << shared[1].err;
+  EXPECT_TRUE(nlohmann::json::accept(shared[0].out)) << shared[0].out;
+  EXPECT_EQ(shared[1].out, "");
+  EXPECT_EQ(shared[1].err, "");
+
+  // H is the same but for the order of its sums, about 1e-7 of its size. A symbol differs where two choices
+  // were as good as equal to that, and then some of those that follow in its row, since the error it leaves
+  // behind is another one.
+  const PackedReader one = PackedReader::open(results_ / "alone"),
+                     two = PackedReader::open(results_ / "shared");
+  ASSERT_EQ(one.linears().size(), two.linears().size());
+  double same = 0;
+  for (const auto& [name, matrix] : one.linears()) {
+    const StructuredBinaryMatrix& other = two.linears().at(name);
+    EXPECT_EQ(matrix.layout().nm, other.layout().nm) << name;
+    same +=
+        unpack_weight(matrix).symbols.eq(unpack_weight(other).symbols).to(at::kFloat).mean().item<double>() /
+        static_cast<double>(one.linears().size());
+  }
+  EXPECT_GT(same, 0.98);
+  const auto report = nlohmann::json::parse(read_all(scratch_ / "alone.json"));
+  const auto other = nlohmann::json::parse(read_all(scratch_ / "shared.json"));
+  ASSERT_EQ(report["linears"].size(), other["linears"].size());
+  for (size_t i = 0; i < report["linears"].size(); ++i) {
+    EXPECT_EQ(report["linears"][i]["name"], other["linears"][i]["name"]);
+    for (const char* error : {"output_error", "holdout_error"}) {
+      const double expected = report["linears"][i][error];
+      EXPECT_NEAR(other["linears"][i][error].get<double>(), expected, 0.01 * std::abs(expected))
+          << report["linears"][i]["name"] << ' ' << error;
+    }
+  }
+  ASSERT_EQ(report["blocks"].size(), other["blocks"].size());
+  for (size_t i = 0; i < report["blocks"].size(); ++i) {
+    const double expected = report["blocks"][i]["relative_error"];
+    EXPECT_NEAR(other["blocks"][i]["relative_error"].get<double>(), expected, 0.01 * expected)
+        << "block " << i;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Presets, SameResult, ::testing::Values("rtn", "stbllm-paper", "stbllm"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+TEST_F(Processes, GiveTheSameBytesAgain) {
+  for (const char* name : {"one", "two"}) {
+    const auto outcomes = run(quantize(name));
+    ASSERT_EQ(outcomes[0].status, 0) << outcomes[0].err;
+  }
+  EXPECT_TRUE(read_all(results_ / "one") == read_all(results_ / "two"));
+}
+
+class LongRun : public Processes {
+ protected:
+  LongRun() { model_.config["num_hidden_layers"] = 24; }
+};
+
+TEST_F(LongRun, EndsWhenAProcessIsLostAndIsResumedToTheSameBytes) {
+  {
+    const Pair pair = start(quantize("packed"), quantize("packed"));
+    ASSERT_TRUE(pair[0]->appears(results_ / "packed.work" / "block_002.safetensors"));
+    pair[1]->send(SIGKILL);
+    const Outcome first = pair[0]->wait();
+    EXPECT_EQ(first.status, code(ErrorCode::kInterrupted)) << first.err;
+    EXPECT_THAT(first.err, HasSubstr("--resume"));
+    EXPECT_FALSE(fs::exists(results_ / "packed"));
+  }
+  const auto resumed = run(quantize("packed", {"--resume"}));
+  ASSERT_EQ(resumed[0].status, 0) << resumed[0].err;
+  ASSERT_EQ(run(quantize("undisturbed"))[0].status, 0);
+  EXPECT_TRUE(read_all(results_ / "packed") == read_all(results_ / "undisturbed"));
+}
+
+TEST_F(Processes, MustBeStartedWithTheSameCommand) {
+  const Pair pair = start(quantize("packed"), quantize("packed", {"--seed", "9"}));
+  const Outcome second = pair[1]->wait(), first = pair[0]->wait();
+  EXPECT_EQ(second.status, code(ErrorCode::kMismatch)) << second.err;
+  EXPECT_THAT(second.err, HasSubstr("seed: 0 there, 9 here"));
+  EXPECT_EQ(first.status, code(ErrorCode::kInterrupted)) << first.err;
+}
+
+TEST_F(Processes, RefuseWhatWorksInOneOnly) {
+  for (const char* field : {"tune_epochs=1", "distill_epochs=1"})
+    for (const Outcome& outcome : run(quantize("packed", {"--set", field}))) {
+      EXPECT_EQ(outcome.status, code(ErrorCode::kUnsupported)) << outcome.err;
+      EXPECT_THAT(outcome.err, HasSubstr("one process only"));
+    }
+  for (const Outcome& outcome : run(quantize("packed", {"--nsamples", "1"}))) {
+    EXPECT_EQ(outcome.status, code(ErrorCode::kUsage)) << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr("--nsamples"));
+  }
+  EXPECT_TRUE(fs::is_empty(results_));
+}
+
+TEST_F(Processes, NeedAnEnvironmentThatMakesSense) {
+  const auto error_of = [&](const std::map<std::string, std::string>& environment) {
+    const Outcome outcome = ChildProcess(quantize("packed"), 0, environment).wait();
+    EXPECT_EQ(outcome.status, code(ErrorCode::kUsage)) << outcome.err;
+    return outcome.err;
+  };
+  EXPECT_THAT(error_of({{"WORLD_SIZE", "two"}}), HasSubstr("WORLD_SIZE=two"));
+  EXPECT_THAT(error_of({{"WORLD_SIZE", "2"}}), HasSubstr("RANK is not set"));
+  EXPECT_THAT(error_of({{"WORLD_SIZE", "2"}, {"RANK", "2"}}),
+              HasSubstr("RANK=2: expected a number from 0 to 1"));
+}
+
+}  // namespace
+}  // namespace stbllm::test
