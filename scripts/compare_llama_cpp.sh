@@ -115,7 +115,7 @@ run=$home/run  # the raw output of this run
 rm -rf "$run" && mkdir "$run"
 for type in BF16 "${types[@]}"; do
   say "llama.cpp $type"
-  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$data" -c 512 --chunks "$windows" -t "$threads" -lv 4
+  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$data" -c 512 --chunks "$windows" -t "$threads"
   "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
@@ -144,15 +144,22 @@ def read(name):
 
 
 def find(pattern, log, name):
-    found = re.search(pattern, log)
+    found = re.search(pattern, log, re.MULTILINE)
     if not found:
         sys.exit(f"[compare] error: {name} holds no line like '{pattern}'; this llama.cpp prints other lines")
-    return float(found.group(1))
+    return [float(group) for group in found.groups()]
+
+
+def seconds_at(message, log, name):
+    """When a line was logged: minutes.seconds.milliseconds.microseconds stand before it."""
+    minutes, seconds, milli, micro = find(rf"^(\d+)\.(\d+)\.(\d+)\.(\d+) I .*{message}", log, name)
+    return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
 def llama_row(kind):
     name = f"{kind}.perplexity.log"
     log = read(name)
+    seconds = seconds_at("Final estimate", log, name) - seconds_at("calculating perplexity", log, name)
     speeds = {"prompt": 0, "generate": 0}
     for test in json.loads(read(f"{kind}.bench.json")):
         speeds["prompt" if test["n_gen"] == 0 else "generate"] = max(test["samples_ts"])
@@ -160,8 +167,8 @@ def llama_row(kind):
         "program": "llama.cpp",
         "model": kind,
         "file_bytes": os.path.getsize(os.path.join(home, f"{kind}.gguf")),
-        "perplexity": find(r"PPL = ([0-9.]+)", log, name),
-        "perplexity_tokens_per_second": find(r"prompt eval time.*?([0-9.]+) tokens per second", log, name),
+        "perplexity": find(r"PPL = ([0-9.]+)", log, name)[0],
+        "perplexity_tokens_per_second": 512 * int(windows) / seconds,
         "prompt_tokens_per_second": speeds["prompt"],
         "generated_tokens_per_second": speeds["generate"],
     }
@@ -190,7 +197,7 @@ with open(results, "w", encoding="utf-8") as file:
         file.write(json.dumps({**row, "threads": int(threads), "windows": int(windows)}) + "\n")
 
 print(f"\nSmolLM2-135M-Instruct, {threads} threads, tokens per second; {windows} windows of 512 tokens")
-print(f"{'':<42} {'MB':>7} {'perplexity':>12} {'its speed':>10} {'prompt':>8} {'generate':>9}")
+print(f"{'':<42} {'MB':>7} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
 for row in rows:
     print(
         f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f} {row['perplexity']:>12.2f}"
@@ -199,7 +206,7 @@ for row in rows:
     )
 print(f"""
 Perplexities of the two programs do not compare: llama.cpp scores the second half of each window (and computes no other
-logits), stbllm all of it. Its speed leaves out the softmax in llama.cpp and includes it in stbllm. Prompt and generation
+logits), stbllm all of it; their speeds are of whole runs without loading and tokenizing. Prompt and generation
 are the best of three. 576 columns are no multiple of 256, so llama.cpp stores most linears of its IQ1_S, TQ1_0 and Q2_K
 files in 4-bit types. Written to {results}""")
 PY

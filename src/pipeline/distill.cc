@@ -55,7 +55,7 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
     if (i < static_cast<int64_t>(blocks.size())) trained.emplace_back(*layers.back(), spec, blocks[i], /*train_codes=*/recipe.distill_code_lr > 0);
   }
   TrainedVectors outer;
-  if (spec.has_final_norm) outer.add(student.final_norm(), spec.final_norm());
+  if (spec.has_final_norm) outer.add_norm(student.final_norm(), spec.final_norm());
   const Head student_head(student.head()), teacher_head(teacher.head());
 
   const auto forward = [&](int64_t first, int64_t count, std::vector<at::Tensor>* inputs) {

@@ -74,8 +74,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const int64_t hidden = spill ? 0 : (with_dense_stream(recipe, options) ? 2 : 1) * stream;
   const int64_t tables = table_bytes(spec);
   const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
-  const int64_t attention = spec.heads * tokens * std::min<int64_t>(seqlen, tokens) * 4;
-  const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + attention;
+  const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
+  const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + mask;
 
   int64_t weights = 0, workspace = 0;
   std::array<int64_t, kTapCount> tap_bytes{};
@@ -85,8 +85,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     tap_bytes[static_cast<size_t>(linear.tap)] =
         4 * linear.cols * linear.cols * (calibration.holdout > 0 ? 2 : 1);
     // A Cholesky and its inverse in float64 with their permuted copies, H shrunk; W, targets, gradients,
-    // dense values.
-    workspace = std::max(workspace, 40 * linear.cols * linear.cols + 40 * count);
+    // dense values: 216 MB where rows x cols = 576 x 1536.
+    workspace = std::max(workspace, 64 * linear.cols * linear.cols + 64 * count);
   }
   const int64_t hessians = std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0});
   // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
@@ -95,27 +95,29 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   // A latent weight with its two moments, what the forward pass uses and its gradient: float32 and bfloat16.
   const auto trained_block = [&](bool codes) { return (codes ? 16 : 8) * weights; };
   // Forward and backward of one block: what autograd keeps, and a gradient of the same size.
-  const int64_t training_pass = 2 * tokens * (6 * spec.ffn + 20 * spec.hidden) * 4 + 3 * attention;
+  const int64_t training_pass = 2 * tokens * (6 * spec.ffn + 20 * spec.hidden) * 4 + mask;
 
   int64_t peak = tables + hidden + dense_block + quantized_block + hessians + std::max(workspace, pass);
-  if (tuning)  // the quantized block, the one in training; differences of the two streams
-    peak = std::max(peak, tables + hidden + 2 * stream + 2 * dense_block + quantized_block +
-                              trained_block(recipe.tune_code_lr > 0) + training_pass);
+  if (tuning)  // the quantized block and the one in training; at first the differences of the two streams
+    peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block +
+                              trained_block(recipe.tune_code_lr > 0) + std::max(2 * stream, training_pass));
   if (distilling) {
     const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
     const int64_t logits = 6 * 256 * spec.vocab * 4;
+    const int64_t inputs = spec.layers * tokens * spec.hidden * 4;  // of every block
     peak =
-        std::max(peak, 2 * tables + heads + hidden / 2 + logits + spec.layers * tokens * spec.hidden * 4 +
-                           training_pass +
+        std::max(peak, 2 * tables + heads + hidden / 2 + inputs + std::max(logits, training_pass) +
                            quantized_blocks * (quantized_block + trained_block(recipe.distill_code_lr > 0)) +
-                           (spec.layers - quantized_blocks) * dense_block + dense_block);
+                           (spec.layers - quantized_blocks) * dense_block);
   }
-  // Verification: the packed model, whose other blocks are dense float32, beside the quantizer's.
-  if (!options.dense_output) {
+  if (!options.dense_output) {  // verification: the packed model, where dense blocks are float32, beside the
+                                // quantizer's
     const int64_t packed = quantized_blocks * weights + (spec.layers - quantized_blocks) * 4 * weights;
-    peak =
-        std::max(peak, 3 * tables + packed + dense_block + quantized_block + pass + 4 * 128 * spec.vocab * 4 +
-                           (distilling ? quantized_blocks * quantized_block : 0));
+    const int64_t file =
+        quantized_blocks * weights / 4 + (spec.layers - quantized_blocks) * 2 * weights + tables / 2;
+    const int64_t logits = 4 * 128 * spec.vocab * 4;
+    peak = std::max(peak, 3 * tables + packed + file + dense_block + quantized_block + pass + logits +
+                              (distilling ? quantized_blocks * quantized_block : 0));
   }
   return resident_bytes() + peak;
 }

@@ -10,33 +10,17 @@
 #include <limits>
 
 #include "stbllm/base/error.h"
+#include "stbllm/pipeline/adam.h"
 #include "stbllm/quantize/lanes.h"
 
 namespace stbllm {
 namespace {
 
-constexpr double kMeanDecay = 0.9, kSquareDecay = 0.95;
-/// Far below any gradient that matters: steps do not depend on the scale of the loss.
-constexpr float kEpsilon = 1e-12f;
 constexpr int kMaxLevels = 3;
 /// Pruned weights start at no more than this share of the smallest level: near, but not kept.
 constexpr float kPrunedLimit = 0.5f;
 /// And all keep this distance from where their symbol would be another, in the same unit.
 constexpr float kMargin = 0.02f;
-
-/// Adam's factors at step t (from 1): update = -rate * (mean / c1) / (sqrt(square / c2) + eps).
-struct AdamStep {
-  float rate, mean_correction, square_correction;
-  AdamStep(double rate, int64_t t)
-      : rate(static_cast<float>(rate)),
-        mean_correction(static_cast<float>(1 / (1 - std::pow(kMeanDecay, t)))),
-        square_correction(static_cast<float>(1 / (1 - std::pow(kSquareDecay, t)))) {}
-  STBLLM_INLINE float operator()(float gradient, float& mean, float& square) const {
-    mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
-    square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
-    return -rate * (mean * mean_correction) / (std::sqrt(square * square_correction) + kEpsilon);
-  }
-};
 
 STBLLM_INLINE float widen(uint16_t bfloat) {
   const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;

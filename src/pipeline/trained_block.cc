@@ -1,33 +1,52 @@
 #include "stbllm/pipeline/trained_block.h"
 
-#include <torch/torch.h>
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "stbllm/pipeline/adam.h"
 
 namespace stbllm {
-void TrainedVectors::add(at::Tensor& tensor, const std::string& name) {
+namespace {
+
+/// Of biases that are zero or nearly so.
+constexpr double kSmallestUnit = 1e-3;
+
+}  // namespace
+void TrainedVectors::add(at::Tensor& tensor, const std::string& name, bool by_factors) {
   if (!tensor.defined()) return;
-  tensor = tensor.to(at::kFloat).clone().set_requires_grad(true);
-  named_.emplace_back(name, tensor);
+  Vector vector{name, {}, tensor.to(at::kFloat).clone(), {}, {}, {}, {}};
+  if (!by_factors) vector.unit = vector.original.square().mean().sqrt().clamp_min(kSmallestUnit);
+  vector.leaf = vector.original.clone().set_requires_grad(true);
+  vector.moved = at::zeros_like(vector.original);
+  vector.mean = at::zeros_like(vector.original);
+  vector.square = at::zeros_like(vector.original);
+  tensor = vector.leaf;
+  vectors_.push_back(std::move(vector));
 }
 
-void TrainedVectors::add(NormWeights& norm, const std::string& name) {
-  add(norm.weight, name + ".weight");
-  add(norm.bias, name + ".bias");
+void TrainedVectors::add_norm(NormWeights& norm, const std::string& name) {
+  add(norm.weight, name + ".weight", /*by_factors=*/true);
+  add(norm.bias, name + ".bias", /*by_factors=*/false);
 }
+
+void TrainedVectors::add_bias(at::Tensor& bias, const std::string& name) { add(bias, name, /*by_factors=*/false); }
 
 void TrainedVectors::step(double rate) {
-  if (named_.empty()) return;
-  if (adam_ == nullptr) {
-    std::vector<at::Tensor> tensors;
-    for (const auto& [name, tensor] : named_) tensors.push_back(tensor);
-    adam_ = std::make_shared<torch::optim::Adam>(tensors, torch::optim::AdamOptions(rate).betas({0.9, 0.95}));
+  const at::NoGradGuard no_grad;
+  const AdamStep adam(rate, ++steps_);
+  for (Vector& v : vectors_) {
+    const bool by_factors = !v.unit.defined();
+    const at::Tensor gradient = v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit);
+    v.mean.lerp_(gradient, 1 - kMeanDecay);
+    v.square.lerp_(gradient.square(), 1 - kSquareDecay);
+    v.moved.sub_(adam.rate * (v.mean * adam.mean_correction) / ((v.square * adam.square_correction).sqrt() + kAdamEpsilon));
+    v.leaf.detach().copy_(by_factors ? v.original * v.moved.exp() : v.original + v.unit * v.moved);
+    v.leaf.mutable_grad().reset();
   }
-  static_cast<torch::optim::AdamOptions&>(adam_->param_groups()[0].options()).lr(rate);
-  adam_->step();
-  adam_->zero_grad();
 }
 
 void TrainedVectors::write_back(std::map<std::string, at::Tensor>& tensors) const {
-  for (const auto& [name, tensor] : named_) tensors[name] = tensor.detach().clone();
+  for (const Vector& v : vectors_) tensors[v.name] = v.leaf.detach().clone();
 }
 
 TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, bool train_codes)
@@ -39,12 +58,12 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
   weights_.reserve(linears.size());
   for (size_t i = 0; i < linears.size(); ++i) {
     at::Tensor bias = dynamic_cast<const DenseLinear&>(block.linear(linears[i].role)).bias();
-    vectors_.add(bias, linears[i].name + ".bias");
+    vectors_.add_bias(bias, linears[i].name + ".bias");
     weights_.emplace_back(quantized.linears.at(linears[i].name), originals[i], train_codes);
     block.set_linear(linears[i].role, std::make_unique<DenseLinear>(weights_.back().dense(), bias));
   }
-  vectors_.add(block.attn_norm(), spec.attn_norm(block.index()));
-  vectors_.add(block.mlp_norm(), spec.mlp_norm(block.index()));
+  vectors_.add_norm(block.attn_norm(), spec.attn_norm(block.index()));
+  vectors_.add_norm(block.mlp_norm(), spec.mlp_norm(block.index()));
 }
 
 void TrainedBlock::step(const TuneRates& rates) {

@@ -5,33 +5,38 @@
 #include <ATen/core/Tensor.h>
 
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "stbllm/pipeline/latent_weight.h"
 #include "stbllm/pipeline/quantize_block.h"
 
-namespace torch::optim {
-class Optimizer;
-}
-
 namespace stbllm {
 
-/// Tensors under Adam that are not behind codes: norms and biases.
+/// Norms and biases under Adam. The weights of a norm move by factors, w = w0 exp(g): a dimension that carries massive
+/// activations has a weight thousands of times smaller than its neighbours, which a common step would wipe out. Biases move by
+/// shifts in units of their root mean square.
 class TrainedVectors {
  public:
-  /// Replaces `tensor` by a float32 leaf that is trained under `name`; does nothing when it is undefined.
-  void add(at::Tensor& tensor, const std::string& name);
-  /// Makes every norm tensor of `norm`, called `name`, trainable.
-  void add(NormWeights& norm, const std::string& name);
+  /// Replaces every tensor of `norm`, called `name`, by a float32 leaf that is trained.
+  void add_norm(NormWeights& norm, const std::string& name);
+  /// The same for a bias; does nothing when it is undefined.
+  void add_bias(at::Tensor& bias, const std::string& name);
+  /// One step of Adam from the gradients, which are dropped.
   void step(double rate);
   /// Copies of the trained values, by name.
   void write_back(std::map<std::string, at::Tensor>& tensors) const;
 
  private:
-  std::vector<std::pair<std::string, at::Tensor>> named_;
-  std::shared_ptr<torch::optim::Optimizer> adam_;  // made at the first step
+  struct Vector {
+    std::string name;
+    at::Tensor leaf, original;
+    at::Tensor unit;  // of a shift; undefined where the vector moves by factors
+    at::Tensor moved, mean, square;
+  };
+  void add(at::Tensor& tensor, const std::string& name, bool by_factors);
+  std::vector<Vector> vectors_;
+  int64_t steps_ = 0;
 };
 
 class TrainedBlock {

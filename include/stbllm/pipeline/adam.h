@@ -1,0 +1,29 @@
+#pragma once
+// Adam (Kingma and Ba, 2015) for parameters of our own layout.
+
+#include <cmath>
+#include <cstdint>
+
+#include "stbllm/quantize/lanes.h"
+
+namespace stbllm {
+
+inline constexpr double kMeanDecay = 0.9, kSquareDecay = 0.95;
+/// Far below any gradient that matters: steps do not depend on the scale of the loss.
+inline constexpr float kAdamEpsilon = 1e-12f;
+
+/// The factors of step t (from 1), and the change of one parameter by it.
+struct AdamStep {
+  float rate, mean_correction, square_correction;
+  AdamStep(double rate, int64_t t)
+      : rate(static_cast<float>(rate)),
+        mean_correction(static_cast<float>(1 / (1 - std::pow(kMeanDecay, t)))),
+        square_correction(static_cast<float>(1 / (1 - std::pow(kSquareDecay, t)))) {}
+  STBLLM_INLINE float operator()(float gradient, float& mean, float& square) const {
+    mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
+    square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
+    return -rate * (mean * mean_correction) / (std::sqrt(square * square_correction) + kAdamEpsilon);
+  }
+};
+
+}  // namespace stbllm
