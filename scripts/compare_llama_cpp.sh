@@ -57,11 +57,12 @@ fi
 checkpoint=.demo/SmolLM2-135M-Instruct
 python3 scripts/fetch_smollm2.py "$checkpoint"
 
+package=llama-cpp-python==0.3.36  # what the logs of llama.cpp look like depends on it
 programs=(llama-quantize llama-imatrix llama-perplexity llama-bench)
 if [ ! -d "$home/source" ]; then
-  say "downloading the source of llama.cpp: llama-cpp-python (77 MB)"
-  python3 -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d "$home" llama-cpp-python ||
-    die "pip could not download llama-cpp-python; put its source package, llama_cpp_python-*.tar.gz, into $home"
+  say "downloading the source of llama.cpp: $package (77 MB)"
+  python3 -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d "$home" "$package" ||
+    die "pip could not download $package; put its source package, llama_cpp_python-*.tar.gz, into $home"
   rm -rf "$home/unpacked" && mkdir "$home/unpacked"
   tar -xzf "$home"/llama_cpp_python-*.tar.gz -C "$home/unpacked"
   mv "$home"/unpacked/llama_cpp_python-*/vendor/llama.cpp "$home/source" && rm -r "$home/unpacked"
