@@ -168,6 +168,19 @@ TEST_F(Cli, FieldsOfTheRecipeAreOverridden) {
   EXPECT_EQ(ledger["density"], 0.75);
 }
 
+TEST_F(Cli, EffortDecidesWhichStagesRun) {
+  const auto epochs = [&](const std::string& effort) {
+    const Outcome quantized = run_program(quantize(effort, {"--effort", effort, "--set", "distill_lr=0.01", "--json"}));
+    EXPECT_EQ(quantized.status, 0) << quantized.err;
+    const auto recipe = nlohmann::json::parse(quantized.out)["recipe"];
+    EXPECT_EQ(recipe["distill_lr"], 0.01);
+    return std::pair(recipe["tune_epochs"].get<int>(), recipe["distill_epochs"].get<int>());
+  };
+  EXPECT_EQ(epochs("fast"), std::pair(0, 0));
+  EXPECT_EQ(epochs("best"), std::pair(1, 1));
+  expect_fault(quantize("x", {"--effort", "much"}), ErrorCode::kUsage, "--effort");
+}
+
 TEST_F(Cli, DenseExportIsACheckpoint) {
   ASSERT_EQ(run_program(quantize("dense", {"--dense"})).status, 0);
   EXPECT_EQ(list(results_), Args{"dense"});

@@ -77,7 +77,7 @@ TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
         latent.step(decayed({0.01, codes ? 0.01 : 0.0}, step, 60));
       }
       // White inputs instead of those that the layer was quantized for: scales alone must gain, codes more.
-      EXPECT_LT(loss().item<double>(), (codes ? 0.95 : 0.995) * before) << nm.str() << " " << levels << " codes " << codes;
+      EXPECT_LT(loss().item<double>(), (codes ? 0.98 : 0.995) * before) << nm.str() << " " << levels << " codes " << codes;
       latent.write_back();
       expect_exactly_n_kept(layer.weight);
       EXPECT_EQ(layer.weight.symbols.equal(symbols), !codes);

@@ -180,7 +180,7 @@ void measure_quantizer(const QuantizerOptions& options) {
     const auto& [model, recipe] = key;
     fmt::print(
         "derived: {} by {} from 16 x 2048 tokens on this machine: {:.2f} hours = {:.0f} s linears + {:.0f} s "
-        "statistics + {:.0f} s forwards at the rate of the product\n",
+        "statistics + {:.0f} s forwards at the rate of the product; no training\n",
         model, recipe, total.seconds() / 3600, total.linears, total.statistics, total.forwards);
     report["derived"].push_back({{"model", model},
                                  {"recipe", recipe},

@@ -20,9 +20,9 @@ namespace stbllm {
 namespace {
 
 struct Options {
-  std::string checkpoint, recipe = "stbllm", calib, nm, report;
+  std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
-  int64_t samples = 16, seqlen = 2048;
+  int64_t samples = 0, seqlen = 0;  // 0: as the effort says
   uint64_t seed = 0;
   bool dry_run = false, profile = false;
   QuantizeOptions quantize;
@@ -36,6 +36,17 @@ void set_field(nlohmann::json& recipe, const std::string& assignment) {
   const std::string text = assignment.substr(equals + 1);
   const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   recipe[assignment.substr(0, equals)] = value.is_discarded() ? nlohmann::json(text) : value;
+}
+
+/// What --effort makes of the recipe and of the calibration; what was asked for by name stays.
+void apply_effort(Options& options, nlohmann::json& recipe) {
+  const bool best = options.effort == "best";
+  // Training forgets what it does not see: it wants many short windows rather than few long ones.
+  if (options.samples == 0) options.samples = best ? 256 : 16;
+  if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
+  if (options.effort == "default") return;
+  recipe["tune_epochs"] = best ? 1 : 0;
+  recipe["distill_epochs"] = best ? 1 : 0;
 }
 
 /// Text that stands in for a calibration corpus when none was named: never the evaluation split.
@@ -90,6 +101,7 @@ void run(Options options) {
   options.quantize.compare_blocks = !options.report.empty();
   nlohmann::json fields = Recipe::load(options.recipe).to_json();
   if (!options.nm.empty()) fields["nm"] = options.nm;
+  apply_effort(options, fields);
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   const Recipe recipe = Recipe::from_json(fields);
   const ProcessGroup group = ProcessGroup::from_environment();
@@ -180,8 +192,11 @@ void add_quantize(CLI::App& app) {
   command->add_option("--nm", options->nm, "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
   command->add_option("--set", options->fields, "Override a field of the recipe: --set descend=2 --set shrink=0.3");
   command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'");
-  command->add_option("--nsamples", options->samples, "Calibration windows")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--effort", options->effort, "fast: linear algebra alone; default: what the recipe says; best: also tune and distil (--dry-run predicts the minutes)")
+      ->check(CLI::IsMember({"fast", "default", "best"}))
+      ->capture_default_str();
+  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 256")->check(CLI::PositiveNumber);
+  command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions; default 2048, best effort 512")->check(CLI::PositiveNumber);
   command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
   command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks");
   command
