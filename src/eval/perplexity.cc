@@ -43,6 +43,14 @@ void check_windows(const Decoder& decoder, const Windows& windows) {
   }
 }
 
+at::Tensor ids_of(std::span<const std::vector<int32_t>> windows) {
+  const auto seqlen = static_cast<int64_t>(windows.front().size());
+  at::Tensor ids = at::empty({static_cast<int64_t>(windows.size()), seqlen}, at::kInt);
+  for (size_t i = 0; i < windows.size(); ++i)
+    std::ranges::copy(windows[i], ids.data_ptr<int32_t>() + static_cast<int64_t>(i) * seqlen);
+  return ids;
+}
+
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options) {
   const int64_t bytes_per_window =
       seqlen * decoder.spec().hidden * static_cast<int64_t>(at::elementSize(decoder.dtype()));
@@ -66,10 +74,7 @@ at::Tensor final_hidden_states(const Decoder& decoder, std::span<const std::vect
     }
   };
   replace_each_pass([&](const at::Tensor& slice, int64_t first) {
-    at::Tensor ids = at::empty({slice.size(0), seqlen}, at::kInt);
-    for (int64_t i = 0; i < slice.size(0); ++i)
-      std::ranges::copy(windows[static_cast<size_t>(first + i)], ids.data_ptr<int32_t>() + i * seqlen);
-    return decoder.embed(ids);
+    return decoder.embed(ids_of(windows.subspan(static_cast<size_t>(first), static_cast<size_t>(slice.size(0)))));
   });
   const Positions positions = decoder.positions(0, seqlen);
   for (int64_t index = 0; index < decoder.spec().layers; ++index) {

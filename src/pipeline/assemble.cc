@@ -34,6 +34,18 @@ QuantizedRows encode_rows(const at::Tensor& table, RowCoding coding, const std::
   return QuantizedRows::encode(layout, load, name);
 }
 
+/// What a table (rows, cols) becomes by being stored, float32.
+at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name) {
+  if (coding == RowCoding::kKeep) return table;
+  if (coding == RowCoding::kFloat16) return table.to(at::kHalf).to(at::kFloat);
+  const QuantizedRows rows = encode_rows(table, coding, name);
+  at::Tensor result = at::empty(table.sizes(), at::kFloat);
+  at::parallel_for(0, table.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
+  });
+  return result;
+}
+
 /// Writes a model, whatever its container is.
 class ModelWriter {
  public:
@@ -104,15 +116,10 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
 
 }  // namespace
 
-at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name) {
-  if (coding == RowCoding::kKeep) return table;
-  if (coding == RowCoding::kFloat16) return table.to(at::kHalf).to(at::kFloat);
-  const QuantizedRows rows = encode_rows(table, coding, name);
-  at::Tensor result = at::empty(table.sizes(), at::kFloat);
-  at::parallel_for(0, table.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
-  });
-  return result;
+void store_tables(Decoder& decoder, const Recipe& recipe) {
+  const ModelSpec& spec = decoder.spec();
+  const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
+  decoder.set_tables(embedding, spec.tied_head ? embedding : stored_table(decoder.head(), recipe.head, spec.head().name));
 }
 
 void write_packed(PackedWriter& file, const Assembly& assembly) {
@@ -151,11 +158,8 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
 double verify_packed(const fs::path& path, const Assembly& assembly, std::span<const std::vector<int32_t>> windows) {
   const ModelSpec& spec = assembly.spec;
   Decoder dense = Decoder::from_checkpoint(assembly.checkpoint);
-  const at::Tensor embedding = stored_table(dense.embedding(), assembly.recipe.embedding, spec.embedding().name);
-  dense.set_tables(embedding, spec.tied_head ? embedding : stored_table(dense.head(), assembly.recipe.head, spec.head().name));
-  std::vector<at::Tensor> rows;
-  for (const auto& window : windows) rows.push_back(at::tensor(window, at::kInt));
-  at::Tensor dense_hidden = dense.embed(at::stack(rows));
+  store_tables(dense, assembly.recipe);
+  at::Tensor dense_hidden = dense.embed(ids_of(windows));
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = dense.block(i);
     if (i < assembly.quantized_blocks) {

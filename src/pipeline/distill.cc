@@ -12,7 +12,6 @@
 namespace stbllm {
 namespace {
 
-constexpr int64_t kTokensPerStep = 2048;
 /// Tokens whose logits exist at a time.
 constexpr int64_t kTokensPerHead = 256;
 
@@ -85,15 +84,10 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
     *gradient = leaf.grad();
     return sum / tokens;
   };
-  const int64_t step = std::max<int64_t>(1, kTokensPerStep / seqlen);
+  const int64_t step = windows_per_step(seqlen);
   const auto judge = [&] {
-    const int64_t from = holdout > 0 ? training : 0;
-    double sum = 0;
-    for (int64_t first = from; first < windows; first += step) {
-      const int64_t count = std::min(step, windows - first);
-      sum += compare(forward(first, count, nullptr), first, nullptr) * static_cast<double>(count);
-    }
-    return sum / static_cast<double>(windows - from);
+    return held_out_mean(windows, holdout, step,
+                         [&](int64_t first, int64_t count) { return compare(forward(first, count, nullptr), first, nullptr); });
   };
 
   DistillReport report;

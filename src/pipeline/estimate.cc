@@ -157,12 +157,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
       *std::max_element(linears.begin(), linears.end(),
                         [](const LinearSpec& a, const LinearSpec& b) { return a.cols < b.cols; });
   const size_t windows = std::min(kMeasuredWindows, calibration.windows.size());
-  const auto seqlen = static_cast<int64_t>(calibration.windows[0].size());
-  at::Tensor ids = at::empty({static_cast<int64_t>(windows), seqlen}, at::kInt);
-  for (size_t w = 0; w < windows; ++w)
-    std::copy(calibration.windows[w].begin(), calibration.windows[w].end(),
-              ids.data_ptr<int32_t>() + w * seqlen);
-  const at::Tensor hidden = decoder.embed(ids).to(at::kFloat);
+  const at::Tensor hidden = decoder.embed(ids_of(std::span(calibration.windows).first(windows))).to(at::kFloat);
   std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
   for (const LinearSpec& linear : linears)
     if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 #include "stbllm/pipeline/adam.h"
 #include "stbllm/quantize/lanes.h"
@@ -21,20 +21,6 @@ constexpr int kMaxLevels = 3;
 constexpr float kPrunedLimit = 0.5f;
 /// And all keep this distance from where their symbol would be another, in the same unit.
 constexpr float kMargin = 0.02f;
-
-STBLLM_INLINE float widen(uint16_t bfloat) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-/// To the nearest, ties to even; finite values only.
-STBLLM_INLINE uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 /// Levels as the inner loops want them: the value of a kept weight is base + sum of the steps whose border it exceeds.
 struct LevelSteps {
@@ -110,7 +96,7 @@ template <int M>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
   for_each_group<M>(row, levels, [&](int64_t first, int width, const float* value, const int* symbol) {
     const float scale = row.unit_scales[first / row.column_block] * row.gain;
-    for (int j = 0; j < width; ++j) row.dense[first + j] = narrow(value[j] * scale);
+    for (int j = 0; j < width; ++j) row.dense[first + j] = float_to_bfloat16(value[j] * scale);
     if (row.symbols != nullptr)
       for (int j = 0; j < width; ++j) row.symbols[first + j] = static_cast<int8_t>(symbol[j]);
   });
@@ -123,7 +109,7 @@ STBLLM_INLINE float step_row_of(const Row& row, const LevelSteps& levels, const 
   for_each_group<M>(row, levels, [&](int64_t first, int width, const float* value, const int* symbol) {
     const float scale = row.unit_scales[first / row.column_block] * row.gain;
     float product[M] = {};
-    for (int j = 0; j < width; ++j) product[j] = widen(row.gradient[first + j]) * value[j] * scale;
+    for (int j = 0; j < width; ++j) product[j] = bfloat16_to_float(row.gradient[first + j]) * value[j] * scale;
     float sum = 0;
     for (int j = 0; j < M; ++j) sum += product[j];
     gain_gradient += sum;
@@ -131,7 +117,7 @@ STBLLM_INLINE float step_row_of(const Row& row, const LevelSteps& levels, const 
       for (int j = 0; j < width; ++j) level_gradient[l] += std::abs(symbol[j]) == l + 1 ? product[j] : 0.f;
     if (row.mean != nullptr)
       for (int j = 0; j < width; ++j)
-        row.latent[first + j] += adam(widen(row.gradient[first + j]) * scale, row.mean[first + j], row.square[first + j]);
+        row.latent[first + j] += adam(bfloat16_to_float(row.gradient[first + j]) * scale, row.mean[first + j], row.square[first + j]);
   });
   return gain_gradient;
 }
@@ -212,7 +198,7 @@ std::vector<float> LatentWeight::levels_now() const {
   return now;
 }
 
-void LatentWeight::project() {
+void LatentWeight::project(int8_t* symbols) {
   const std::vector<float> now = levels_now();
   const LevelSteps levels(now, train_codes_ ? now : levels_);
   const int64_t cols = latent_.size(1), blocks = unit_scales_.size(1), outliers = static_cast<int64_t>(outlier_columns_.size());
@@ -222,10 +208,10 @@ void LatentWeight::project() {
       const float gain = std::exp(row_gain_.const_data_ptr<float>()[r]);
       project_row(weight_.nm.group,
                   {latent_.data_ptr<float>() + r * cols, nullptr, nullptr, dense + r * cols, nullptr, unit_scales_.data_ptr<float>() + r * blocks,
-                   nullptr, cols, weight_.column_block, weight_.nm.keep, gain},
+                   symbols == nullptr ? nullptr : symbols + r * cols, cols, weight_.column_block, weight_.nm.keep, gain},
                   levels);
       for (int64_t k = 0; k < outliers; ++k)
-        dense[r * cols + outlier_columns_[k]] = narrow(outlier_values_.data_ptr<float>()[r * outliers + k]);
+        dense[r * cols + outlier_columns_[k]] = float_to_bfloat16(outlier_values_.data_ptr<float>()[r * outliers + k]);
     }
   });
 }
@@ -267,15 +253,8 @@ void LatentWeight::step(const TuneRates& rates) {
 int64_t LatentWeight::write_back() {
   const std::vector<float> now = levels_now();
   if (train_codes_) {
-    const LevelSteps levels(now, now);
-    const int64_t cols = latent_.size(1), blocks = unit_scales_.size(1);
-    at::Tensor symbols = at::empty({latent_.size(0), cols}, at::kChar), unused = at::empty({cols}, at::kBFloat16);
-    for (int64_t r = 0; r < latent_.size(0); ++r)
-      project_row(weight_.nm.group,
-                  {latent_.data_ptr<float>() + r * cols, nullptr, nullptr, static_cast<uint16_t*>(unused.data_ptr()), nullptr,
-                   unit_scales_.data_ptr<float>() + r * blocks, symbols.data_ptr<int8_t>() + r * cols, cols, weight_.column_block,
-                   weight_.nm.keep, 1.f},
-                  levels);
+    at::Tensor symbols = at::empty(latent_.sizes(), at::kChar);
+    project(symbols.data_ptr<int8_t>());
     for (const int32_t c : outlier_columns_) symbols.select(1, c).sign_();
     weight_.symbols = symbols;
   }

@@ -37,13 +37,6 @@ std::atomic<bool> g_interrupt{false};
 /// Windows whose logits are compared after packing.
 constexpr size_t kVerifiedWindows = 2;
 
-at::Tensor ids_of(const Windows& windows) {
-  at::Tensor ids = at::empty({static_cast<int64_t>(windows.size()), static_cast<int64_t>(windows[0].size())}, at::kInt);
-  for (size_t i = 0; i < windows.size(); ++i)
-    std::copy(windows[i].begin(), windows[i].end(), ids.data_ptr<int32_t>() + i * windows[0].size());
-  return ids;
-}
-
 /// L2 norm of the weights of each block.
 std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& spec) {
   std::vector<double> norms;
@@ -235,8 +228,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   const bool with_dense = tuning || distilling || options.compare_blocks;
   if (with_dense) embed_windows(dense_hidden = hidden_states());
   // From here on the tables at both ends are what the packed file will hold.
-  const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
-  decoder.set_tables(embedding, spec.tied_head ? embedding : stored_table(decoder.head(), recipe.head, spec.head().name));
+  store_tables(decoder, recipe);
   embed_windows(hidden);
   const std::vector<NmPattern> plan = plan_blocks(checkpoint, decoder, hidden, recipe, group);
   if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along

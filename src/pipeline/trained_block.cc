@@ -12,6 +12,7 @@ namespace {
 constexpr double kSmallestUnit = 1e-3;
 
 }  // namespace
+
 void TrainedVectors::add(at::Tensor& tensor, const std::string& name, bool by_factors) {
   if (!tensor.defined()) return;
   Vector vector{name, {}, tensor.to(at::kFloat).clone(), {}, {}, {}, {}};
@@ -36,10 +37,9 @@ void TrainedVectors::step(double rate) {
   const AdamStep adam(rate, ++steps_);
   for (Vector& v : vectors_) {
     const bool by_factors = !v.unit.defined();
-    const at::Tensor gradient = v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit);
-    v.mean.lerp_(gradient, 1 - kMeanDecay);
-    v.square.lerp_(gradient.square(), 1 - kSquareDecay);
-    v.moved.sub_(adam.rate * (v.mean * adam.mean_correction) / ((v.square * adam.square_correction).sqrt() + kAdamEpsilon));
+    const at::Tensor gradient = (v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit)).contiguous();
+    for (int64_t i = 0; i < gradient.numel(); ++i)
+      v.moved.data_ptr<float>()[i] += adam(gradient.data_ptr<float>()[i], v.mean.data_ptr<float>()[i], v.square.data_ptr<float>()[i]);
     v.leaf.detach().copy_(by_factors ? v.original * v.moved.exp() : v.original + v.unit * v.moved);
     v.leaf.mutable_grad().reset();
   }

@@ -25,15 +25,9 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
     const at::Tensor out = block.forward(inputs.narrow(0, first, count), positions);
     return ((out - targets.narrow(0, first, count)).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
   };
-  const int64_t step = std::max<int64_t>(1, 2048 / seqlen);
+  const int64_t step = windows_per_step(seqlen);
   const auto judge = [&] {
-    const int64_t from = holdout > 0 ? training : 0;
-    double sum = 0;
-    for (int64_t first = from; first < windows; first += step) {
-      const int64_t count = std::min(step, windows - first);
-      sum += loss_of(first, count).item<double>() * static_cast<double>(count);
-    }
-    return sum / static_cast<double>(windows - from);
+    return held_out_mean(windows, holdout, step, [&](int64_t first, int64_t count) { return loss_of(first, count).item<double>(); });
   };
 
   TuneReport report;

@@ -3,15 +3,14 @@
 #include "stbllm/pipeline/distill.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include "stbllm/pipeline/load_model.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
+#include "support/threads.h"
 #include "support/tiny_checkpoint.h"
 
 namespace stbllm {
@@ -43,8 +42,7 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe) {
   const ModelSpec& spec = student.spec();
   const Calibration calibration =
       make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, kSeqlen, /*seed=*/0);
-  at::Tensor ids = at::empty({kWindows, kSeqlen}, at::kInt);
-  for (int64_t w = 0; w < kWindows; ++w) ids[w].copy_(at::tensor(calibration.windows[w], at::kInt));
+  const at::Tensor ids = ids_of(calibration.windows);
   Distilled result;
   at::Tensor hidden = student.embed(ids), dense_hidden = hidden;
   for (int64_t i = 0; i < spec.layers; ++i) {
@@ -80,15 +78,11 @@ TEST(Distill, KeepsExactlyNOfEveryGroup) {
 TEST(Distill, DoesNotDependOnThreads) {
   Recipe recipe = distilled_recipe(0.004);
   recipe.distill_epochs = 2;
-  const int before = at::get_num_threads();
   std::vector<Distilled> runs;
   for (const int threads : {1, 2}) {
-    at::set_num_threads(threads);
-    omp_set_num_threads(threads);
+    const test::Threads scope(threads);
     runs.push_back(run(test::tiny_llama(), recipe));
   }
-  at::set_num_threads(before);
-  omp_set_num_threads(before);
   EXPECT_EQ(runs[0].report.divergence_after, runs[1].report.divergence_after);
   for (size_t i = 0; i < runs[0].blocks.size(); ++i)
     for (const auto& [name, weight] : runs[0].blocks[i].linears)

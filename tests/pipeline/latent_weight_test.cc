@@ -3,12 +3,11 @@
 #include "stbllm/pipeline/latent_weight.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/quantize/quantize_linear.h"
+#include "support/threads.h"
 
 namespace stbllm {
 namespace {
@@ -115,11 +114,9 @@ TEST(LatentWeight, WritesTheStateOfNowHoweverOftenItIsAsked) {
 }
 
 TEST(LatentWeight, DoesNotDependOnThreads) {
-  const int before = at::get_num_threads();
   std::vector<at::Tensor> results;
   for (const int threads : {1, 2}) {
-    at::set_num_threads(threads);
-    omp_set_num_threads(threads);
+    const test::Threads scope(threads);
     Layer layer = make_layer({2, 4}, 3, 96, 128);
     LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
     for (int64_t step = 0; step < 5; ++step) {
@@ -128,8 +125,6 @@ TEST(LatentWeight, DoesNotDependOnThreads) {
     }
     results.push_back(latent.dense().detach().clone());
   }
-  at::set_num_threads(before);
-  omp_set_num_threads(before);
   EXPECT_TRUE(results[0].equal(results[1]));
 }
 

@@ -4,9 +4,7 @@
 #include "stbllm/pipeline/quantize_model.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
-#include <omp.h>
 #include <signal.h>
 #include <sys/resource.h>
 
@@ -24,6 +22,7 @@
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/scratch_directory.h"
+#include "support/threads.h"
 #include "support/tiny_checkpoint.h"
 
 namespace stbllm {
@@ -48,20 +47,6 @@ std::vector<std::string> list(const fs::path& directory) {
   std::ranges::sort(names);
   return names;
 }
-
-/// Runs a scope with so many threads.
-class Threads {
- public:
-  explicit Threads(int count) : before_(at::get_num_threads()) { set(count); }
-  ~Threads() { set(before_); }
-
- private:
-  static void set(int count) {
-    at::set_num_threads(count);
-    omp_set_num_threads(count);
-  }
-  int before_;
-};
 
 /// In a scope no file of this process grows beyond so many bytes.
 class FullDisk {
@@ -243,11 +228,11 @@ TEST_P(SameBytes, WhateverTheNumberOfThreads) {
   const Workplace place(test::tiny_llama());
   fs::path one, two;
   {
-    const Threads threads(1);
+    const test::Threads threads(1);
     one = place.quantize(recipe_, "one");
   }
   {
-    const Threads threads(2);
+    const test::Threads threads(2);
     two = place.quantize(recipe_, "two");
   }
   EXPECT_TRUE(read_bytes(one) == read_bytes(two));

@@ -4,15 +4,14 @@
 #include "stbllm/pipeline/tune.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include "stbllm/model/decoder.h"
 #include "stbllm/pipeline/pack_weight.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
+#include "support/threads.h"
 #include "support/tiny_checkpoint.h"
 
 namespace stbllm {
@@ -41,8 +40,7 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
   const Decoder decoder = Decoder::from_checkpoint(checkpoint);
   const Calibration calibration = make_calibration(checkpoint, test::write_calibration_text(scratch.path()),
                                                    kWindows, kSeqlen, /*seed=*/0);
-  at::Tensor ids = at::empty({kWindows, kSeqlen}, at::kInt);
-  for (int64_t w = 0; w < kWindows; ++w) ids[w].copy_(at::tensor(calibration.windows[w], at::kInt));
+  const at::Tensor ids = ids_of(calibration.windows);
   const at::Tensor hidden = decoder.embed(ids).to(at::kFloat);
 
   Tuned tuned;
@@ -91,15 +89,11 @@ TEST(TuneBlock, LeavesCodesAloneWithoutACodeRate) {
 
 TEST(TuneBlock, DoesNotDependOnThreads) {
   const Recipe recipe = tuned_recipe("stbllm");
-  const int before = at::get_num_threads();
   std::vector<Tuned> runs;
   for (const int threads : {1, 2}) {
-    at::set_num_threads(threads);
-    omp_set_num_threads(threads);
+    const test::Threads scope(threads);
     runs.push_back(tune_first_block(test::tiny_opt(), recipe));
   }
-  at::set_num_threads(before);
-  omp_set_num_threads(before);
   EXPECT_EQ(runs[0].report.loss_after, runs[1].report.loss_after);
   for (const auto& [name, weight] : runs[0].quantized.linears)
     EXPECT_TRUE(weight.to_dense().equal(runs[1].quantized.linears.at(name).to_dense())) << name;

@@ -1,7 +1,6 @@
 #pragma once
 // Element access to activations, one at a time: for the reference and for tests.
 
-#include <bit>
 #include <cstdint>
 
 #include "stbllm/backend/backend.h"
@@ -11,16 +10,6 @@
 namespace stbllm {
 
 constexpr int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
-
-/// bfloat16 -> binary32, exact.
-inline float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
-
-/// binary32 -> bfloat16, round to nearest even; NaN stays NaN.
-inline uint16_t float_to_bfloat16(float f) {
-  const uint32_t bits = std::bit_cast<uint32_t>(f);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
 inline float load_element(const ActivationView& view, int64_t index) {
   if (view.type == ElementType::kFloat32) return static_cast<const float*>(view.data)[index];

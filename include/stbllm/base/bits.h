@@ -70,4 +70,14 @@ constexpr int64_t binomial(int n, int k) {
 /// The smallest number of bits that can tell `states` (>= 1) values apart.
 constexpr int bits_for(uint64_t states) { return states <= 1 ? 0 : std::bit_width(states - 1); }
 
+/// bfloat16 -> binary32, exact.
+inline float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
+
+/// binary32 -> bfloat16, round to nearest even; NaN stays NaN.
+inline uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 }  // namespace stbllm

@@ -42,6 +42,9 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
 /// positions; Error(kMismatch) for an id beyond the vocabulary.
 void check_windows(const Decoder& decoder, const Windows& windows);
 
+/// Token ids (windows, seqlen), int32.
+at::Tensor ids_of(std::span<const std::vector<int32_t>> windows);
+
 /// How many windows stay within the bound; a multiple of what goes through a block in one call.
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options);
 

@@ -19,7 +19,7 @@ namespace stbllm {
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;  ///< of weights and activations: float32 or bfloat16
   /// Of the products with dense linears; unset: dtype. The weights stay in dtype beside.
-  std::optional<at::ScalarType> product_dtype;
+  std::optional<at::ScalarType> product_dtype = std::nullopt;
   at::Device device = at::kCPU;
   bool keep_blocks = false;  ///< a dense block, once loaded (and perhaps changed by its user), stays
 };

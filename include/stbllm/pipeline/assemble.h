@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <functional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "stbllm/model/decoder.h"
@@ -23,8 +22,8 @@ struct Assembly {
   std::function<QuantizedBlock(int64_t)> quantized;  ///< a finished block
 };
 
-/// What a table (rows, cols) becomes by being stored, float32.
-at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name);
+/// Replaces the tables at both ends of a dense decoder by what the packed file will hold.
+void store_tables(Decoder& decoder, const Recipe& recipe);
 
 /// Adds all tensors to `file`, in the order of the checkpoint's blocks.
 void write_packed(PackedWriter& file, const Assembly& assembly);

@@ -43,7 +43,8 @@ class LatentWeight {
   struct Moments {
     at::Tensor mean, square;
   };
-  void project();
+  /// Fills dense_ and, unless null, symbols (rows, cols) from the parameters.
+  void project(int8_t* symbols = nullptr);
   std::vector<float> levels_now() const;
 
   BinarizedWeight& weight_;

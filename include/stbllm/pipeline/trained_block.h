@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <vector>
@@ -39,6 +40,22 @@ class TrainedVectors {
   int64_t steps_ = 0;
 };
 
+/// Windows that one step of training sees: about 2048 tokens.
+inline int64_t windows_per_step(int64_t seqlen) { return std::max<int64_t>(1, 2048 / seqlen); }
+
+/// Mean over windows of loss(first, count), which is the mean of `count` windows from `first` on: over the last `holdout` of
+/// `windows`, or over all when there are none. `step` windows at a time.
+template <typename Loss>
+double held_out_mean(int64_t windows, int64_t holdout, int64_t step, const Loss& loss) {
+  const int64_t from = holdout > 0 ? windows - holdout : 0;
+  double sum = 0;
+  for (int64_t first = from; first < windows; first += step) {
+    const int64_t count = std::min(step, windows - first);
+    sum += loss(first, count) * static_cast<double>(count);
+  }
+  return sum / static_cast<double>(windows - from);
+}
+
 class TrainedBlock {
  public:
   /// `block` holds the dense weights; its linears, norms and biases are replaced by trainable forms of `quantized`, until
@@ -52,7 +69,7 @@ class TrainedBlock {
 
  private:
   QuantizedBlock& quantized_;
-  std::vector<LatentWeight> weights_;  // in the order of block_.linears()
+  std::vector<LatentWeight> weights_;  // in the order of the block's linears
   TrainedVectors vectors_;
 };
 
