@@ -179,11 +179,11 @@ void run(Options options) {
 
 void add_quantize(CLI::App& app) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand(
-      "quantize",
-      "Turn a HuggingFace checkpoint into one packed file.\n\n"
+  CLI::App* command = app.add_subcommand("quantize", "Turn a HuggingFace checkpoint into one packed file");
+  command->footer(
       "Several processes share the calibration when each is started with the same command and the environment\n"
-      "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes the result.");
+      "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes the result.\n\n" +
+      app.get_footer());
   command->add_option("checkpoint", options->checkpoint, "Directory with config.json, weights and tokenizer")->required();
   command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")->required();
   std::string names;
