@@ -22,6 +22,11 @@ struct Head {
   at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(at::kBFloat16), weight).to(at::kFloat); }
 };
 
+/// A block's inputs and outputs with what lies between them, for one step.
+struct Passed {
+  at::Tensor input, output;
+};
+
 /// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads; with `gradient`, its derivative
 /// with respect to x goes there.
 double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y, at::Tensor* gradient) {
@@ -57,11 +62,14 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   if (spec.has_final_norm) outer.add_norm(student.final_norm(), spec.final_norm());
   const Head student_head(student.head()), teacher_head(teacher.head());
 
-  const auto forward = [&](int64_t first, int64_t count, std::vector<at::Tensor>* inputs) {
+  const auto forward = [&](int64_t first, int64_t count, std::vector<Passed>* tape) {
     at::Tensor hidden = student.embed(ids.narrow(0, first, count));
     for (const auto& layer : layers) {
-      if (inputs != nullptr) inputs->push_back(hidden);
-      hidden = layer->forward(hidden, positions);
+      const at::AutoGradMode with_grad(tape != nullptr);
+      if (tape != nullptr) hidden = hidden.detach().set_requires_grad(true);
+      at::Tensor out = layer->forward(hidden, positions);
+      if (tape != nullptr) tape->push_back({hidden, out});
+      hidden = out.detach();
     }
     return hidden;
   };
@@ -101,19 +109,15 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
     for (int64_t first = 0; first < training; first += step) {
       const TuneRates rates = decayed({recipe.distill_lr, recipe.distill_code_lr}, done, total_steps);
       const int64_t count = std::min(step, training - first);
-      std::vector<at::Tensor> inputs;
-      const at::Tensor hidden = forward(first, count, &inputs);
+      std::vector<Passed> tape;
+      const at::Tensor hidden = forward(first, count, &tape);
       at::Tensor gradient;
       sum += compare(hidden, first, &gradient) * static_cast<double>(count);
       outer.step(rates.gains);
       for (int64_t i = spec.layers - 1; i >= 0; --i) {
-        at::Tensor leaf = inputs[i].set_requires_grad(true);
-        {
-          const at::AutoGradMode with_grad(true);
-          layers[i]->forward(leaf, positions).backward(gradient);
-        }
-        gradient = leaf.grad();
-        inputs.pop_back();
+        tape.back().output.backward(gradient);
+        gradient = tape.back().input.grad();
+        tape.pop_back();
         if (i < static_cast<int64_t>(trained.size())) trained[i].step(rates);
       }
       progress.update(++done, fmt::format("divergence {:.4f}", sum / static_cast<double>(first + count)));

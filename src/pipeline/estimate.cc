@@ -17,12 +17,16 @@
 #include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 #include "stbllm/pipeline/quantize_block.h"
+#include "stbllm/text/tokenizer.h"
 
 namespace stbllm {
 namespace {
 
 /// Windows that the measured forward pass sees: the first call of a product is slow, more are not needed.
 constexpr size_t kMeasuredWindows = 2;
+
+/// Names, shapes, checksums and results in the header of a packed file: up to 5 planes of a linear, and all else.
+constexpr int64_t kHeaderBytesPerLinear = 1600, kHeaderBytes = 32 << 10;
 
 int64_t resident_bytes() {
   std::ifstream file("/proc/self/statm");
@@ -56,6 +60,17 @@ int64_t dense_tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tenso
   }
   const auto bytes = static_cast<int64_t>(checkpoint.load(tensor.name, tensor.shape).nbytes());
   checkpoint.release(tensor.name);
+  return bytes;
+}
+
+/// Of everything but the linears' weights, as `recipe` stores it.
+int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, const Recipe& recipe) {
+  int64_t bytes = 0;
+  for (const TensorSpec& tensor : spec.other_tensors())
+    bytes += dense_tensor_bytes(checkpoint, tensor,
+                                tensor.name == spec.embedding().name ? recipe.embedding
+                                : tensor.name == spec.head().name    ? recipe.head
+                                                                     : RowCoding::kKeep);
   return bytes;
 }
 
@@ -124,6 +139,19 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
 
 }  // namespace
 
+double bits_for_file(const Checkpoint& checkpoint, const Recipe& recipe, int64_t file_bytes) {
+  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+  const auto as_metadata = [](const std::string& text) { return static_cast<int64_t>(nlohmann::json(text).dump().size()); };
+  const int64_t linears = spec.layers * static_cast<int64_t>(spec.linears(0).size());
+  const int64_t header = as_metadata(checkpoint.config().dump()) + as_metadata(Tokenizer::load(checkpoint.directory())->serialize()) +
+                         kHeaderBytesPerLinear * linears + kHeaderBytes;
+  const int64_t left = file_bytes - header - other_tensor_bytes(checkpoint, spec, recipe);
+  if (left <= 0)
+    fail(ErrorCode::kUsage, "--target-size {}: embedding, norms, tokenizer and header alone take {} bytes; raise it, or store the embedding in fewer bits",
+         file_bytes, file_bytes - left);
+  return 8.0 * static_cast<double>(left) / static_cast<double>(spec.linear_weights());
+}
+
 MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
                        const QuantizeOptions& options) {
   const int64_t in_memory = peak_memory(spec, calibration, recipe, options, /*spill=*/false);
@@ -191,12 +219,10 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
       layout.outliers = std::min(outliers, linear.cols);
       estimate.linear_bytes += layout_bytes(layout);
     }
-  for (const TensorSpec& tensor : spec.other_tensors())
-    estimate.dense_bytes += dense_tensor_bytes(checkpoint, tensor,
-                                               options.dense_output                   ? RowCoding::kKeep
-                                               : tensor.name == spec.embedding().name ? recipe.embedding
-                                               : tensor.name == spec.head().name      ? recipe.head
-                                                                                      : RowCoding::kKeep);
+  if (recipe.allocation == Allocation::kBudget && !options.dense_output)
+    estimate.linear_bytes = static_cast<int64_t>(recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights()) *
+                                                 static_cast<double>(quantized_blocks) / static_cast<double>(spec.layers));
+  estimate.dense_bytes += other_tensor_bytes(checkpoint, spec, options.dense_output ? Recipe() : recipe);
   estimate.exact = options.dense_output || (recipe.max_salient == 0 && recipe.max_outliers == 0 &&
                                             recipe.allocation == Allocation::kUniform);
 

@@ -6,12 +6,16 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 #include "stbllm/pipeline/adam.h"
 #include "stbllm/quantize/lanes.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // what takes and returns vectors here is always inlined
 
 namespace stbllm {
 namespace {
@@ -22,6 +26,17 @@ constexpr float kPrunedLimit = 0.5f;
 /// And all keep this distance from where their symbol would be another, in the same unit.
 constexpr float kMargin = 0.02f;
 
+/// kLanes neighbours of a row: one vector register, or a few.
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using IntLanes = int32_t __attribute__((vector_size(4 * kLanes)));
+
+STBLLM_INLINE Lanes load(const float* from, int count) {
+  Lanes x = {};
+  std::memcpy(&x, from, sizeof(float) * count);
+  return x;
+}
+STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
+
 /// Levels as the inner loops want them: the value of a kept weight is base + sum of the steps whose border it exceeds.
 struct LevelSteps {
   float base = 0;
@@ -29,40 +44,68 @@ struct LevelSteps {
   int count = 1;
   /// `placed`: the levels that decide which one a latent belongs to.
   LevelSteps(const std::vector<float>& levels, const std::vector<float>& placed) : base(levels[0]), count(static_cast<int>(levels.size())) {
+    border.fill(std::numeric_limits<float>::infinity());
     for (int l = 0; l + 1 < count; ++l) {
       border[l] = (placed[l] + placed[l + 1]) / 2;
       step[l] = levels[l + 1] - levels[l];
     }
   }
+  STBLLM_INLINE IntLanes level(Lanes latent) const {
+    IntLanes level = {};
+    for (const float b : border) level -= magnitude_of(latent) > b;  // a comparison that holds gives -1
+    return level;
+  }
+  STBLLM_INLINE Lanes value(Lanes latent) const {
+    Lanes v = base + Lanes{};
+    for (int l = 0; l < kMaxLevels - 1; ++l) v += magnitude_of(latent) > border[l] ? step[l] + Lanes{} : Lanes{};
+    return (Lanes)((IntLanes)v | ((IntLanes)latent & INT32_MIN));
+  }
 };
 
-/// Symbols (0, +-(1 + level)) and their values for the M latents of one group. Rank of a weight: how many magnitudes of the
-/// group come before it, the earlier column first among equals.
+/// The neighbours j + 1, j + 2, .. of each lane j in its group of M, the last one before the first; `wrapped` where that is
+/// an earlier one.
 template <int M>
-STBLLM_INLINE void project_group(const float* latent, int keep, const LevelSteps& levels, float* value, int* symbol) {
-  float magnitude[M];
-  int rank[M];
-  for (int j = 0; j < M; ++j) {
-    magnitude[j] = std::fabs(latent[j]);
-    rank[j] = 0;
+struct Rotations {
+  std::array<std::array<int32_t, kLanes>, M> partner{}, wrapped{};
+  constexpr Rotations() {
+    for (int r = 1; r < M; ++r)
+      for (int j = 0; j < kLanes; ++j) {
+        partner[r][j] = j / M * M + (j + r) % M;
+        wrapped[r][j] = partner[r][j] < j ? -1 : 0;
+      }
   }
-  for (int c = 0; c < M; ++c)
-    for (int j = 0; j < M; ++j) rank[j] += c < j ? magnitude[c] >= magnitude[j] : magnitude[c] > magnitude[j];
-  for (int j = 0; j < M; ++j) {
-    float v = levels.base;
-    int s = 1;
-    for (int l = 0; l < kMaxLevels - 1; ++l) {
-      const bool above = l + 1 < levels.count && magnitude[j] > levels.border[l];
-      v += above ? levels.step[l] : 0.f;
-      s += above;
-    }
-    const bool kept = rank[j] < keep;
-    value[j] = kept ? std::copysign(v, latent[j]) : 0.f;
-    symbol[j] = kept ? (std::signbit(latent[j]) ? -s : s) : 0;
-  }
+};
+template <int M>
+constexpr Rotations<M> kRotations;
+
+STBLLM_INLINE Lanes shuffle(Lanes x, const std::array<int32_t, kLanes>& from) {
+#if defined(__clang__)
+  Lanes y;
+  for (int j = 0; j < kLanes; ++j) y[j] = x[from[j]];
+  return y;
+#else
+  IntLanes index;
+  std::memcpy(&index, from.data(), sizeof(index));
+  return __builtin_shuffle(x, index);
+#endif
 }
 
-/// A row of a matrix in training. The last group may be narrower than M: what lies behind it counts as smaller than anything.
+/// -1 for the `keep` largest magnitudes of each group of M, the earlier column first among equals, else 0. The last group of a
+/// row may be narrower than M: what lies behind it counts as zeros.
+template <int M>
+STBLLM_INLINE IntLanes keep_largest(Lanes latent, int keep) {
+  const Lanes magnitude = magnitude_of(latent);
+  IntLanes before = {};  // how many of the group come first
+  for (int r = 1; r < M; ++r) {
+    const Lanes other = shuffle(magnitude, kRotations<M>.partner[r]);
+    IntLanes wrapped;
+    std::memcpy(&wrapped, kRotations<M>.wrapped[r].data(), sizeof(wrapped));
+    before -= (other > magnitude) | ((other == magnitude) & wrapped);
+  }
+  return before < keep;
+}
+
+/// A row of a matrix in training.
 struct Row {
   float* latent;
   float *mean, *square;      // null when codes stay
@@ -75,64 +118,60 @@ struct Row {
   float gain;
 };
 
-template <int M, typename Visit>
-STBLLM_INLINE void for_each_group(const Row& row, const LevelSteps& levels, const Visit& visit) {
-  float value[M];
-  int symbol[M];
-  for (int64_t first = 0; first < row.cols; first += M) {
-    const int width = static_cast<int>(std::min<int64_t>(M, row.cols - first));
-    if (width == M) {
-      project_group<M>(row.latent + first, row.keep, levels, value, symbol);
-    } else {
-      float padded[M] = {};
-      std::copy_n(row.latent + first, width, padded);
-      project_group<M>(padded, std::min(row.keep, width), levels, value, symbol);
-    }
-    visit(first, width, value, symbol);
+/// Calls visit(first column, columns, scale) for at most kLanes columns under one scale at a time.
+template <typename Visit>
+STBLLM_INLINE void for_each_lanes(const Row& row, const Visit& visit) {
+  for (int64_t block = 0, begin = 0; begin < row.cols; ++block, begin += row.column_block) {
+    const int64_t end = std::min(row.cols, begin + row.column_block);
+    const float scale = row.unit_scales[block] * row.gain;
+    int64_t first = begin;
+    for (; first + kLanes <= end; first += kLanes) visit(first, kLanes, scale);
+    if (first < end) visit(first, static_cast<int>(end - first), scale);
   }
 }
 
 template <int M>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
-  for_each_group<M>(row, levels, [&](int64_t first, int width, const float* value, const int* symbol) {
-    const float scale = row.unit_scales[first / row.column_block] * row.gain;
-    for (int j = 0; j < width; ++j) row.dense[first + j] = float_to_bfloat16(value[j] * scale);
-    if (row.symbols != nullptr)
-      for (int j = 0; j < width; ++j) row.symbols[first + j] = static_cast<int8_t>(symbol[j]);
+  for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
+    const Lanes latent = load(row.latent + first, count);
+    const IntLanes kept = keep_largest<M>(latent, row.keep);
+    const Lanes value = (Lanes)((IntLanes)(levels.value(latent) * scale) & kept);
+    for (int j = 0; j < count; ++j) row.dense[first + j] = float_to_bfloat16(value[j]);
+    if (row.symbols == nullptr) return;
+    const IntLanes symbol = (1 + levels.level(latent)) & kept;
+    for (int j = 0; j < count; ++j) row.symbols[first + j] = static_cast<int8_t>(std::signbit(latent[j]) ? -symbol[j] : symbol[j]);
   });
 }
 
-/// Moves the latents; adds the row's share of the gradients of its gain (the return value) and of the levels' gains.
+/// Moves the latents; adds the row's share of the gradients of the levels' gains, whose sum is that of the row's own gain.
 template <int M>
-STBLLM_INLINE float step_row_of(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
-  float gain_gradient = 0;
-  for_each_group<M>(row, levels, [&](int64_t first, int width, const float* value, const int* symbol) {
-    const float scale = row.unit_scales[first / row.column_block] * row.gain;
-    float product[M] = {};
-    for (int j = 0; j < width; ++j) product[j] = bfloat16_to_float(row.gradient[first + j]) * value[j] * scale;
-    float sum = 0;
-    for (int j = 0; j < M; ++j) sum += product[j];
-    gain_gradient += sum;
-    for (int l = 0; l < levels.count; ++l)
-      for (int j = 0; j < width; ++j) level_gradient[l] += std::abs(symbol[j]) == l + 1 ? product[j] : 0.f;
-    if (row.mean != nullptr)
-      for (int j = 0; j < width; ++j)
-        row.latent[first + j] += adam(bfloat16_to_float(row.gradient[first + j]) * scale, row.mean[first + j], row.square[first + j]);
+STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
+  Lanes sums[kMaxLevels] = {};
+  for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
+    float gradient[kLanes] = {};
+    for (int j = 0; j < count; ++j) gradient[j] = bfloat16_to_float(row.gradient[first + j]) * scale;
+    const Lanes latent = load(row.latent + first, count);
+    const IntLanes kept = keep_largest<M>(latent, row.keep), level = levels.level(latent);
+    const Lanes share = (Lanes)((IntLanes)(load(gradient, kLanes) * levels.value(latent)) & kept);
+    for (int l = 0; l < levels.count; ++l) sums[l] += (Lanes)((IntLanes)share & (level == l));
+    if (row.mean == nullptr) return;
+    for (int j = 0; j < count; ++j) row.latent[first + j] += adam(gradient[j], row.mean[first + j], row.square[first + j]);
   });
-  return gain_gradient;
+  for (int l = 0; l < levels.count; ++l)
+    for (int lane = 0; lane < kLanes; ++lane) level_gradient[l] += sums[l][lane];
 }
 
 STBLLM_CLONES void project_row_4(const Row& row, const LevelSteps& levels) { project_row_of<4>(row, levels); }
 STBLLM_CLONES void project_row_8(const Row& row, const LevelSteps& levels) { project_row_of<8>(row, levels); }
 STBLLM_CLONES void project_row_16(const Row& row, const LevelSteps& levels) { project_row_of<16>(row, levels); }
-STBLLM_CLONES float step_row_4(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
-  return step_row_of<4>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_4(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
+  step_row_of<4>(row, levels, adam, level_gradient);
 }
-STBLLM_CLONES float step_row_8(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
-  return step_row_of<8>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_8(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
+  step_row_of<8>(row, levels, adam, level_gradient);
 }
-STBLLM_CLONES float step_row_16(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
-  return step_row_of<16>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_16(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
+  step_row_of<16>(row, levels, adam, level_gradient);
 }
 
 void project_row(int group, const Row& row, const LevelSteps& levels) {
@@ -231,12 +270,13 @@ void LatentWeight::step(const TuneRates& rates) {
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float& log_gain = row_gain_.data_ptr<float>()[r];
-      const float gain_gradient =
-          step_row({latent_.data_ptr<float>() + r * cols, codes ? latent_moments_.mean.data_ptr<float>() + r * cols : nullptr,
+      float* level_gradient = level_gradients.data_ptr<float>() + r * level_count;
+      step_row({latent_.data_ptr<float>() + r * cols, codes ? latent_moments_.mean.data_ptr<float>() + r * cols : nullptr,
                     codes ? latent_moments_.square.data_ptr<float>() + r * cols : nullptr, nullptr,
                     static_cast<const uint16_t*>(gradient.data_ptr()) + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr, cols,
                     weight_.column_block, weight_.nm.keep, std::exp(log_gain)},
-                   levels, code_adam, level_gradients.data_ptr<float>() + r * level_count);
+                   levels, code_adam, level_gradient);
+      const float gain_gradient = std::accumulate(level_gradient, level_gradient + level_count, 0.f);
       log_gain += gain_adam(gain_gradient, row_moments_.mean.data_ptr<float>()[r], row_moments_.square.data_ptr<float>()[r]);
     }
   });

@@ -18,12 +18,11 @@
 #include "stbllm/pipeline/assemble.h"
 #include "stbllm/pipeline/distill.h"
 #include "stbllm/pipeline/estimate.h"
+#include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/tune.h"
 #include "stbllm/pipeline/work_directory.h"
-#include "stbllm/plan/allocate.h"
-#include "stbllm/quantize/nm_select.h"
 #include "stbllm/text/corpus.h"
 #include "stbllm/text/tokenizer.h"
 
@@ -36,68 +35,6 @@ std::atomic<bool> g_interrupt{false};
 
 /// Windows whose logits are compared after packing.
 constexpr size_t kVerifiedWindows = 2;
-
-/// L2 norm of the weights of each block.
-std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& spec) {
-  std::vector<double> norms;
-  for (int64_t i = 0; i < spec.layers; ++i) {
-    double sum = 0;
-    for (const LinearSpec& linear : spec.linears(i)) {
-      const TensorSpec weight = linear.weight();
-      sum += checkpoint.load(weight.name, weight.shape).to(at::kFloat).square().sum(1, false, at::kDouble).sum().item<double>();
-      checkpoint.release(weight.name);
-    }
-    norms.push_back(std::sqrt(sum));
-  }
-  return norms;
-}
-
-/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass that takes `hidden` along.
-std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hidden, const ProcessGroup& group) {
-  const ModelSpec& spec = decoder.spec();
-  std::vector<double> shares;
-  log::Progress progress("scores for the outlier allocation: block", spec.layers);
-  for (int64_t i = 0; i < spec.layers; ++i) {
-    const auto block = decoder.block(i);
-    std::array<at::Tensor, kTapCount> norm_sq;
-    advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& inputs, bool) {
-      at::Tensor& sum = norm_sq[static_cast<size_t>(tap)];
-      const at::Tensor squares = inputs.reshape({-1, inputs.size(-1)}).square().sum(0);
-      sum = sum.defined() ? sum + squares : squares;
-    });
-    for (at::Tensor& sum : norm_sq)
-      if (sum.defined()) group.all_reduce(sum);
-    double total = 0, above = 0;
-    int64_t count = 0;
-    std::vector<at::Tensor> scores;
-    for (const LinearSpec& linear : block->linears()) {
-      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight();
-      scores.push_back(importance(weight.t().contiguous(), norm_sq[static_cast<size_t>(linear.tap)], {}, Importance::kWanda));
-      total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
-      count += scores.back().numel();
-    }
-    const float threshold = static_cast<float>(6 * total / static_cast<double>(count));
-    for (const at::Tensor& score : scores) above += score.gt(threshold).sum().item<double>();
-    shares.push_back(100 * above / static_cast<double>(count));
-    progress.update(i + 1);
-  }
-  return shares;
-}
-
-/// One N:M per block. `hidden` holds what the embedding gives and is used up where `recipe` asks for a pass.
-std::vector<NmPattern> plan_blocks(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, const Recipe& recipe,
-                                   const ProcessGroup& group) {
-  const StageTimer timer("plan");
-  switch (recipe.allocation) {
-    case Allocation::kNorm:
-      return allocate_by_norm(recipe.nm, block_norms(checkpoint, decoder.spec()));
-    case Allocation::kOutlier:
-      return allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
-    case Allocation::kUniform:
-      break;
-  }
-  return std::vector<NmPattern>(decoder.spec().layers, recipe.nm);
-}
 
 /// What BlockResult holds of two streams of hidden states (windows, seqlen, hidden), a window at a time.
 BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group) {
@@ -230,10 +167,12 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   // From here on the tables at both ends are what the packed file will hold.
   store_tables(decoder, recipe);
   embed_windows(hidden);
-  const std::vector<NmPattern> plan = plan_blocks(checkpoint, decoder, hidden, recipe, group);
+  const Plan plan = [&] {
+    const StageTimer timer("plan");
+    return plan_model(checkpoint, decoder, hidden, holdout, recipe, group);
+  }();
   if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along
-  log::info("plan: {} ({}), mean kept {:.4f}", describe(plan), nlohmann::json(recipe.to_json())["allocation"].get<std::string>(),
-            mean_density(plan));
+  log::info("plan: {} ({})", describe(plan), recipe.to_json()["allocation"].get<std::string>());
 
   QuantizeResult result;
   {
@@ -257,7 +196,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
           exchange(*quantized, block->linears(), std::vector<int>(block->linears().size(), 0), group);
           install(*quantized, *block, spec);
         } else {
-          quantized = quantize_block(*block, spec, hidden, holdout, recipe, [&](const LinearSpec&) { return plan[i]; },
+          quantized = quantize_block(*block, spec, hidden, holdout, recipe, plan,
                                      [&](const LinearResult& linear) {
                                        result.linears.push_back(linear);
                                        progress.update(static_cast<int64_t>(result.linears.size()),

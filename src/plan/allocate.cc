@@ -1,5 +1,7 @@
 #include "stbllm/plan/allocate.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -36,18 +38,53 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
   return result;
 }
 
-double mean_density(const std::vector<NmPattern>& patterns) {
-  double sum = 0;
-  for (const NmPattern& nm : patterns) sum += nm.density();
-  return sum / static_cast<double>(patterns.size());
+std::string Code::str() const { return levels == 1 ? nm.str() : fmt::format("{}x{}", nm.str(), levels); }
+
+std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget) {
+  struct Step {
+    size_t linear, offer;
+    int64_t bytes;
+    double saved_per_byte;
+  };
+  std::vector<Step> steps;
+  std::vector<size_t> choice(offers.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < offers.size(); ++i) {
+    const std::vector<Offer>& own = offers[i];
+    STBLLM_CHECK(!own.empty(), "no offers for linear {}", i);
+    for (size_t o = 1; o < own.size(); ++o)
+      if (std::pair(own[o].bytes, own[o].error) < std::pair(own[choice[i]].bytes, own[choice[i]].error)) choice[i] = o;
+    total += own[choice[i]].bytes;
+    for (size_t from = choice[i];;) {
+      Step best{i, from, 0, 0};
+      for (size_t to = 0; to < own.size(); ++to) {
+        const int64_t bytes = own[to].bytes - own[from].bytes;
+        const double saved = bytes > 0 ? (own[from].error - own[to].error) / static_cast<double>(bytes) : 0;
+        if (saved > best.saved_per_byte) best = {i, to, bytes, saved};
+      }
+      if (best.offer == from) break;
+      steps.push_back(best);
+      from = best.offer;
+    }
+  }
+  if (total > budget) fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget, total);
+  // The steps of a linear come with falling gain, so that a stable sort keeps their order.
+  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.saved_per_byte > b.saved_per_byte; });
+  std::vector<bool> closed(offers.size());
+  for (const Step& step : steps) {
+    if (closed[step.linear] || (closed[step.linear] = total + step.bytes > budget)) continue;
+    choice[step.linear] = step.offer;
+    total += step.bytes;
+  }
+  return choice;
 }
 
-std::string describe(const std::vector<NmPattern>& patterns) {
-  std::map<NmPattern, int> counts;
-  for (const NmPattern& nm : patterns) ++counts[nm];
+std::string describe(const std::vector<Code>& codes) {
+  std::map<Code, int> counts;
+  for (const Code& code : codes) ++counts[code];
   if (counts.size() == 1) return counts.begin()->first.str();
   std::string text;
-  for (const auto& [nm, count] : counts) text += (text.empty() ? "" : ", ") + nm.str() + " x " + std::to_string(count);
+  for (const auto& [code, count] : counts) text += (text.empty() ? "" : ", ") + code.str() + " x " + std::to_string(count);
   return text;
 }
 

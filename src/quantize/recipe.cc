@@ -23,7 +23,8 @@ NLOHMANN_JSON_SERIALIZE_ENUM(Compensate,
 NLOHMANN_JSON_SERIALIZE_ENUM(SearchOn, {{SearchOn::kWeights, "weights"}, {SearchOn::kSaliency, "saliency"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(Allocation, {{Allocation::kUniform, "uniform"},
                                           {Allocation::kNorm, "norm"},
-                                          {Allocation::kOutlier, "outlier"}})
+                                          {Allocation::kOutlier, "outlier"},
+                                          {Allocation::kBudget, "budget"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(RowCoding, {{RowCoding::kKeep, "keep"},
                                          {RowCoding::kFloat16, "fp16"},
                                          {RowCoding::kInt8, "int8"},
@@ -40,6 +41,7 @@ void visit_fields(R& r, Visit&& visit) {
   visit("name", r.name);
   visit("nm", r.nm);
   visit("allocation", r.allocation);
+  visit("target_bpw", r.target_bpw);
   visit("importance", r.importance);
   visit("levels", r.levels);
   visit("max_salient", r.max_salient);
@@ -128,6 +130,9 @@ std::vector<std::string> Recipe::preset_names() {
 }
 
 void Recipe::validate() const {
+  require((allocation == Allocation::kBudget) == (target_bpw > 0), "target_bpw", "stored bits per weight above 0 with allocation 'budget', else 0");
+  require(allocation != Allocation::kBudget || (lean() && scale_bits < 16 && column_block % 8 == 0), "allocation",
+          "'budget' with a lean code, coded scales and column blocks of a multiple of 8 only");
   require(levels >= 1 && levels <= 3, "levels", "1, 2 or 3");
   require(max_salient >= 0 && max_salient <= 50, "max_salient", "0 .. 50 columns per column block");
   require(column_block % nm.group == 0 && column_block >= 16 && column_block <= 256, "column_block",

@@ -1,6 +1,7 @@
 // Distillation: the packed model's logits come closer to the dense model's, and what is written is what was trained.
 
 #include "stbllm/pipeline/distill.h"
+#include "stbllm/pipeline/plan_model.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -48,8 +49,7 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe) {
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = student.block(i);
     dense_hidden = run_block(*block, spec, dense_hidden);
-    result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, [&](const LinearSpec&) { return recipe.nm; },
-                                           [](const LinearResult&) {}));
+    result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, uniform_plan(spec, recipe), [](const LinearResult&) {}));
     hidden = run_block(*block, spec, hidden);
   }
   result.report = distill(student, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe);

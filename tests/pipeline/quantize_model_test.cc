@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <set>
 
 #include "stbllm/backend/backend.h"
 #include "stbllm/pack/packed_file.h"
@@ -201,6 +202,37 @@ INSTANTIATE_TEST_SUITE_P(Families, QuantizeModel,
                            std::ranges::replace(name, '-', '_');
                            return name;
                          });
+
+TEST(QuantizeModelBudget, StaysWithinTheStoredBitsAskedFor) {
+  for (const std::string family : {"llama", "opt"}) {
+    const Workplace place(tiny_model(family));
+    for (const double bits : {1.7, 2.1}) {
+      SCOPED_TRACE(family + " " + std::to_string(bits));
+      Recipe recipe = Recipe::load("stbllm");
+      recipe.allocation = Allocation::kBudget;
+      recipe.target_bpw = bits;
+      QuantizeOptions options;
+      options.output = place.results() / "budget.safetensors";
+      options.force = true;
+      const QuantizeResult result = place.quantize(recipe, options);
+      EXPECT_LT(result.verified_logits, 1e-4);
+      const Ledger ledger = make_ledger(PackedReader::open(options.output));
+      EXPECT_LE(ledger.stored_bits, bits);
+      EXPECT_GT(ledger.stored_bits, 0.9 * bits);  // the next code of a linear of this size is that far
+      std::set<std::string> codes;
+      for (const LinearEntry& entry : ledger.linears) codes.insert(entry.layout.nm.str());
+      EXPECT_GT(codes.size(), 1u);
+    }
+  }
+}
+
+TEST(QuantizeModelBudget, RefusesWhatTheSmallestCodesExceed) {
+  const Workplace place(test::tiny_llama());
+  Recipe recipe = Recipe::load("stbllm");
+  recipe.allocation = Allocation::kBudget;
+  recipe.target_bpw = 0.3;
+  EXPECT_THROW(place.quantize(recipe, "small"), Error);
+}
 
 TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {
   const Workplace place(test::tiny_llama());

@@ -2,6 +2,7 @@
 // file can hold.
 
 #include "stbllm/pipeline/tune.h"
+#include "stbllm/pipeline/plan_model.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -46,9 +47,8 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
   Tuned tuned;
   const auto block = decoder.block(0);
   tuned.expected = run_block(*block, decoder.spec(), hidden);
-  const auto uniform = [&](const LinearSpec&) { return recipe.nm; };
   tuned.quantized =
-      quantize_block(*block, decoder.spec(), hidden, kHoldout, recipe, uniform, [](const LinearResult&) {});
+      quantize_block(*block, decoder.spec(), hidden, kHoldout, recipe, uniform_plan(decoder.spec(), recipe), [](const LinearResult&) {});
   const auto dense_block = decoder.block(0);
   tuned.report =
       tune_block(*dense_block, decoder.spec(), tuned.quantized, hidden, tuned.expected, kHoldout, recipe);

@@ -23,6 +23,8 @@ struct Options {
   std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
   int64_t samples = 0, seqlen = 0;  // 0: as the effort says
+  double target_bits = 0;           // 0: none
+  int64_t target_size = 0;
   uint64_t seed = 0;
   bool dry_run = false, profile = false;
   QuantizeOptions quantize;
@@ -103,6 +105,9 @@ void run(Options options) {
   if (!options.nm.empty()) fields["nm"] = options.nm;
   apply_effort(options, fields);
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
+  if (options.target_size > 0)
+    options.target_bits = bits_for_file(Checkpoint::open(options.checkpoint), Recipe::from_json(fields), options.target_size);
+  if (options.target_bits > 0) fields.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
   const Recipe recipe = Recipe::from_json(fields);
   const ProcessGroup group = ProcessGroup::from_environment();
   const bool first = group.rank() == 0;  // the one that prints and writes
@@ -190,6 +195,11 @@ void add_quantize(CLI::App& app) {
   for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
   command->add_option("--recipe", options->recipe, "A preset (" + names + ") or a .json file like those in configs/")->capture_default_str();
   command->add_option("--nm", options->nm, "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
+  command->add_option("--target-bpw", options->target_bits, "Choose the code of each linear so that they store at most so many bits per weight, everything counted")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--target-size", options->target_size, "The same for a file of at most so many bytes (90M, 2G)")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->excludes("--target-bpw");
   command->add_option("--set", options->fields, "Override a field of the recipe: --set descend=2 --set shrink=0.3");
   command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'");
   command->add_option("--effort", options->effort, "fast: linear algebra alone; default: what the recipe says; best: also tune and distil (--dry-run predicts the minutes)")

@@ -22,6 +22,10 @@ struct MemoryPlan {
   bool spill = false;      ///< hidden states go to a file, to stay below options.max_memory
 };
 
+/// Stored bits per weight that the linears may have in a packed file of at most `file_bytes`. Throws Error(kUsage) when what
+/// else is in the file takes all of it.
+double bits_for_file(const Checkpoint& checkpoint, const Recipe& recipe, int64_t file_bytes);
+
 /// Adds up what each stage of quantize_model holds beside what this process holds now. `calibration` has the
 /// windows of this process alone. Throws Error(kUsage) when options.max_memory is too little even with hidden
 /// states in a file.

@@ -1,12 +1,25 @@
 #pragma once
-// How many weights each decoder block keeps: a pure function from one number per block to one N per block.
+// Which code each linear gets: pure functions from a few numbers per block or linear.
 
+#include <compare>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "stbllm/base/nm_pattern.h"
 
 namespace stbllm {
+
+/// What decides the bits of a weight's group codes.
+struct Code {
+  NmPattern nm;
+  int levels = 1;
+
+  auto operator<=>(const Code&) const = default;
+  /// "3:8", with several levels "2:4x3".
+  std::string str() const;
+};
 
 /// `norm` (STBLLM eq. for layer-wise N:M): ratio_i = a_i + (1 - a_i) R with a_i = w_i / sum w, R = N/M, rounded to N of M.
 /// weight_norms: L2 norm of all weights of each block.
@@ -16,10 +29,19 @@ std::vector<NmPattern> allocate_by_norm(NmPattern target, const std::vector<doub
 /// weights *pruned* per group is M - N - z_i. outlier_shares: percent of scores |W_ij| S_j above 6x the block's mean score.
 std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<double>& outlier_shares);
 
-/// Mean N/M over blocks of equal size.
-double mean_density(const std::vector<NmPattern>& patterns);
+/// What a linear would take and do with one of the codes.
+struct Offer {
+  int64_t bytes = 0;
+  double error = 0;  ///< comparable between linears
+};
 
-/// "4:8" when all are equal, else "4:8 x 20, 6:8 x 10".
-std::string describe(const std::vector<NmPattern>& patterns);
+/// `budget`: one of offers[i] for each linear i, such that the errors add up to little and the bytes to no more than `budget`.
+/// Goes along the lower convex hulls of (bytes, error) from the smallest offers, always the step that saves the most error per
+/// byte and still fits: at every budget that is the end of a step the best choice there is. Throws Error(kUsage) where the
+/// smallest offers take more.
+std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget);
+
+/// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".
+std::string describe(const std::vector<Code>& codes);
 
 }  // namespace stbllm

@@ -32,8 +32,9 @@ enum class SearchOn {
   kSaliency,  ///< squared error of binarizing the matrix W^2 / d^2 itself            (released STBLLM code)
 };
 
-/// How one N per linear follows from the target N:M (plan/allocate.h).
-enum class Allocation { kUniform, kNorm, kOutlier };
+/// How the code of each linear follows from the recipe's (plan/allocate.h): norm and outlier vary N from block to block,
+/// budget N, M and levels from linear to linear, to spend Recipe::target_bpw well.
+enum class Allocation { kUniform, kNorm, kOutlier, kBudget };
 
 /// How a table of rows (embedding, head) is stored.
 enum class RowCoding { kKeep, kFloat16, kInt8, kInt4 };
@@ -42,6 +43,7 @@ struct Recipe {
   std::string name = "custom";
   NmPattern nm{4, 8};                          ///< target; the allocation may give single linears another N
   Allocation allocation = Allocation::kUniform;
+  double target_bpw = 0;                       ///< stored bits per weight of the linears that allocation `budget` may use
   Importance importance = Importance::kMagnitude;
   int levels = 1;                              ///< magnitude levels of kept weights, 1..3 (3 = trisection)
   int max_salient = 0;                         ///< salient columns tried per column block, 0..50

@@ -1,0 +1,24 @@
+#pragma once
+// Which code each linear of a model gets, before anything is quantized.
+
+#include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/model/decoder.h"
+#include "stbllm/pipeline/quantize_block.h"
+
+namespace stbllm {
+
+/// `hidden` (windows, seqlen, hidden) holds what the embedding gives, the last `holdout` windows held out; the allocation
+/// `outlier` uses it up. Every process of `group` gets the same plan.
+///
+/// `budget` spends Recipe::target_bpw on the whole model: it offers each linear a few codes, quantized without refit and descent
+/// on what a few of the windows give it in the dense model. The error of an offer is that of its block's outputs, relative to
+/// each token's norm, with that linear alone replaced: measured for one code, scaled by the relative output errors of the others.
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, const Recipe& recipe,
+                const ProcessGroup& group);
+
+/// The recipe's own code for every linear.
+Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe);
+
+std::string describe(const Plan& plan);
+
+}  // namespace stbllm

@@ -1,0 +1,171 @@
+#include "stbllm/pipeline/plan_model.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+
+#include "stbllm/base/log.h"
+#include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/quantize/nm_select.h"
+
+namespace stbllm {
+namespace {
+
+/// What `budget` chooses from: 0.5, 0.875, 1.125, 1.375, 1.375, 1.75 and 2 bits of codes per weight.
+constexpr std::array<Code, 7> kBudgetCodes = {{{{1, 8}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{4, 8}, 1}, {{6, 8}, 1}, {{2, 4}, 2}, {{2, 4}, 3}}};
+/// The one whose block error is measured: in the middle.
+constexpr size_t kMeasuredCode = 2;
+/// Tokens behind the plan's H; a quarter as many held-out ones judge.
+constexpr int64_t kPlanTokens = 8192;
+/// Where the recipe leaves it to held-out windows.
+constexpr double kPlanShrink = 0.1;
+
+/// L2 norm of the weights of each block.
+std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  std::vector<double> norms;
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    double sum = 0;
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const TensorSpec weight = linear.weight();
+      sum += checkpoint.load(weight.name, weight.shape).to(at::kFloat).square().sum(1, false, at::kDouble).sum().item<double>();
+      checkpoint.release(weight.name);
+    }
+    norms.push_back(std::sqrt(sum));
+  }
+  return norms;
+}
+
+/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass that takes `hidden` along.
+std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hidden, const ProcessGroup& group) {
+  const ModelSpec& spec = decoder.spec();
+  std::vector<double> shares;
+  log::Progress progress("scores for the outlier allocation: block", spec.layers);
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    const auto block = decoder.block(i);
+    std::array<at::Tensor, kTapCount> norm_sq;
+    advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& inputs, bool) {
+      at::Tensor& sum = norm_sq[static_cast<size_t>(tap)];
+      const at::Tensor squares = inputs.reshape({-1, inputs.size(-1)}).square().sum(0);
+      sum = sum.defined() ? sum + squares : squares;
+    });
+    for (at::Tensor& sum : norm_sq)
+      if (sum.defined()) group.all_reduce(sum);
+    double total = 0, above = 0;
+    int64_t count = 0;
+    std::vector<at::Tensor> scores;
+    for (const LinearSpec& linear : block->linears()) {
+      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight();
+      scores.push_back(importance(weight.t().contiguous(), norm_sq[static_cast<size_t>(linear.tap)], {}, Importance::kWanda));
+      total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
+      count += scores.back().numel();
+    }
+    const float threshold = static_cast<float>(6 * total / static_cast<double>(count));
+    for (const at::Tensor& score : scores) above += score.gt(threshold).sum().item<double>();
+    shares.push_back(100 * above / static_cast<double>(count));
+    progress.update(i + 1);
+  }
+  return shares;
+}
+
+/// Windows of at least `tokens` tokens together, or all there are.
+at::Tensor some_windows(const at::Tensor& hidden, int64_t first, int64_t count, int64_t tokens) {
+  return hidden.narrow(0, first, std::min(count, (tokens + hidden.size(1) - 1) / hidden.size(1)));
+}
+
+/// Mean over tokens of ||h - dense||^2 / ||dense||^2.
+double relative_error(const at::Tensor& h, const at::Tensor& dense) {
+  return ((h - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-30)).mean().item<double>();
+}
+
+Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t holdout, const Recipe& recipe, const ProcessGroup& group) {
+  const ModelSpec& spec = decoder.spec();
+  const int64_t training = hidden.size(0) - holdout;
+  at::Tensor seen = some_windows(hidden, 0, training, kPlanTokens).clone(), held_out;
+  if (holdout > 0) held_out = some_windows(hidden, training, holdout, kPlanTokens / 4).clone();
+  std::vector<std::string> names;
+  std::vector<std::vector<Offer>> offers;
+  log::Progress progress("plan: block", spec.layers);
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    const auto block = decoder.block(i);
+    std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
+    std::array<InputStats, kTapCount> stats;
+    for (const LinearSpec& linear : block->linears())
+      if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)
+        accumulator.emplace(linear.cols, recipe.token_weights);
+    const auto watch = [&](bool held) {
+      return [&accumulators, held](Tap tap, const at::Tensor& inputs, bool) { accumulators[static_cast<size_t>(tap)]->add(inputs, held); };
+    };
+    const at::Tensor judged = (holdout > 0 ? held_out : seen).clone();
+    advance(*block, spec, seen, watch(false));
+    if (holdout > 0) advance(*block, spec, held_out, watch(true));
+    const at::Tensor& outputs = holdout > 0 ? held_out : seen;
+    for (size_t tap = 0; tap < kTapCount; ++tap)
+      if (accumulators[tap]) stats[tap] = accumulators[tap]->finish();
+
+    for (const LinearSpec& linear : block->linears()) {
+      const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
+      const at::Tensor weight = dense.weight(), bias = dense.bias();
+      const at::ScalarType products = dense.product_dtype();
+      std::vector<Offer> own;
+      double unit = 0;
+      for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
+        Recipe quick = with_code(recipe, kBudgetCodes[c]);
+        quick.refit = quick.descend = 0;
+        if (quick.shrink < 0) quick.shrink = kPlanShrink;
+        LinearReport report;
+        const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
+        own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
+        if (c == kMeasuredCode) {
+          block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense(), bias, products));
+          unit = relative_error(run_block(*block, spec, judged), outputs) / std::max(own.back().error, 1e-12);
+          block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
+        }
+      }
+      for (Offer& offer : own) offer.error *= unit;
+      names.push_back(linear.name);
+      offers.push_back(std::move(own));
+    }
+    progress.update(i + 1);
+  }
+  for (std::vector<Offer>& own : offers)  // every process saw other windows
+    for (Offer& offer : own) offer.error = group.all_reduce(offer.error);
+  const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights());
+  const std::vector<size_t> choice = allocate_by_budget(offers, static_cast<int64_t>(bytes));
+  Plan plan;
+  for (size_t i = 0; i < names.size(); ++i) plan[names[i]] = kBudgetCodes[choice[i]];
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, const Recipe& recipe,
+                const ProcessGroup& group) {
+  const ModelSpec& spec = decoder.spec();
+  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, hidden, holdout, recipe, group);
+  Plan plan = uniform_plan(spec, recipe);
+  if (recipe.allocation == Allocation::kUniform) return plan;
+  const std::vector<NmPattern> patterns = recipe.allocation == Allocation::kNorm
+                                              ? allocate_by_norm(recipe.nm, block_norms(checkpoint, spec))
+                                              : allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) plan[linear.name].nm = patterns[i];
+  return plan;
+}
+
+Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe) {
+  Plan plan;
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) plan[linear.name] = {recipe.nm, recipe.levels};
+  return plan;
+}
+
+std::string describe(const Plan& plan) {
+  std::vector<Code> codes;
+  for (const auto& [name, code] : plan) codes.push_back(code);
+  return describe(codes);
+}
+
+}  // namespace stbllm
