@@ -9,13 +9,15 @@
 
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/plan/allocate.h"
 #include "stbllm/quantize/nm_select.h"
 
 namespace stbllm {
 namespace {
 
-/// What `budget` chooses from: 0.5, 0.875, 1.125, 1.375, 1.375, 1.75 and 2 bits of codes per weight.
-constexpr std::array<Code, 7> kBudgetCodes = {{{{1, 8}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{4, 8}, 1}, {{6, 8}, 1}, {{2, 4}, 2}, {{2, 4}, 3}}};
+/// What `budget` chooses from: 0.5, 0.875, 1.125, 1.375, 1.375, 1.75, 2 and 2.5 bits of codes per weight.
+constexpr std::array<Code, 8> kBudgetCodes = {
+    {{{1, 8}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{4, 8}, 1}, {{6, 8}, 1}, {{2, 4}, 2}, {{2, 4}, 3}, {{3, 4}, 3}}};
 /// The one whose block error is measured: in the middle.
 constexpr size_t kMeasuredCode = 2;
 /// Tokens behind the plan's H; a quarter as many held-out ones judge.
@@ -86,6 +88,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
   at::Tensor seen = some_windows(hidden, 0, training, kPlanTokens).clone(), held_out;
   if (holdout > 0) held_out = some_windows(hidden, training, holdout, kPlanTokens / 4).clone();
   std::vector<std::string> names;
+  std::map<std::string, int> outliers;
   std::vector<std::vector<Offer>> offers;
   log::Progress progress("plan: block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
@@ -103,7 +106,10 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
     if (holdout > 0) advance(*block, spec, held_out, watch(true));
     const at::Tensor& outputs = holdout > 0 ? held_out : seen;
     for (size_t tap = 0; tap < kTapCount; ++tap)
-      if (accumulators[tap]) stats[tap] = accumulators[tap]->finish();
+      if (accumulators[tap]) {
+        accumulators[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
+        stats[tap] = accumulators[tap]->finish();
+      }
 
     for (const LinearSpec& linear : block->linears()) {
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
@@ -112,13 +118,16 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
       std::vector<Offer> own;
       double unit = 0;
       for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
-        Recipe quick = with_code(recipe, kBudgetCodes[c]);
+        Recipe quick = recipe;
+        quick.nm = kBudgetCodes[c].nm;
+        quick.levels = kBudgetCodes[c].levels;
         quick.refit = quick.descend = 0;
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
         const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
         own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
         if (c == kMeasuredCode) {
+          outliers[linear.name] = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
           block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense(), bias, products));
           unit = relative_error(run_block(*block, spec, judged), outputs) / std::max(own.back().error, 1e-12);
           block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
@@ -130,12 +139,17 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
     }
     progress.update(i + 1);
   }
-  for (std::vector<Offer>& own : offers)  // every process saw other windows
+  for (std::vector<Offer>& own : offers)  // every process measured on other windows
     for (Offer& offer : own) offer.error = group.all_reduce(offer.error);
   const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights());
   const std::vector<size_t> choice = allocate_by_budget(offers, static_cast<int64_t>(bytes));
-  Plan plan;
-  for (size_t i = 0; i < names.size(); ++i) plan[names[i]] = kBudgetCodes[choice[i]];
+  Plan plan = uniform_plan(spec, recipe);
+  for (size_t i = 0; i < names.size(); ++i) {
+    Recipe& own = plan.at(names[i]);
+    own.nm = kBudgetCodes[choice[i]].nm;
+    own.levels = kBudgetCodes[choice[i]].levels;
+    own.max_outliers = outliers.at(names[i]);  // behind quantized blocks more columns might pass for outliers, and exceed the budget
+  }
   return plan;
 }
 
@@ -151,20 +165,20 @@ Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor
                                               ? allocate_by_norm(recipe.nm, block_norms(checkpoint, spec))
                                               : allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
   for (int64_t i = 0; i < spec.layers; ++i)
-    for (const LinearSpec& linear : spec.linears(i)) plan[linear.name].nm = patterns[i];
+    for (const LinearSpec& linear : spec.linears(i)) plan.at(linear.name).nm = patterns[i];
   return plan;
 }
 
 Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe) {
   Plan plan;
   for (int64_t i = 0; i < spec.layers; ++i)
-    for (const LinearSpec& linear : spec.linears(i)) plan[linear.name] = {recipe.nm, recipe.levels};
+    for (const LinearSpec& linear : spec.linears(i)) plan[linear.name] = recipe;
   return plan;
 }
 
 std::string describe(const Plan& plan) {
   std::vector<Code> codes;
-  for (const auto& [name, code] : plan) codes.push_back(code);
+  for (const auto& [name, own] : plan) codes.push_back({own.nm, own.levels});
   return describe(codes);
 }
 

@@ -86,12 +86,6 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
 
 }  // namespace
 
-Recipe with_code(Recipe recipe, const Code& code) {
-  recipe.nm = code.nm;
-  recipe.levels = code.levels;
-  return recipe;
-}
-
 at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden) {
   at::Tensor outputs = hidden.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   advance(block, spec, outputs);
@@ -146,7 +140,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
   for (size_t i = 0; i < linears.size(); ++i) {
     if (owners[i] != group.rank()) continue;
     const LinearSpec& linear = linears[i];
-    const Recipe own = with_code(recipe, plan.at(linear.name));
+    const Recipe& own = plan.at(linear.name);
     LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              *stats[static_cast<size_t>(linear.tap)], own, &result.report);

@@ -181,6 +181,24 @@ TEST_F(Cli, EffortDecidesWhichStagesRun) {
   expect_fault(quantize("x", {"--effort", "much"}), ErrorCode::kUsage, "--effort");
 }
 
+TEST_F(Cli, TargetsBoundBitsAndBytes) {
+  const auto quantized = [&](const std::string& name, const std::string& option, const std::string& target) {
+    const Outcome outcome = run_program(quantize(name, {"--recipe", "stbllm", "--json", option, target}));
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    return nlohmann::json::parse(outcome.out);
+  };
+  const auto bits = quantized("bits", "--target-bpw", "1.9");
+  EXPECT_EQ(bits["recipe"]["allocation"], "budget");
+  EXPECT_LE(bits["stored_bits"], 1.9);
+  const int64_t size = bits["file_bytes"];
+  const auto bytes = quantized("bytes", "--target-size", std::to_string(size));
+  EXPECT_LE(bytes["file_bytes"], size);
+  EXPECT_EQ(fs::file_size(results_ / "bytes"), bytes["file_bytes"].get<uintmax_t>());
+  expect_fault(quantize("x", {"--target-size", "1000"}), ErrorCode::kUsage, "--target-size");
+  expect_fault(quantize("x", {"--target-bpw", "0.01"}), ErrorCode::kUsage, "smallest codes");
+  expect_fault(quantize("x", {"--target-bpw", "1", "--target-size", "1000000"}), ErrorCode::kUsage, "--target");
+}
+
 TEST_F(Cli, DenseExportIsACheckpoint) {
   ASSERT_EQ(run_program(quantize("dense", {"--dense"})).status, 0);
   EXPECT_EQ(list(results_), Args{"dense"});

@@ -150,6 +150,15 @@ TEST_F(Processes, GiveTheSameBytesAgain) {
   EXPECT_TRUE(read_all(results_ / "one") == read_all(results_ / "two"));
 }
 
+TEST_F(Processes, KeepToABudgetTogether) {
+  const auto outcomes = run(quantize("budget", {"--recipe", "stbllm", "--target-bpw", "1.8", "--json"}));
+  ASSERT_EQ(outcomes[0].status, 0) << outcomes[0].err;
+  ASSERT_EQ(outcomes[1].status, 0) << outcomes[1].err;
+  const double stored = nlohmann::json::parse(outcomes[0].out)["stored_bits"];
+  EXPECT_LE(stored, 1.8);
+  EXPECT_GT(stored, 1.6);  // a linear's next code is at most that far in so small a model
+}
+
 class LongRun : public Processes {
  protected:
   LongRun() { model_.config["num_hidden_layers"] = 24; }

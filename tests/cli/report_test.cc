@@ -41,6 +41,7 @@ nlohmann::json sample_run() {
           {"recipe", {{"name", "<script>alert(1)</script>"}}},
           {"calibration", {{"corpus", "text"}, {"nsamples", 4}, {"seqlen", 64}}},
           {"nominal_bits", 0.55},
+          {"distill", {{"divergence_before", 1.25}, {"divergence_after", 0.875}, {"changed", 0.01}, {"epochs", 1}}},
           {"seconds", 2.0},
           {"peak_memory_bytes", 1000000},
           {"linears", linears},
@@ -91,6 +92,7 @@ TEST_F(ReportCommand, WritesAPageThatNeedsNothingElse) {
 TEST_F(ReportCommand, EscapesWhatTheReportSays) {
   write("run.json", sample_run().dump());
   ASSERT_EQ(run(paths()), 0) << read("err");
+  EXPECT_THAT(read("run.html"), HasSubstr("1.250 → 0.875"));
   EXPECT_THAT(read("run.html"), HasSubstr("&lt;script&gt;alert(1)"));
   EXPECT_THAT(read("run.html"), HasSubstr("a&lt;b&gt;&amp;&quot;c&quot;.safetensors"));
 }

@@ -47,8 +47,7 @@ void apply_effort(Options& options, nlohmann::json& recipe) {
   if (options.samples == 0) options.samples = best ? 256 : 16;
   if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
   if (options.effort == "default") return;
-  recipe["tune_epochs"] = best ? 1 : 0;
-  recipe["distill_epochs"] = best ? 1 : 0;
+  for (const char* epochs : {"tune_epochs", "distill_epochs"}) recipe[epochs] = best ? std::max(1, recipe[epochs].get<int>()) : 0;
 }
 
 /// Text that stands in for a calibration corpus when none was named: never the evaluation split.
@@ -141,6 +140,7 @@ void run(Options options) {
                          {"peak_memory_bytes", peak_memory_bytes()},
                          {"predicted_peak_memory_bytes", memory.peak_bytes},
                          {"verified_logits", result.verified_logits}};
+  if (result.distill) json["distill"] = to_json(*result.distill);
   if (options.profile) json["stages"] = stages_json(profiled_stages());
   nlohmann::json ledger_json;
   if (!options.quantize.dense_output) {
@@ -175,6 +175,9 @@ void run(Options options) {
     fmt::print("  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n  nominal bits            {:.4f}\n  file                    {}\n",
                json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
                human_bytes(json["file_bytes"].get<double>()));
+  if (result.distill)
+    fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on held-out windows\n", result.distill->divergence_before,
+               result.distill->divergence_after);
   fmt::print("  time                    {:.1f} s, peak memory {} (predicted {})\n", result.seconds,
              human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(memory.peak_bytes)));
   if (options.profile) print_stages(profiled_stages(), result.seconds);

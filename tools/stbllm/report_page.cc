@@ -299,6 +299,8 @@ std::string report_page(const json& run) {
     facts += fact(number(ledger, "file_bits", 3), "bits per parameter, whole file");
     facts += fact(human_bytes(ledger.at("file_bytes")), "file");
   }
+  if (const json distill = run.value("distill", json::object()); !distill.empty())
+    facts += fact(number(distill, "divergence_before", 3) + " → " + number(distill, "divergence_after", 3), "nats per token from the dense logits, by distillation");
   facts += fact(fmt::format("{:.1f} s", run.at("seconds").get<double>()), "time");
   facts += fact(human_bytes(run.at("peak_memory_bytes")), "peak memory");
   page += "<section class=\"facts\">" + facts + "</section>\n";

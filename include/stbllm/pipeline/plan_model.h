@@ -1,5 +1,5 @@
 #pragma once
-// Which code each linear of a model gets, before anything is quantized.
+// Which recipe each linear of a model gets, before anything is quantized: the one asked for, with a code of its own.
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/model/decoder.h"
@@ -16,7 +16,7 @@ namespace stbllm {
 Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, const Recipe& recipe,
                 const ProcessGroup& group);
 
-/// The recipe's own code for every linear.
+/// The same recipe for every linear.
 Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe);
 
 std::string describe(const Plan& plan);

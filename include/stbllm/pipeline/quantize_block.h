@@ -10,16 +10,12 @@
 #include "stbllm/model/decoder_block.h"
 #include "stbllm/pipeline/process_group.h"
 #include "stbllm/pipeline/quantize_model.h"
-#include "stbllm/plan/allocate.h"
 #include "stbllm/quantize/binarized_weight.h"
 
 namespace stbllm {
 
-/// The code of each linear, by full name.
-using Plan = std::map<std::string, Code>;
-
-/// `recipe` for a linear that gets `code`.
-Recipe with_code(Recipe recipe, const Code& code);
+/// The recipe of each linear, by full name.
+using Plan = std::map<std::string, Recipe>;
 
 struct QuantizedBlock {
   std::map<std::string, BinarizedWeight> linears;  ///< by full name
@@ -40,7 +36,7 @@ void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::T
 void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer = {});
 
 /// Quantizes every linear of `block` on the inputs that `hidden` makes, and replaces it by the dense form of the result.
-/// `plan` gives the code of each; `on_linear` is called after each. Several processes bring windows of their own, share
+/// `plan` has the recipe of each, `recipe` what they share; `on_linear` is called after each. Several processes bring windows of their own, share
 /// the work and end with the same block.
 QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                               const Recipe& recipe, const Plan& plan,

@@ -40,8 +40,9 @@ class TrainedVectors {
   int64_t steps_ = 0;
 };
 
-/// Windows that one step of training sees: about 512 tokens, so that there are many of them.
-inline int64_t windows_per_step(int64_t seqlen) { return std::max<int64_t>(1, 512 / seqlen); }
+/// Tokens that one step of training sees where windows are not longer: few, so that there are many steps.
+inline constexpr int64_t kTokensPerStep = 512;
+inline int64_t windows_per_step(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerStep / seqlen); }
 
 /// Mean over windows of loss(first, count), which is the mean of `count` windows from `first` on: over the last `holdout` of
 /// `windows`, or over all when there are none. `step` windows at a time.

@@ -64,11 +64,11 @@ struct Recipe {
   RowCoding embedding = RowCoding::kKeep;
   RowCoding head = RowCoding::kKeep;
   int tune_epochs = 0;                         ///< block-wise reconstruction through autograd; 0: none
-  double tune_lr = 0.01;                       ///< Adam's step for scales, norms and biases, relative to their size
-  double tune_code_lr = 0.008;                 ///< the same for the latent weights behind the codes; 0: codes stay
+  double tune_lr = 0.005;                      ///< Adam's step for scales, norms and biases, relative to their size
+  double tune_code_lr = 0.005;                 ///< the same for the latent weights behind the codes; 0: codes stay
   int distill_epochs = 0;                      ///< the whole model against the dense model's logits; 0: none
-  double distill_lr = 0.004;                   ///< as tune_lr
-  double distill_code_lr = 0.0015;             ///< as tune_code_lr; above 0, sixteen bytes per weight of the model stay in memory
+  double distill_lr = 0.002;                   ///< as tune_lr
+  double distill_code_lr = 0.001;              ///< as tune_code_lr; above 0, sixteen bytes per weight of the model stay in memory
 
   /// True when codes are chosen by exhaustive group search with shared levels, which refit and descend need.
   bool lean() const { return max_salient == 0 && (levels == 1 || scale_bits < 16); }
