@@ -1,8 +1,10 @@
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <fstream>
 #include <iostream>
+#include <limits>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -58,6 +60,14 @@ std::string default_calibration() {
     } catch (const Error&) {
     }
   fail(ErrorCode::kUsage, "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
+}
+
+/// Training asks for the same large blocks in every step; the C library would give them back to the system in between.
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
 }
 
 nlohmann::json stages_json(const std::vector<Stage>& stages) {
@@ -127,6 +137,7 @@ void run(Options options) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;
   }
+  if (recipe.tune_epochs > 0 || recipe.distill_epochs > 0) keep_freed_memory();
   const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
