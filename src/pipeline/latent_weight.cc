@@ -15,8 +15,6 @@
 #include "stbllm/pipeline/adam.h"
 #include "stbllm/quantize/lanes.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // what takes and returns vectors here is always inlined
-
 namespace stbllm {
 namespace {
 
