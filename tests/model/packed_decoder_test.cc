@@ -112,8 +112,9 @@ TEST_F(PackedDecoder, EqualsTheDenseModelOfItsWeights) {
     const at::Tensor ids = at::arange(20).mul(13).remainder(test::kTinyVocabSize).view({2, 10});
 
     const at::Tensor expected_rows = at::embedding(embedding(decoder.spec().embedding().shape), ids);
-    if (decoder.spec().architecture->position == Position::kRotary)  // nothing is added to the rows
+    if (decoder.spec().architecture->position == Position::kRotary) {  // nothing is added to the rows
       EXPECT_TRUE(at::equal(decoder.embed(ids), expected_rows));
+    }
     at::Tensor hidden = decoder.embed(ids);
     const Positions positions = expected.positions(0, 10);
     for (int64_t index = 0; index < expected.spec().layers; ++index)

@@ -16,7 +16,7 @@ struct GenerateOptions {
   double temperature = 0;    ///< 0: greedy; else logits are divided by it
   double top_p = 1;          ///< sample from the fewest tokens whose probabilities reach this sum, in (0, 1]
   uint64_t seed = 0;         ///< same seed, same tokens
-  std::vector<int32_t> stop_ids;  ///< ends after one of these, which is not part of the result
+  std::vector<int32_t> stop_ids = {};  ///< ends after one of these, which is not part of the result
 };
 
 struct Generation {
