@@ -187,17 +187,13 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
                         [](const LinearSpec& a, const LinearSpec& b) { return a.cols < b.cols; });
   const size_t windows = std::min(kMeasuredWindows, calibration.windows.size());
   const at::Tensor hidden = decoder.embed(ids_of(std::span(calibration.windows).first(windows))).to(at::kFloat);
-  std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
-  for (const LinearSpec& linear : linears)
-    if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)
-      accumulator.emplace(linear.cols, recipe.token_weights);
+  TapStats taps(linears, recipe.token_weights);
   const double statistics = seconds_of([&] {
-    observe_block(*block, spec, hidden, /*holdout=*/0, [&](Tap tap, const at::Tensor& inputs, bool) {
-      accumulators[static_cast<size_t>(tap)]->add(inputs, /*holdout=*/false);
-    });
+    observe_block(*block, spec, hidden, /*holdout=*/0,
+                  [&](Tap tap, const at::Tensor& inputs, bool held_out) { taps.add(tap, inputs, held_out); });
   });
   const double forward = seconds_of([&] { run_block(*block, spec, hidden); });
-  InputStats stats = accumulators[static_cast<size_t>(widest.tap)]->finish();
+  InputStats stats = taps.finish()[static_cast<size_t>(widest.tap)];
   if (calibration.holdout > 0)
     stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too
   LinearReport report;

@@ -270,10 +270,10 @@ void LatentWeight::step(const TuneRates& rates) {
       float& log_gain = row_gain_.data_ptr<float>()[r];
       float* level_gradient = level_gradients.data_ptr<float>() + r * level_count;
       step_row({latent_.data_ptr<float>() + r * cols, codes ? latent_moments_.mean.data_ptr<float>() + r * cols : nullptr,
-                    codes ? latent_moments_.square.data_ptr<float>() + r * cols : nullptr, nullptr,
-                    static_cast<const uint16_t*>(gradient.data_ptr()) + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr, cols,
-                    weight_.column_block, weight_.nm.keep, std::exp(log_gain)},
-                   levels, code_adam, level_gradient);
+                codes ? latent_moments_.square.data_ptr<float>() + r * cols : nullptr, nullptr,
+                static_cast<const uint16_t*>(gradient.data_ptr()) + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr, cols,
+                weight_.column_block, weight_.nm.keep, std::exp(log_gain)},
+               levels, code_adam, level_gradient);
       const float gain_gradient = std::accumulate(level_gradient, level_gradient + level_count, 0.f);
       log_gain += gain_adam(gain_gradient, row_moments_.mean.data_ptr<float>()[r], row_moments_.square.data_ptr<float>()[r]);
     }

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <optional>
 
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
@@ -72,44 +71,34 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
   return shares;
 }
 
-/// Windows of at least `tokens` tokens together, or all there are.
+/// Windows from `first` on, of at least `tokens` tokens together, or all `count`.
 at::Tensor some_windows(const at::Tensor& hidden, int64_t first, int64_t count, int64_t tokens) {
   return hidden.narrow(0, first, std::min(count, (tokens + hidden.size(1) - 1) / hidden.size(1)));
 }
 
-/// Mean over tokens of ||h - dense||^2 / ||dense||^2.
-double relative_error(const at::Tensor& h, const at::Tensor& dense) {
-  return ((h - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-30)).mean().item<double>();
+Recipe with_code(Recipe recipe, const Code& code) {
+  recipe.nm = code.nm;
+  recipe.levels = code.levels;
+  return recipe;
 }
 
-Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t holdout, const Recipe& recipe, const ProcessGroup& group) {
+Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_held_out, const Recipe& recipe, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
-  const int64_t training = hidden.size(0) - holdout;
-  at::Tensor seen = some_windows(hidden, 0, training, kPlanTokens).clone(), held_out;
-  if (holdout > 0) held_out = some_windows(hidden, training, holdout, kPlanTokens / 4).clone();
+  const int64_t training = all.size(0) - all_held_out;
+  const at::Tensor held_out = some_windows(all, training, all_held_out, kPlanTokens / 4);
+  at::Tensor hidden = at::cat({some_windows(all, 0, training, kPlanTokens), held_out});
+  const int64_t holdout = held_out.size(0), judged = holdout > 0 ? holdout : hidden.size(0);  // the last so many windows judge
+  Plan plan = uniform_plan(spec, recipe);
   std::vector<std::string> names;
-  std::map<std::string, int> outliers;
   std::vector<std::vector<Offer>> offers;
   log::Progress progress("plan: block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = decoder.block(i);
-    std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
-    std::array<InputStats, kTapCount> stats;
-    for (const LinearSpec& linear : block->linears())
-      if (auto& accumulator = accumulators[static_cast<size_t>(linear.tap)]; !accumulator)
-        accumulator.emplace(linear.cols, recipe.token_weights);
-    const auto watch = [&](bool held) {
-      return [&accumulators, held](Tap tap, const at::Tensor& inputs, bool) { accumulators[static_cast<size_t>(tap)]->add(inputs, held); };
-    };
-    const at::Tensor judged = (holdout > 0 ? held_out : seen).clone();
-    advance(*block, spec, seen, watch(false));
-    if (holdout > 0) advance(*block, spec, held_out, watch(true));
-    const at::Tensor& outputs = holdout > 0 ? held_out : seen;
-    for (size_t tap = 0; tap < kTapCount; ++tap)
-      if (accumulators[tap]) {
-        accumulators[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
-        stats[tap] = accumulators[tap]->finish();
-      }
+    const at::Tensor inputs = hidden.narrow(0, hidden.size(0) - judged, judged).clone();
+    TapStats taps(block->linears(), recipe.token_weights);
+    advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& x, bool held) { taps.add(tap, x, held); }, holdout);
+    const at::Tensor outputs = hidden.narrow(0, hidden.size(0) - judged, judged);
+    const std::array<InputStats, kTapCount> stats = taps.finish(group);
 
     for (const LinearSpec& linear : block->linears()) {
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
@@ -118,20 +107,18 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
       std::vector<Offer> own;
       double unit = 0;
       for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
-        Recipe quick = recipe;
-        quick.nm = kBudgetCodes[c].nm;
-        quick.levels = kBudgetCodes[c].levels;
+        Recipe quick = with_code(recipe, kBudgetCodes[c]);
         quick.refit = quick.descend = 0;
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
         const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
         own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
-        if (c == kMeasuredCode) {
-          outliers[linear.name] = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
-          block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense(), bias, products));
-          unit = relative_error(run_block(*block, spec, judged), outputs) / std::max(own.back().error, 1e-12);
-          block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
-        }
+        if (c != kMeasuredCode) continue;
+        // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
+        plan.at(linear.name).max_outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
+        block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense(), bias, products));
+        unit = compare_hidden(run_block(*block, spec, inputs), outputs, group).relative_error / std::max(own.back().error, 1e-12);
+        block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
       }
       for (Offer& offer : own) offer.error *= unit;
       names.push_back(linear.name);
@@ -139,17 +126,9 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& hidden, int64_t ho
     }
     progress.update(i + 1);
   }
-  for (std::vector<Offer>& own : offers)  // every process measured on other windows
-    for (Offer& offer : own) offer.error = group.all_reduce(offer.error);
   const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights());
   const std::vector<size_t> choice = allocate_by_budget(offers, static_cast<int64_t>(bytes));
-  Plan plan = uniform_plan(spec, recipe);
-  for (size_t i = 0; i < names.size(); ++i) {
-    Recipe& own = plan.at(names[i]);
-    own.nm = kBudgetCodes[choice[i]].nm;
-    own.levels = kBudgetCodes[choice[i]].levels;
-    own.max_outliers = outliers.at(names[i]);  // behind quantized blocks more columns might pass for outliers, and exceed the budget
-  }
+  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]) = with_code(plan.at(names[i]), kBudgetCodes[choice[i]]);
   return plan;
 }
 

@@ -86,6 +86,22 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
 
 }  // namespace
 
+TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
+  for (const LinearSpec& linear : linears)
+    if (auto& accumulator = accumulators_[static_cast<size_t>(linear.tap)]; !accumulator) accumulator.emplace(linear.cols, token_weights);
+}
+
+std::array<InputStats, kTapCount> TapStats::finish(const ProcessGroup& group) {
+  std::array<InputStats, kTapCount> stats;
+  for (size_t tap = 0; tap < kTapCount; ++tap) {
+    if (!accumulators_[tap]) continue;
+    accumulators_[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
+    stats[tap] = accumulators_[tap]->finish();
+    accumulators_[tap].reset();
+  }
+  return stats;
+}
+
 at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden) {
   at::Tensor outputs = hidden.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   advance(block, spec, outputs);
@@ -102,36 +118,40 @@ void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::T
   });
 }
 
-void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer) {
+void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer,
+             int64_t holdout) {
   const Positions positions = positions_of(spec, hidden);
-  for_each_pass(hidden, /*holdout=*/0, [&](int64_t first, int64_t count, bool held_out) {
+  for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
     at::Tensor pass = hidden.narrow(0, first, count);
     pass.copy_(block.forward(pass, positions, watching(observer, held_out)));
     release_spilled(pass);
   });
 }
 
+BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group) {
+  double cosine = 0, error = 0;
+  for (int64_t w = 0; w < hidden.size(0); ++w) {
+    const at::Tensor norm_sq = dense[w].square().sum(1).clamp_min(1e-30);  // (seqlen)
+    const at::Tensor product = (hidden[w] * dense[w]).sum(1), own_sq = hidden[w].square().sum(1).clamp_min(1e-30);
+    cosine += (product / (norm_sq * own_sq).sqrt()).sum(0, false, at::kDouble).item<double>();
+    error += ((hidden[w] - dense[w]).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
+    release_spilled(hidden[w]);
+    release_spilled(dense[w]);
+  }
+  const double tokens = group.all_reduce(static_cast<double>(hidden.size(0) * hidden.size(1)));
+  return {group.all_reduce(cosine) / tokens, group.all_reduce(error) / tokens, {}};
+}
+
 QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                               const Recipe& recipe, const Plan& plan,
                               const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group) {
   const std::vector<LinearSpec> linears = block.linears();
-  std::array<std::optional<StatsAccumulator>, kTapCount> accumulators;
-  std::array<std::optional<InputStats>, kTapCount> stats;
+  std::array<InputStats, kTapCount> stats;
   {
     const StageTimer timer("statistics", statistics_flops(block, hidden.size(0) * hidden.size(1)));
-    for (const LinearSpec& linear : linears) {
-      auto& accumulator = accumulators[static_cast<size_t>(linear.tap)];
-      if (!accumulator) accumulator.emplace(linear.cols, recipe.token_weights);
-    }
-    observe_block(block, spec, hidden, holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) {
-      accumulators[static_cast<size_t>(tap)]->add(inputs, held_out);
-    });
-    for (size_t tap = 0; tap < kTapCount; ++tap)
-      if (accumulators[tap]) {
-        accumulators[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
-        stats[tap] = accumulators[tap]->finish();
-        accumulators[tap].reset();
-      }
+    TapStats taps(linears, recipe.token_weights);
+    observe_block(block, spec, hidden, holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) { taps.add(tap, inputs, held_out); });
+    stats = taps.finish(group);
   }
 
   const std::vector<int> owners = divide(linears, group.size());
@@ -143,7 +163,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     const Recipe& own = plan.at(linear.name);
     LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
-                                             *stats[static_cast<size_t>(linear.tap)], own, &result.report);
+                                             stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
     quantized.linears.emplace(linear.name, std::move(weight));
     on_linear(result);

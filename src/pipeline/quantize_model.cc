@@ -36,21 +36,6 @@ std::atomic<bool> g_interrupt{false};
 /// Windows whose logits are compared after packing.
 constexpr size_t kVerifiedWindows = 2;
 
-/// What BlockResult holds of two streams of hidden states (windows, seqlen, hidden), a window at a time.
-BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group) {
-  double cosine = 0, error = 0;
-  for (int64_t w = 0; w < hidden.size(0); ++w) {
-    const at::Tensor norm_sq = dense[w].square().sum(1).clamp_min(1e-30);  // (seqlen)
-    const at::Tensor product = (hidden[w] * dense[w]).sum(1), own_sq = hidden[w].square().sum(1).clamp_min(1e-30);
-    cosine += (product / (norm_sq * own_sq).sqrt()).sum(0, false, at::kDouble).item<double>();
-    error += ((hidden[w] - dense[w]).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
-    release_spilled(hidden[w]);
-    release_spilled(dense[w]);
-  }
-  const double tokens = group.all_reduce(static_cast<double>(hidden.size(0) * hidden.size(1)));
-  return {group.all_reduce(cosine) / tokens, group.all_reduce(error) / tokens, {}};
-}
-
 /// Throws Error(kMismatch) in a process that was not started as process 0 was.
 void check_same_inputs(const nlohmann::json& fingerprint, const QuantizeOptions& options, const ProcessGroup& group) {
   nlohmann::json own = fingerprint;

@@ -1,13 +1,13 @@
 // Distillation: the packed model's logits come closer to the dense model's, and what is written is what was trained.
 
 #include "stbllm/pipeline/distill.h"
-#include "stbllm/pipeline/plan_model.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
 #include "stbllm/pipeline/load_model.h"
+#include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
@@ -21,7 +21,7 @@ constexpr int64_t kWindows = 16, kHoldout = 2, kSeqlen = 48;
 
 Recipe distilled_recipe(double code_lr) {
   Recipe recipe = Recipe::load("stbllm-1bit");
-  recipe.distill_epochs = 16;  // of one step each: all windows fit into it
+  recipe.distill_epochs = 16;  // of two steps each
   recipe.distill_lr = 0.02;
   recipe.distill_code_lr = code_lr;
   return recipe;

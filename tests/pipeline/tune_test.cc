@@ -2,7 +2,6 @@
 // file can hold.
 
 #include "stbllm/pipeline/tune.h"
-#include "stbllm/pipeline/plan_model.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -10,6 +9,7 @@
 
 #include "stbllm/model/decoder.h"
 #include "stbllm/pipeline/pack_weight.h"
+#include "stbllm/pipeline/plan_model.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
 #include "support/threads.h"
@@ -65,7 +65,7 @@ TEST(TuneBlock, BringsHeldOutOutputsCloser) {
 
 TEST(TuneBlock, LowersTheLossWithMoreEpochs) {
   Recipe recipe = tuned_recipe("stbllm-1bit");
-  recipe.tune_epochs = 40;  // of one step each: all windows fit into it
+  recipe.tune_epochs = 40;  // of two steps each
   const Tuned tuned = tune_first_block(test::tiny_llama(), recipe);
   EXPECT_GT(tuned.report.epochs, 0);
   EXPECT_LT(tuned.report.loss_after, 0.98 * tuned.report.loss_before);  // it does learn, not just wobble

@@ -1,6 +1,7 @@
 #pragma once
 // One decoder block: observe the inputs of its taps, quantize its linears, put the result in place.
 
+#include <array>
 #include <functional>
 #include <map>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "stbllm/pipeline/process_group.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "stbllm/quantize/binarized_weight.h"
+#include "stbllm/quantize/input_stats.h"
 
 namespace stbllm {
 
@@ -27,17 +29,32 @@ struct QuantizedBlock {
 /// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs.
 at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden);
 
+/// The statistics of all taps of a block.
+class TapStats {
+ public:
+  TapStats(const std::vector<LinearSpec>& linears, bool token_weights);
+  void add(Tap tap, const at::Tensor& inputs, bool holdout) { accumulators_[static_cast<size_t>(tap)]->add(inputs, holdout); }
+  /// Summed up over the processes of `group`. Once; the sums are given away.
+  std::array<InputStats, kTapCount> finish(const ProcessGroup& group = {});
+
+ private:
+  std::array<std::optional<StatsAccumulator>, kTapCount> accumulators_;
+};
+
 /// Gets the inputs of a tap, float32 (windows, seqlen, cols), for some windows that are all held out or none.
 using CalibrationObserver = std::function<void(Tap, const at::Tensor& inputs, bool holdout)>;
 /// Shows what the taps of `block` see of `hidden`, the last `holdout` windows of which are held out.
 void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                    const CalibrationObserver& observer);
 /// Puts the outputs of `block` in place of `hidden`; there is never a second copy. `observer` may be empty.
-void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer = {});
+void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer = {},
+             int64_t holdout = 0);
+/// Compares two streams of hidden states (windows, seqlen, hidden), a window at a time, over all processes.
+BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group = {});
 
 /// Quantizes every linear of `block` on the inputs that `hidden` makes, and replaces it by the dense form of the result.
-/// `plan` has the recipe of each, `recipe` what they share; `on_linear` is called after each. Several processes bring windows of their own, share
-/// the work and end with the same block.
+/// `plan` has the recipe of each, `recipe` what they share; `on_linear` is called after each. Several processes bring windows
+/// of their own, share the work and end with the same block.
 QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
                               const Recipe& recipe, const Plan& plan,
                               const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group = {});
