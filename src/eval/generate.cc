@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/random.h"
 
 namespace stbllm {
 namespace {
@@ -19,25 +20,9 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): one 64-bit state, the same sequence on every machine.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  /// Uniform in [0, 1), 53 bits.
-  double uniform() {
-    uint64_t z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
-  }
-
- private:
-  uint64_t state_;
-};
-
 /// Draws from softmax(logits / temperature) restricted to the fewest tokens whose probabilities reach top_p.
 /// Equal logits are ordered by id, so that the result is defined.
-int32_t sample(const at::Tensor& logits, const GenerateOptions& options, Random& random) {
+int32_t sample(const at::Tensor& logits, const GenerateOptions& options, SplitMix64& random) {
   const std::span<const float> values(logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel()));
   const auto best = static_cast<int32_t>(std::ranges::max_element(values) - values.begin());
   if (options.temperature == 0) return best;
@@ -92,7 +77,7 @@ Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, con
   const auto prompt_tokens = static_cast<int64_t>(prompt.size());
   const int64_t max_tokens = std::min(options.max_tokens, decoder.spec().max_positions - prompt_tokens);
   KeyValueCache cache = decoder.make_cache(1, prompt_tokens + max_tokens);
-  Random random(options.seed);
+  SplitMix64 random(options.seed);
   const auto next_token = [&](std::span<const int32_t> ids) {
     const at::Tensor input = at::tensor(at::ArrayRef<int32_t>(ids.data(), ids.size()), at::kInt).unsqueeze(0);
     const at::Tensor hidden = decoder.forward(input, &cache);

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/mapped_file.h"
+#include "stbllm/base/random.h"
 #include "stbllm/text/sha256.h"
 #include "stbllm/text/unicode.h"
 
@@ -152,31 +154,6 @@ Corpus read_known(const KnownCorpus& known) {
        known.name, tried, known.file);
 }
 
-/// SplitMix64: the state advances by the golden ratio, each output is a bijective mix of it. In place of a
-/// library's generator, because the windows must be the same on every machine.
-class SplitMix64 {
- public:
-  explicit SplitMix64(uint64_t seed) : state_(seed) {}
-
-  uint64_t next() {
-    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-  /// Uniform in [0, end): outputs below 2^64 mod end are drawn again, so that each value has as many outputs.
-  uint64_t below(uint64_t end) {
-    const uint64_t excess = (0 - end) % end;
-    uint64_t value;
-    do value = next();
-    while (value < excess);
-    return value % end;
-  }
-
- private:
-  uint64_t state_;
-};
-
 void check_seqlen(int64_t seqlen) {
   if (seqlen < 1) fail(ErrorCode::kUsage, "the sequence length is {}, expected at least 1", seqlen);
 }
@@ -222,9 +199,14 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
          what, ids.size(), seqlen, seqlen + 1);
   }
   SplitMix64 random(seed);
+  const int64_t places = static_cast<int64_t>(ids.size()) / seqlen;
+  const int64_t shift = static_cast<int64_t>(random.below(ids.size() - places * seqlen + 1));
+  std::vector<int64_t> place(places);
+  std::iota(place.begin(), place.end(), 0);
   std::vector<std::vector<int32_t>> windows;
   for (int64_t i = 0; i < count; ++i) {
-    const auto start = ids.begin() + static_cast<int64_t>(random.below(starts));
+    if (i < places) std::swap(place[i], place[i + static_cast<int64_t>(random.below(places - i))]);
+    const auto start = ids.begin() + (i < places ? shift + place[i] * seqlen : static_cast<int64_t>(random.below(starts)));
     windows.emplace_back(start, start + seqlen);
   }
   return windows;

@@ -37,9 +37,10 @@ Corpus read_corpus(const std::string& data);
 std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen,
                                                      int64_t max_windows, std::string_view what);
 
-/// `count` windows of `seqlen` ids at random places of `ids` (GPTQ's calibration protocol): each start is
-/// drawn uniformly from [0, ids.size() - seqlen) by SplitMix64(seed), so that the same seed gives the same
-/// windows on every machine. Throws Error(kTooLittleText) unless ids.size() > seqlen.
+/// `count` windows of `seqlen` ids at random places of `ids`, drawn by SplitMix64(seed), so that the same seed gives the same
+/// windows on every machine and a larger count begins with the windows of a smaller one. The first ids.size() / seqlen do not
+/// overlap, so that held-out windows are text that was not seen; when the text is used up, each start is drawn uniformly from
+/// [0, ids.size() - seqlen) (GPTQ's protocol). Throws Error(kTooLittleText) unless ids.size() > seqlen.
 std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
                                                       int64_t seqlen, uint64_t seed, std::string_view what);
 
