@@ -6,24 +6,39 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/model/torch_cuda.h"
 #include "stbllm/pack/packed_file.h"
 
 namespace stbllm {
+namespace {
+
+/// As find_backend; one on CUDA needs libtorch's half too, for all that is not a packed product.
+const Backend& choose_backend(const std::string& name) {
+  if (name == "auto") log::debug("{}", describe_auto_backend());
+  const Backend& chosen = find_backend(name);
+  if (!chosen.on_cuda() || torch_cuda_fault().empty()) return chosen;
+  if (name != "auto") fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'", torch_cuda_fault());
+  log::warn("a CUDA device is present, but {}; the model runs on the CPU", torch_cuda_fault());
+  return find_backend("cpu");
+}
+
+}  // namespace
 
 LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype, bool keep_blocks) {
   const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   if (!std::filesystem::exists(path))
     fail(ErrorCode::kNotFound, "{}: no such file or directory; expected a packed .safetensors file or a checkpoint directory", path);
+  const Backend& chosen = choose_backend(backend);
+  const at::Device device = chosen.on_cuda() ? at::kCUDA : at::kCPU;
   if (std::filesystem::is_directory(path)) {
     const Checkpoint checkpoint = Checkpoint::open(path);
     DecoderOptions options;
     options.dtype = type;
+    options.device = device;
     options.keep_blocks = keep_blocks;
     return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path), "dense", ""};
   }
   const PackedReader reader = PackedReader::open(path);
-  if (backend == "auto") log::debug("{}", describe_auto_backend());
-  const Backend& chosen = find_backend(backend);
   const auto calibration = nlohmann::json::parse(reader.metadata("calibration"), nullptr, /*allow_exceptions=*/false);
   return {Decoder::from_packed(reader, chosen, type), Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
           calibration.is_object() ? calibration.value("sha256", "") : ""};

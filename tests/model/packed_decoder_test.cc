@@ -4,8 +4,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "stbllm/base/error.h"
 #include "stbllm/model/decoder.h"
+#include "stbllm/model/torch_cuda.h"
 #include "support/random_matrix.h"
 #include "support/scratch_directory.h"
 #include "support/tiny_checkpoint.h"
@@ -123,6 +126,33 @@ TEST_F(PackedDecoder, EqualsTheDenseModelOfItsWeights) {
     // Float32 sums of at most 176 products in another order, through two blocks; logits are of size one.
     EXPECT_LT(difference.abs().max().item<double>(), 1e-4);
   }
+}
+
+bool has_cuda_backend() {
+  const auto names = available_backends();
+  return std::ranges::find(names, "cuda") != names.end();
+}
+
+TEST_F(PackedDecoder, RunsWholeOnACudaDevice) {
+  if (!has_cuda_backend()) GTEST_SKIP() << "no CUDA device";
+  if (!torch_cuda_fault().empty()) GTEST_SKIP() << torch_cuda_fault();
+  for (const TinyModel& model : {test::tiny_llama(), test::tiny_opt()}) {
+    const PackedReader packed = pack(model);
+    const Decoder on_device = Decoder::from_packed(packed, find_backend("cuda")), on_cpu = Decoder::from_packed(packed, find_backend("reference"));
+    const at::Tensor ids = at::arange(20).mul(13).remainder(test::kTinyVocabSize).view({2, 10});
+    KeyValueCache cache = on_device.make_cache(2, 10);
+    const at::Tensor head = on_device.forward(ids.slice(1, 0, 7), &cache), tail = on_device.forward(ids.slice(1, 7, 10), &cache);
+    const at::Tensor logits = on_device.logits(at::cat({head, tail}, 1)), expected = on_cpu.logits(on_cpu.forward(ids));
+    EXPECT_TRUE(logits.is_cuda());
+    // Products on the device round activations to fp16, 2^-11 of their size, in each of 14 linears one after the other.
+    EXPECT_LT((logits.cpu() - expected).norm().item<double>(), 0.01 * expected.norm().item<double>());
+  }
+}
+
+TEST(TorchCuda, SaysWhyThereIsNone) {
+  if (has_cuda_backend()) GTEST_SKIP() << "a CUDA device is present";
+  EXPECT_FALSE(torch_cuda_fault().empty());
+  EXPECT_EQ(at::ones({2}).sum().item<float>(), 2);  // the CPU half goes on
 }
 
 TEST_F(PackedDecoder, NamesWhatIsMissingOrMisshapen) {
