@@ -81,7 +81,7 @@ class Workplace {
 
   QuantizeResult quantize(const Recipe& recipe, QuantizeOptions options, uint64_t seed = 0) const {
     const Checkpoint checkpoint = Checkpoint::open(scratch_ / "checkpoint");
-    return quantize_model(checkpoint, make_calibration(checkpoint, text_, kSamples, kSeqlen, seed), recipe,
+    return quantize_model(checkpoint, make_calibration(checkpoint, text_, kSamples, 0, kSeqlen, seed), recipe,
                           options);
   }
   /// Quantizes to results()/name and returns that path.
@@ -196,7 +196,7 @@ TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
 INSTANTIATE_TEST_SUITE_P(Families, QuantizeModel,
                          ::testing::Combine(::testing::Values("llama", "mistral", "opt", "opt_350m"),
                                             ::testing::Values("rtn", "billm", "stbllm-paper", "stbllm",
-                                                              "stbllm-1bit")),
+                                                              "stbllm-2bit", "stbllm-1bit")),
                          [](const auto& info) {
                            std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
                            std::ranges::replace(name, '-', '_');
@@ -449,7 +449,7 @@ TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
   const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   // 512 windows x 48 tokens x 64 floats = 6.3 MB per stream, far more than what a process gains while it does nothing.
-  const Calibration calibration = make_calibration(checkpoint, place.text(), 512, kSeqlen, 0);
+  const Calibration calibration = make_calibration(checkpoint, place.text(), 512, 0, kSeqlen, 0);
   QuantizeOptions options;
   options.compare_blocks = true;
   options.output = place.results() / "in-memory";
