@@ -83,12 +83,13 @@ int64_t table_bytes(const ModelSpec& spec) {
 
 int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
                     const QuantizeOptions& options, bool spill) {
-  const auto windows = static_cast<int64_t>(calibration.windows.size()),
-             seqlen = static_cast<int64_t>(calibration.windows[0].size());
+  const auto windows = static_cast<int64_t>(calibration.windows.size()), seqlen = static_cast<int64_t>(calibration.windows[0].size());
+  const int64_t calibrating = windows - calibration.distill_only;
   const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
-  const int64_t stream = windows * seqlen * spec.hidden * 4;
-  const int64_t hidden = spill ? 0 : (with_dense_stream(recipe, options) ? 2 : 1) * stream;
+  const int64_t stream = calibrating * seqlen * spec.hidden * 4;
+  const int64_t dense_stream = with_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
+  const int64_t hidden = spill ? 0 : stream + dense_stream;
   const int64_t tables = table_bytes(spec);
   const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
   const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
@@ -122,7 +123,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
     const int64_t logits = 6 * 256 * spec.vocab * 4;
     peak =
-        std::max(peak, 2 * tables + heads + hidden / 2 + spec.layers * kept_pass + std::max(logits, kept_pass) +
+        std::max(peak, 2 * tables + heads + (spill ? 0 : dense_stream) + spec.layers * kept_pass + std::max(logits, kept_pass) +
                            quantized_blocks * (quantized_block + trained_block(recipe.distill_code_lr > 0)) +
                            (spec.layers - quantized_blocks) * dense_block);
   }
@@ -226,14 +227,15 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   // Per window and per weight. Measured on SmolLM2-135M: a tuned epoch takes 4.1 forward passes of its block,
   // a distilled one 4.7 of the model.
   constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 4.7;
-  const double scale = static_cast<double>(calibration.windows.size()) / static_cast<double>(windows);
+  const double all = static_cast<double>(calibration.windows.size()) / static_cast<double>(windows);  // of the measured ones
+  const double calibrating = all - static_cast<double>(calibration.distill_only) / static_cast<double>(windows);
   const double layers = static_cast<double>(spec.layers), own = static_cast<double>(quantized_blocks);
-  const double passes = own * (1 + kPassesPerTunedEpoch * recipe.tune_epochs) +
-                        (with_dense_stream(recipe, options) ? layers : 0) +
-                        layers * kPassesPerDistilledEpoch * recipe.distill_epochs;
+  const double passes = calibrating * own * (1 + kPassesPerTunedEpoch * recipe.tune_epochs) +
+                        (with_dense_stream(recipe, options) ? (recipe.distill_epochs > 0 ? all : calibrating) * layers : 0) +
+                        all * layers * kPassesPerDistilledEpoch * recipe.distill_epochs;
   const double weights = static_cast<double>(spec.linear_weights()) * static_cast<double>(quantized_blocks) /
                          static_cast<double>(spec.layers);
-  estimate.seconds = scale * (statistics * static_cast<double>(quantized_blocks) + forward * passes) +
+  estimate.seconds = calibrating * statistics * own + forward * passes +
                      report.seconds * weights / static_cast<double>(widest.rows * widest.cols);
   return estimate;
 }

@@ -66,25 +66,30 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
 
 void request_interrupt() { g_interrupt = true; }
 
-Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t seqlen, uint64_t seed) {
+Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
+                             uint64_t seed) {
   const Corpus corpus = read_corpus(data);
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
   const std::vector<int32_t> ids = tokenizer->encode(corpus.text);
   Calibration calibration;
-  calibration.windows = calibration_windows(ids, samples, seqlen, seed, corpus.description);
+  calibration.windows = calibration_windows(ids, samples + distill_samples, seqlen, seed, corpus.description);
+  std::rotate(calibration.windows.begin(), calibration.windows.begin() + samples, calibration.windows.end());
+  calibration.distill_only = distill_samples;
   calibration.holdout = samples >= 8 ? samples / 8 : 0;
   calibration.provenance = {{"corpus", corpus.description}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
-                            {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout}};
+                            {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout}, {"distill_nsamples", distill_samples}};
   return calibration;
 }
 
 Calibration share_of(const Calibration& calibration, const ProcessGroup& group) {
+  if (group.size() == 1) return calibration;
+  STBLLM_CHECK(calibration.distill_only == 0, "distillation works in one process");
   const int64_t training = static_cast<int64_t>(calibration.windows.size()) - calibration.holdout;
   if (training < group.size())
     fail(ErrorCode::kUsage, "{} calibration windows are too few for {} processes; pass a larger --nsamples or start fewer", training, group.size());
   const Share seen = share_of(training, group), held_out = share_of(calibration.holdout, group);
   const auto first = calibration.windows.begin();
-  Calibration share{{first + seen.first, first + seen.first + seen.count}, held_out.count, calibration.provenance};
+  Calibration share{{first + seen.first, first + seen.first + seen.count}, 0, held_out.count, calibration.provenance};
   share.windows.insert(share.windows.end(), first + training + held_out.first, first + training + held_out.first + held_out.count);
   return share;
 }
@@ -116,15 +121,17 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype()});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
-  const auto& [windows, holdout, provenance] = share;
+  const auto& [windows, distill_only, holdout, provenance] = share;
   const int64_t block_count = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
 
   nlohmann::json block_recipe = recipe.to_json();  // what follows the last block may change between runs
   for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
+  nlohmann::json block_calibration = provenance;
+  block_calibration.erase("distill_nsamples");
   const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
                                       {"config", checkpoint.config()},
                                       {"checkpoint_bytes", checkpoint.file_bytes()},
-                                      {"calibration", provenance},
+                                      {"calibration", block_calibration},
                                       {"recipe", block_recipe},
                                       {"blocks", block_count},
                                       {"processes", group.size()}};
@@ -132,23 +139,27 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
   check_same_inputs(fingerprint, options, group);
 
+  // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
+  const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0;
   const at::Tensor ids = ids_of(windows);
-  const auto embed_windows = [&](const at::Tensor& out) {
+  const int64_t calibrating = ids.size(0) - distill_only;
+  const auto embed_windows = [&](const at::Tensor& out) {  // the last windows, as many as `out` has
+    const int64_t first = ids.size(0) - out.size(0);
     for (int64_t w = 0; w < out.size(0); ++w) {
-      out[w].copy_(decoder.embed(ids.narrow(0, w, 1))[0]);
+      out[w].copy_(decoder.embed(ids.narrow(0, first + w, 1))[0]);
       release_spilled(out[w]);
     }
   };
-  const auto hidden_states = [&] {
-    const std::vector<int64_t> sizes = {ids.size(0), ids.size(1), spec.hidden};
+  const auto hidden_states = [&](int64_t count) {
+    const std::vector<int64_t> sizes = {count, ids.size(1), spec.hidden};
     return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::kFloat);
   };
-  at::Tensor hidden = hidden_states();
-  // Where blocks are tuned, their targets are the dense model's own hidden states: each block also mends what came before it.
-  const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0;
-  at::Tensor dense_hidden;
+  at::Tensor hidden = hidden_states(calibrating), all_dense, dense_hidden;  // all_dense ends with the windows of the other two
   const bool with_dense = tuning || distilling || options.compare_blocks;
-  if (with_dense) embed_windows(dense_hidden = hidden_states());
+  if (with_dense) {
+    embed_windows(all_dense = hidden_states(distilling ? ids.size(0) : calibrating));
+    dense_hidden = all_dense.narrow(0, all_dense.size(0) - calibrating, calibrating);
+  }
   // From here on the tables at both ends are what the packed file will hold.
   store_tables(decoder, recipe);
   embed_windows(hidden);
@@ -170,8 +181,8 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
         return decoder.block(i);
       }();
       if (with_dense) {
-        const StageTimer timer("dense pass", pass_flops);
-        advance(*block, spec, dense_hidden);
+        const StageTimer timer("dense pass", block_flops(spec, all_dense.size(0) * all_dense.size(1)));
+        advance(*block, spec, all_dense);
       }
       std::optional<QuantizedBlock> quantized;
       if (i < block_count) {
@@ -228,15 +239,17 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   if (recipe.distill_epochs > 0 && block_count > 0) {
     const StageTimer timer("distill");
     distilled.resize(block_count);
-    result.distill = work->load_distilled(distilled, recipe.to_json());
+    const nlohmann::json inputs = {{"recipe", recipe.to_json()}, {"calibration", provenance}};
+    result.distill = work->load_distilled(distilled, inputs);
     if (!result.distill) {
       for (int64_t i = 0; i < block_count; ++i) distilled[i] = work->load(i).value();
-      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, dense_hidden, holdout, recipe);
-      work->save_distilled(distilled, recipe.to_json(), *result.distill);
+      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, all_dense, holdout, recipe);
+      work->save_distilled(distilled, inputs, *result.distill);
     }
   }
   const auto finished_block = [&](int64_t i) { return distilled.empty() ? work->load(i).value() : distilled[i]; };
   dense_hidden.reset();
+  all_dense.reset();
 
   const Assembly assembly{checkpoint, spec, recipe, block_count, finished_block};
   if (options.dense_output) {

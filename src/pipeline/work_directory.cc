@@ -129,22 +129,22 @@ void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const {
 
 std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const { return load(path_ / block_file(block)); }
 
-void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe, const DistillReport& report) const {
+void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs, const DistillReport& report) const {
   const fs::path directory = path_ / "distilled";
   std::error_code error;
   fs::remove_all(directory, error);
   fs::create_directories(directory, error);
   for (size_t i = 0; i < blocks.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), blocks[i]);
   std::ofstream file(directory / kDistilled);  // last: where it is, all blocks are
-  file << nlohmann::json{{"recipe", recipe}, {"report", to_json(report)}}.dump(1) << '\n';
+  file << nlohmann::json{{"inputs", inputs}, {"report", to_json(report)}}.dump(1) << '\n';
   file.close();
   if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", directory.string());
 }
 
-std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe) const {
+std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs) const {
   const fs::path directory = path_ / "distilled";
   const nlohmann::json found = read_json(directory / kDistilled);
-  if (!found.is_object() || found.value("recipe", nlohmann::json()) != recipe) return std::nullopt;
+  if (!found.is_object() || found.value("inputs", nlohmann::json()) != inputs) return std::nullopt;
   for (size_t i = 0; i < blocks.size(); ++i) {
     auto block = load(directory / block_file(static_cast<int64_t>(i)));
     if (!block) return std::nullopt;

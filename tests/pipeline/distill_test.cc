@@ -42,7 +42,7 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe) {
   const Decoder teacher = Decoder::from_checkpoint(checkpoint);
   const ModelSpec& spec = student.spec();
   const Calibration calibration =
-      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, kSeqlen, /*seed=*/0);
+      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, 0, kSeqlen, /*seed=*/0);
   const at::Tensor ids = ids_of(calibration.windows);
   Distilled result;
   at::Tensor hidden = student.embed(ids), dense_hidden = hidden;
@@ -89,13 +89,34 @@ TEST(Distill, DoesNotDependOnThreads) {
       EXPECT_TRUE(weight.to_dense().equal(runs[1].blocks[i].linears.at(name).to_dense())) << name;
 }
 
+/// Windows for distillation only leave statistics, tuning and held-out text as they are.
+TEST(Distill, MayLearnFromMoreWindowsThanTheBlocksSee) {
+  const test::ScratchDirectory scratch;
+  test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
+  const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");
+  const std::string text = test::write_calibration_text(scratch.path());
+  Recipe recipe = distilled_recipe(0.004);
+  recipe.tune_epochs = recipe.distill_epochs = 1;
+  std::vector<QuantizeResult> results;
+  for (const int64_t more : {0, 24}) {
+    QuantizeOptions options;
+    options.output = scratch / fmt::format("packed-{}.safetensors", more);
+    results.push_back(quantize_model(checkpoint, make_calibration(checkpoint, text, kWindows, more, kSeqlen, /*seed=*/0), recipe, options));
+  }
+  for (size_t i = 0; i < results[0].linears.size(); ++i)
+    EXPECT_EQ(results[0].linears[i].report.output_error, results[1].linears[i].report.output_error) << results[0].linears[i].name;
+  for (size_t i = 0; i < results[0].blocks.size(); ++i) EXPECT_EQ(results[0].blocks[i].tune->loss_after, results[1].blocks[i].tune->loss_after);
+  EXPECT_EQ(results[0].distill->divergence_before, results[1].distill->divergence_before);
+  EXPECT_LT(results[1].distill->divergence_after, results[0].distill->divergence_after);
+}
+
 /// The whole way through a file, which quantize_model verifies against float32 weights by itself.
 TEST(Distill, ReachesThePackedFile) {
   const test::ScratchDirectory scratch;
   test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
   const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");
   const Calibration calibration =
-      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, kSeqlen, /*seed=*/0);
+      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, 0, kSeqlen, /*seed=*/0);
   QuantizeOptions options;
   options.output = scratch / "packed.safetensors";
   const QuantizeResult result = quantize_model(checkpoint, calibration, distilled_recipe(0.004), options);

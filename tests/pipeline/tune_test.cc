@@ -40,7 +40,7 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
   const Checkpoint checkpoint = Checkpoint::open(scratch.path());
   const Decoder decoder = Decoder::from_checkpoint(checkpoint);
   const Calibration calibration = make_calibration(checkpoint, test::write_calibration_text(scratch.path()),
-                                                   kWindows, kSeqlen, /*seed=*/0);
+                                                   kWindows, 0, kSeqlen, /*seed=*/0);
   const at::Tensor ids = ids_of(calibration.windows);
   const at::Tensor hidden = decoder.embed(ids).to(at::kFloat);
 

@@ -24,7 +24,7 @@ namespace {
 struct Options {
   std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
-  int64_t samples = 0, seqlen = 0;  // 0: as the effort says
+  int64_t samples = 0, distill_samples = -1, seqlen = 0;  // as the effort says
   double target_bits = 0;           // 0: none
   int64_t target_size = 0;
   uint64_t seed = 0;
@@ -46,7 +46,8 @@ void set_field(nlohmann::json& recipe, const std::string& assignment) {
 void apply_effort(Options& options, nlohmann::json& recipe) {
   const bool best = options.effort == "best";
   // Training forgets what it does not see: it wants many short windows rather than few long ones.
-  if (options.samples == 0) options.samples = best ? 256 : 16;
+  if (options.distill_samples < 0) options.distill_samples = best && options.samples == 0 ? 480 : 0;
+  if (options.samples == 0) options.samples = best ? 96 : 16;
   if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
   if (options.effort == "default") return;
   for (const char* epochs : {"tune_epochs", "distill_epochs"}) recipe[epochs] = best ? std::max(1, recipe[epochs].get<int>()) : 0;
@@ -111,7 +112,10 @@ void run(Options options) {
   apply(options.common);
   options.quantize.compare_blocks = !options.report.empty();
   nlohmann::json fields = Recipe::load(options.recipe).to_json();
-  if (!options.nm.empty()) fields["nm"] = options.nm;
+  if (!options.nm.empty()) {
+    fields["nm"] = options.nm;
+    if (fields["allocation"] == "budget") fields.update({{"allocation", "uniform"}, {"target_bpw", 0}});  // which knows no N:M of its own
+  }
   apply_effort(options, fields);
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   if (options.target_size > 0)
@@ -129,7 +133,7 @@ void run(Options options) {
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
   const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
-  const Calibration calibration = make_calibration(checkpoint, calib, options.samples, seqlen, options.seed);
+  const Calibration calibration = make_calibration(checkpoint, calib, options.samples, recipe.distill_epochs > 0 ? options.distill_samples : 0, seqlen, options.seed);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}", options.checkpoint, spec.layers,
             static_cast<double>(spec.linear_weights()) / 1e6, recipe.name, options.samples, seqlen,
             calibration.provenance["corpus"].get<std::string>());
@@ -210,16 +214,20 @@ void add_quantize(CLI::App& app) {
   command->add_option("--recipe", options->recipe, "A preset (" + names + ") or a .json file like those in configs/")->capture_default_str();
   command->add_option("--nm", options->nm, "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
   command->add_option("--target-bpw", options->target_bits, "Choose the code of each linear so that they store at most so many bits per weight, everything counted")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::PositiveNumber)
+      ->excludes("--nm");
   command->add_option("--target-size", options->target_size, "The same for a file of at most so many bytes (90M, 2G)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->excludes("--target-bpw");
+      ->excludes("--target-bpw")
+      ->excludes("--nm");
   command->add_option("--set", options->fields, "Override a field of the recipe: --set descend=2 --set shrink=0.3");
   command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'");
   command->add_option("--effort", options->effort, "fast: linear algebra alone; default: what the recipe says; best: also tune and distil (--dry-run predicts the minutes)")
       ->check(CLI::IsMember({"fast", "default", "best"}))
       ->capture_default_str();
-  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 256")->check(CLI::PositiveNumber);
+  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 96")->check(CLI::PositiveNumber);
+  command->add_option("--distill-nsamples", options->distill_samples, "Windows beside those that only distillation sees; default 480 for best effort without --nsamples, else 0")
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions; default 2048, best effort 512")->check(CLI::PositiveNumber);
   command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
   command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks");

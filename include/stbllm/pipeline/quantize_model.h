@@ -21,14 +21,17 @@
 namespace stbllm {
 
 struct Calibration {
-  Windows windows;           ///< equally long; the last `holdout` of them are kept out of H
-  int64_t holdout = 0;
+  Windows windows;           ///< equally long
+  int64_t distill_only = 0;  ///< the first so many are seen by distillation only
+  int64_t holdout = 0;       ///< the last so many are kept out of H and of training
   nlohmann::json provenance; ///< corpus, sha256, counts, seed: stored in the packed file and in the fingerprint of a run
 };
 
 /// Random windows of a corpus for a tokenizer's model (GPTQ's protocol). Throws Error(kTooLittleText).
-/// A share of 1/8 of the windows (none when there are fewer than 8) is held out to choose shrinkage and to report errors.
-Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t seqlen, uint64_t seed);
+/// A share of 1/8 of the `samples` windows (none when there are fewer than 8) is held out to choose shrinkage and to report
+/// errors. `distill_samples` more are for distillation only.
+Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
+                             uint64_t seed);
 
 struct QuantizeOptions {
   std::filesystem::path output;  ///< the packed file; with `dense_output` a HuggingFace directory of dequantized weights

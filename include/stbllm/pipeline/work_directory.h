@@ -25,10 +25,10 @@ class WorkDirectory {
   void save(int64_t block, const QuantizedBlock& quantized) const;
   /// Block `block` of an earlier run, or nothing.
   std::optional<QuantizedBlock> load(int64_t block) const;
-  /// The blocks after the whole model was distilled, all of them, with the recipe that did it; load_distilled gives nothing when
-  /// they are not all there or another recipe made them.
-  void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe, const DistillReport& report) const;
-  std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& recipe) const;
+  /// The blocks after the whole model was distilled, all of them, with the recipe and the calibration that did it;
+  /// load_distilled gives nothing when they are not all there or others made them.
+  void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs, const DistillReport& report) const;
+  std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs) const;
   void remove() const;
 
  private:
