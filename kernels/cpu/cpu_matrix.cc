@@ -69,6 +69,12 @@ Coding choose_lookups_of_digits(const Layout& layout) {
           .terms = columns};
 }
 
+// The same in tables of 16 entries: two columns with one level, one column with more. Costs 2 or 4 bits a weight.
+Coding choose_nibbles(const Layout& layout) {
+  const int columns = layout.levels == 1 ? 2 : 1;
+  return {.form = CodeForm::kNibbles, .nm = {columns, columns}, .code_bits = 4, .digits = true, .entries = 16, .terms = columns};
+}
+
 Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels& kernels) {
   const Coding plane = {.nm = layout.nm, .code_bits = layout.code_bits()};
   // One table per group gives one sum per row and chunk, so there must be one scale.
@@ -76,6 +82,7 @@ Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels&
     return plane;
   Coding coding = choose_lookups_of_codes(layout);
   if (coding.form == CodeForm::kPlane) coding = choose_lookups_of_digits(layout);
+  if (!kernels.can_look_up(coding.form, coding.entries)) coding = choose_nibbles(layout);
   return kernels.can_look_up(coding.form, coding.entries) ? coding : plane;
 }
 
@@ -238,15 +245,16 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
     }
   }
 
-  // Byte forms keep the low and the high bytes of 128 entries apart.
+  // Tables of byte shuffles keep the low and the high bytes of so many entries apart.
+  const int apart = m.form == CodeForm::kNibbles ? 16 : 128;
   const auto store_entry = [&](uint8_t* table, int entry, int value) {
     if (m.form == CodeForm::kWords) {
       const auto word = static_cast<int16_t>(value);
       std::memcpy(table + 2 * entry, &word, sizeof word);
     } else {
-      uint8_t* low = table + entry / 128 * 256 + entry % 128;
+      uint8_t* low = table + entry / apart * 2 * apart + entry % apart;
       low[0] = static_cast<uint8_t>(value);
-      low[128] = static_cast<uint8_t>(value >> 8);
+      low[apart] = static_cast<uint8_t>(value >> 8);
     }
   };
   unit_tables_.resize(static_cast<size_t>(m.group * m.table_bytes));
@@ -264,11 +272,12 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
   // The codes themselves.
   const int64_t groups = kChunkColumns / m.group, present_groups = layout.groups();
   const int words = static_cast<int>(groups * m.code_bits / 16);
-  m.chunk_bytes = m.form == CodeForm::kWords   ? words * 2 * kTileRows
-                  : m.form == CodeForm::kBytes ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
-                                               : groups * kTileRows * 3 / 2;
+  m.chunk_bytes = m.form == CodeForm::kWords     ? words * 2 * kTileRows
+                  : m.form == CodeForm::kBytes   ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
+                  : m.form == CodeForm::kNibbles ? groups * kTileRows / 2
+                                                 : groups * kTileRows * 3 / 2;
   // Byte tables fill eight registers: once loaded, they should serve several tiles.
-  m.strip_tiles = m.form == CodeForm::kWords ? 1 : 4;
+  m.strip_tiles = m.form == CodeForm::kBytes || m.form == CodeForm::kHalves ? 4 : 1;
   codes_.assign(static_cast<size_t>(m.chunks * m.tiles * m.chunk_bytes), 0);
 
   std::vector<uint16_t> half_codes;  // kHalves: left | right << 7, by stored code
@@ -330,6 +339,17 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
                         static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
           }
           for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
+          continue;
+        }
+        if (m.form == CodeForm::kNibbles) {
+          const int64_t row_groups = kChunkColumns / stored.group, first = chunk * row_groups;
+          for (int64_t g = 0; g < std::min(row_groups, present_groups - first); ++g) {
+            const uint64_t code = matrix.code(row, first + g), packed = digit_table.empty() ? digit_fields(code) : digit_table[code];
+            for (int field = 0; field < fields; ++field) {
+              const int64_t at = g * fields + field;
+              out[at / 2 * kTileRows + r] |= static_cast<uint8_t>((packed >> 4 * field & 15) << at % 2 * 4);
+            }
+          }
           continue;
         }
         const int64_t first = chunk * groups, count = std::min(groups, present_groups - first);

@@ -23,6 +23,7 @@ enum class CodeForm {
             ///< codes of 3..7 bits
   kBytes,   ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
   kHalves,  ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
+  kNibbles, ///< four bits for the symbols of two columns, of one column where there are two or three levels
 };
 
 /// A table entry is a sum of sources: column c of the group at level l is source l * group + c, its negative
@@ -55,6 +56,7 @@ struct MatrixView {
   ///   kBytes   (groups, n, 64) bytes, then with signs (groups, n, 64) bits
   ///   kHalves  (groups / 2, 3, n, 64) bytes: left index and top right bit of an even and an odd group, 4 + 4
   ///   right bits
+  ///   kNibbles (groups / 2, 64) bytes, n = 1: an even group below an odd one; rows in order
   const uint8_t* codes;
   int64_t code_row_bytes;
   int64_t chunk_bytes;  ///< of one tile's chunk

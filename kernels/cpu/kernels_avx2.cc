@@ -1,4 +1,9 @@
-// AVX2, FMA and F16C: decode a tile, multiply with 12 registers of sums, no lookups.
+// AVX2, FMA and F16C.
+//
+// Lookups. A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes become nibbles, two
+// columns each (one column with two or three levels). Two nibbles of 64 rows cost 8 shuffles, 8 unpacks to words, 8 additions,
+// 6 to split them and 6 loads. Machines start one to two shuffles or unpacks per cycle, so that one level does 16 to 32
+// weights per cycle, more levels half of that.
 
 #include <immintrin.h>
 
@@ -7,11 +12,165 @@
 namespace stbllm::cpu {
 namespace {
 
-bool can_look_up(CodeForm, int) { return false; }
+#define STBLLM_INLINE inline __attribute__((always_inline))
+
+STBLLM_INLINE __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+
+// --- lookups ---
+
+constexpr int kEntries = 16, kTableBytes = 2 * kEntries;
+
+bool can_look_up(CodeForm form, int entries) { return form == CodeForm::kNibbles && entries == kEntries; }
+
+// The indices of two groups for the 64 rows of a tile, 32 each.
+struct Indices {
+  __m256i even[2], odd[2];
+};
+STBLLM_INLINE Indices read_indices(const uint8_t* codes) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  Indices index;
+  for (int half = 0; half < 2; ++half) {
+    const __m256i bytes = load(codes + 32 * half);
+    index.even[half] = _mm256_and_si256(bytes, nibble);
+    index.odd[half] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+  }
+  return index;
+}
+
+// The bytes of 16 entries, low or high ones, for both lanes of a shuffle.
+STBLLM_INLINE __m256i load_bytes(const uint8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+}
+
+// sum[2 h] has rows 32 h + 0..7 and 16..23 of the tile, sum[2 h + 1] the others.
+STBLLM_INLINE void add_entries(const uint8_t* table, const __m256i (&index)[2], __m256i (&sum)[4]) {
+  const __m256i low = load_bytes(table), high = load_bytes(table + kEntries);
+  for (int half = 0; half < 2; ++half) {
+    const __m256i l = _mm256_shuffle_epi8(low, index[half]), h = _mm256_shuffle_epi8(high, index[half]);
+    sum[2 * half] = _mm256_add_epi16(sum[2 * half], _mm256_unpacklo_epi8(l, h));
+    sum[2 * half + 1] = _mm256_add_epi16(sum[2 * half + 1], _mm256_unpackhi_epi8(l, h));
+  }
+}
+
+// y[0..7] += step * scale * words
+STBLLM_INLINE void add_scaled(__m128i words, const float* scale, float step, float* y) {
+  const __m256 sum = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words));
+  _mm256_store_ps(y, _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(step)), _mm256_load_ps(y)));
+}
+
+// A tile's chunk for Tokens tokens, which share the extraction of the indices.
+template <int Tokens>
+STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t* tables, const float* scales, const float* steps, float* y,
+                                int64_t y_stride) {
+  const int64_t token_bytes = groups * kTableBytes;
+  __m256i sums[Tokens][4];
+  for (int t = 0; t < Tokens; ++t)
+    for (__m256i& sum : sums[t]) sum = _mm256_setzero_si256();
+  for (int g = 0; g < groups; g += 2, codes += kTileRows, tables += 2 * kTableBytes) {
+    const Indices index = read_indices(codes);
+    for (int t = 0; t < Tokens; ++t) {
+      add_entries(tables + t * token_bytes, index.even, sums[t]);
+      add_entries(tables + t * token_bytes + kTableBytes, index.odd, sums[t]);
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int part = 0; part < 4; ++part) {
+      const int row = part / 2 * 32 + part % 2 * 8;
+      float* out = y + t * y_stride + row;
+      add_scaled(_mm256_castsi256_si128(sums[t][part]), scales + row, steps[t], out);
+      add_scaled(_mm256_extracti128_si256(sums[t][part], 1), scales + row + 16, steps[t], out + 16);
+    }
+}
+
+void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables, const float* steps, int64_t tokens,
+             float* y, int64_t y_stride) {
+  constexpr int kTogether = 2;
+  const int groups = kChunkColumns / m.group;
+  const int64_t block = chunk / m.chunks_per_block;
+  alignas(32) float scales[kTileRows];
+  for (int64_t tile = first; tile < last; ++tile) {
+    const uint8_t* codes = m.codes + (chunk * m.tiles + tile) * m.chunk_bytes;
+    const int64_t row = tile * kTileRows, at = block * m.tiles * kTileRows + row;
+    if (m.half_scales != nullptr)
+      load_floats(m.half_scales + at, true, kTileRows, scales);
+    else
+      for (int r = 0; r < kTileRows; ++r) scales[r] = m.factors[m.scale_codes[at + r]];
+    int64_t t = 0;
+    for (; t + kTogether <= tokens; t += kTogether)
+      look_up_tile<kTogether>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t, y + t * y_stride + row, y_stride);
+    for (; t < tokens; ++t) look_up_tile<1>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t, y + t * y_stride + row, y_stride);
+  }
+}
+
+// An upper bound of the sum over groups of the largest contribution of any state: the `keep` largest magnitudes of a group are
+// at most their sum and at most `keep` times the largest. NaN and infinity propagate.
+float bound_of(const MatrixView& m, const float* x) {
+  float bound = 0, all = 0;
+  for (int first = 0; first < kChunkColumns; first += m.file_group) {
+    float sum = 0, largest = 0;
+    for (int c = first; c < first + m.file_group; ++c) {
+      const float magnitude = __builtin_fabsf(x[c]);
+      sum += magnitude;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float most = static_cast<float>(m.file_keep) * largest;
+    bound += sum < most ? sum : most;
+    all += sum;
+  }
+  float level = m.levels > 1 ? m.level[0] : 1.0f;
+  for (int l = 1; l < m.levels; ++l) level = m.level[l] > level ? m.level[l] : level;
+  return bound * level + 0.0f * all;
+}
+
+void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step) {
+  *step = step_of(bound_of(m, x));
+  const float inverse = *step == *step ? 1.0f / *step : 0.0f;
+  alignas(32) int16_t integers[3][kChunkColumns];
+  for (int level = 0; level < m.levels; ++level) {
+    const __m256 factor = _mm256_set1_ps(m.levels > 1 ? m.level[level] : 1.0f), scale = _mm256_set1_ps(inverse);
+    for (int c = 0; c < kChunkColumns; c += 16) {
+      const auto rounded = [&](int from) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + from), factor), scale)); };
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded(c), rounded(c + 8)), 0xd8);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(&integers[level][c]), words);
+    }
+  }
+  // An entry is the sum of sources (columns, or levels of one column) times 1, 0 or -1.
+  const int sources = m.group * m.levels;
+  alignas(32) int16_t signs[3][kEntries] = {};
+  for (int k = 0; k < m.term_count; ++k)
+    for (int entry = 0; entry < kEntries; ++entry)
+      if (const int source = m.terms[k * kEntries + entry]; source % kNegative != kNoSource)
+        signs[source % kNegative][entry] = source < kNegative ? 1 : -1;
+  for (int g = 0; g < kChunkColumns / m.group; ++g) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int s = 0; s < sources; ++s)
+      sum = _mm256_add_epi16(sum, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]), load(signs[s])));
+    const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)), _mm256_srli_epi16(sum, 8));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(tables + g * kTableBytes), _mm256_permute4x64_epi64(bytes, 0xd8));
+  }
+}
+
+// --- panels ---
 
 void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
-  int8_t symbols[kChunkColumns][kTileRows];
-  decode_plane(m, tile, chunk, symbols);
+  alignas(32) int8_t symbols[kChunkColumns][kTileRows];
+  if (m.form == CodeForm::kPlane) {
+    decode_plane(m, tile, chunk, symbols);
+  } else {
+    // The symbol of a column is the low byte of the dot product with its unit vector.
+    const uint8_t* codes = m.codes + (chunk * m.tiles + tile) * m.chunk_bytes;
+    for (int g = 0; g < kChunkColumns / m.group; g += 2, codes += kTileRows) {
+      const Indices index = read_indices(codes);
+      for (int c = 0; c < m.group; ++c) {
+        const __m256i table = load_bytes(m.unit_tables + c * kTableBytes);
+        for (int half = 0; half < 2; ++half) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(symbols[g * m.group + c] + 32 * half), _mm256_shuffle_epi8(table, index.even[half]));
+          _mm256_store_si256(reinterpret_cast<__m256i*>(symbols[(g + 1) * m.group + c] + 32 * half),
+                             _mm256_shuffle_epi8(table, index.odd[half]));
+        }
+      }
+    }
+  }
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
@@ -56,8 +215,8 @@ constinit const Kernels kAvx2Kernels = {
     .multiply = multiply,
     .round_panel = nullptr,
     .multiply_bf16 = nullptr,
-    .tabulate = nullptr,
-    .look_up = nullptr,
+    .tabulate = tabulate,
+    .look_up = look_up,
     .load_floats = load_floats,
     .store_floats = store_floats,
 };

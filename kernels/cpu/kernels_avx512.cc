@@ -314,7 +314,7 @@ void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t 
     }
 }
 
-bool can_look_up(CodeForm, int) { return true; }
+bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles; }
 
 // Calls f with the form of this matrix: f(form, tokens per pass, tiles per pass). Word tables are small, so
 // that several tokens share the extraction of an index; byte tables fill eight registers, so that several
@@ -326,6 +326,7 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
   constexpr std::integral_constant<int, 4> four;
   switch (m.form) {
     case CodeForm::kPlane:
+    case CodeForm::kNibbles:
       return;
     case CodeForm::kWords:
       if (m.code_bits == 3) return f(Words<3>(), two, one);
@@ -380,15 +381,6 @@ float bound_of(const MatrixView& m, const float* x) {
   }
   // A sum that is not finite must not look like a small one; 0 * total is NaN then.
   return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.file_group) + 0.0f * total;
-}
-
-// The smallest power of two, but at least 2^-100, of which `bound` is at most 32639 multiples: 128 terms
-// rounded by at most a half each still fit 16 bits. NaN when the bound is not finite.
-float step_of(float bound) {
-  const float exact = bound * (1.0f / 32639.0f);
-  if (!(exact < float_of_bits(0x7f800000u))) return float_of_bits(0x7fc00000u);
-  if (exact < 0x1p-100f) return 0x1p-100f;
-  return float_of_bits((bits_of_float(exact) + 0x7fffffu) & 0x7f800000u);
 }
 
 void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step) {

@@ -89,6 +89,17 @@ void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
   for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
+// --- lookups ---
+
+// The smallest power of two, but at least 2^-100, of which `bound` is at most 32639 multiples: 128 terms
+// rounded by at most a half each still fit 16 bits. NaN when the bound is not finite.
+[[maybe_unused]] float step_of(float bound) {
+  const float exact = bound * (1.0f / 32639.0f);
+  if (!(exact < float_of_bits(0x7f800000u))) return float_of_bits(0x7fc00000u);
+  if (exact < 0x1p-100f) return 0x1p-100f;
+  return float_of_bits((bits_of_float(exact) + 0x7fffffu) & 0x7f800000u);
+}
+
 // --- decoding ---
 
 // scales[slot][row] of a tile.
