@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "stbllm/base/bits.h"
@@ -21,12 +22,18 @@ constexpr float kSmallestScale = 1e-6f;
 
 at::Tensor LeanWeight::unit_values() const {
   const int levels = static_cast<int>(level_values.size());
-  at::Tensor table = at::zeros({2 * levels + 1}, at::kFloat);
+  std::array<float, 7> table{};  // by symbol + levels
   for (int level = 0; level < levels; ++level) {
     table[levels + 1 + level] = level_values[level];
     table[levels - 1 - level] = -level_values[level];
   }
-  return table.index_select(0, (symbols.flatten().to(at::kInt) + levels)).view_as(symbols);
+  at::Tensor values = at::empty(symbols.sizes(), at::kFloat);
+  at::parallel_for(0, symbols.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    const int8_t* symbol = symbols.const_data_ptr<int8_t>();
+    float* out = values.data_ptr<float>();
+    for (int64_t i = begin; i < end; ++i) out[i] = table[symbol[i] + levels];
+  });
+  return values;
 }
 
 at::Tensor LeanWeight::dense() const {

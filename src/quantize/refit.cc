@@ -1,16 +1,20 @@
 // All scales of a row at once. With v_b the unit values of column block b (zero elsewhere), the error of a row is
 //   a^T P a - 2 a^T r + const,   P_bc = v_b^T H v_c,  r_b = v_b^T H w,
-// whose minimum is a small solve per row; the levels are the same problem with the roles changed, summed over rows.
+// whose minimum is a small solve per row; the levels are the same problem with the roles changed, summed over rows. P is
+// symmetric, and H w does not change while a linear is optimised: of each product with H only the part from its own column
+// block on is needed.
 // Rounding to representable values is coordinate descent on the same quadratic, and a row whose error would rise stays.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"
 
 namespace stbllm {
@@ -28,20 +32,65 @@ double quadratic(const double* p, const double* r, const std::vector<double>& a)
   return sum;
 }
 
+/// Terms that a float32 sum takes before it joins a float64 one.
+constexpr int64_t kFloatTerms = 128;
+
+/// sums[lane] = sum over `count` columns of a * b, rows side by side and columns `stride` apart.
+template <int kWidth>
+STBLLM_INLINE void dot_lanes(const float* a, const float* b, int64_t stride, int64_t count, double* sums) {
+  for (int lane = 0; lane < kWidth; ++lane) sums[lane] = 0;
+  for (int64_t first = 0; first < count; first += kFloatTerms) {
+    const int64_t end = std::min(first + kFloatTerms, count);
+    float part[kWidth] = {};
+    for (int64_t k = first; k < end; ++k)
+      for (int lane = 0; lane < kWidth; ++lane) part[lane] += a[k * stride + lane] * b[k * stride + lane];
+    for (int lane = 0; lane < kWidth; ++lane) sums[lane] += part[lane];
+  }
+}
+STBLLM_CLONES void dot_tile(const float* a, const float* b, int64_t stride, int64_t count, double* sums) {
+  dot_lanes<kTileRows>(a, b, stride, count, sums);
+}
+
+/// out[row * out_stride] = sum over columns of a * b, both float32 (columns, rows).
+void dot_columns(const at::Tensor& a, const at::Tensor& b, double* out, int64_t out_stride) {
+  const int64_t count = a.size(0), rows = a.size(1);
+  const float *x = a.const_data_ptr<float>(), *y = b.const_data_ptr<float>();
+  at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    double sums[kTileRows];
+    for (int64_t row = begin * kTileRows; row < std::min(end * kTileRows, rows);) {
+      const bool whole = row + kTileRows <= rows;
+      if (whole)
+        dot_tile(x + row, y + row, rows, count, sums);
+      else
+        dot_lanes<1>(x + row, y + row, rows, count, sums);
+      for (int lane = 0; lane < (whole ? kTileRows : 1); ++lane, ++row) out[row * out_stride] = sums[lane];
+    }
+  });
+}
+
+/// The same summed over rows.
+double dot_all(const at::Tensor& a, const at::Tensor& b) {
+  std::vector<double> sums(a.size(1));
+  dot_columns(a, b, sums.data(), 1);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 void refit_scales(LeanWeight& lean) {
   const int64_t blocks = lean.column_blocks(), rows = lean.rows(), cols = lean.cols();
   const at::Tensor unit = lean.unit_values();
   at::Tensor p = at::empty({rows, blocks, blocks}, at::kDouble), r = at::empty({rows, blocks}, at::kDouble);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
-    const at::Tensor product = [&] {  // (cols, rows)
-      const StageTimer timer("products", 2.0 * static_cast<double>(cols * width) * static_cast<double>(rows));
-      return lean.hessian.narrow(1, first, width).mm(unit.narrow(0, first, width));
+    const at::Tensor own = unit.narrow(0, first, width);
+    const at::Tensor product = [&] {  // (cols - first, rows)
+      const StageTimer timer("products", 2.0 * static_cast<double>((cols - first) * width) * static_cast<double>(rows));
+      return lean.hessian.narrow(0, first, cols - first).narrow(1, first, width).mm(own);
     }();
-    r.select(1, b).copy_((product * lean.target).sum(0, /*keepdim=*/false, at::kDouble));
-    for (int64_t c = 0; c < blocks; ++c) {
+    dot_columns(own, lean.hessian_target.narrow(0, first, width), r.data_ptr<double>() + b, blocks);
+    for (int64_t c = b; c < blocks; ++c) {
       const int64_t from = c * lean.column_block, count = std::min<int64_t>(lean.column_block, cols - from);
-      p.select(1, b).select(1, c).copy_((product.narrow(0, from, count) * unit.narrow(0, from, count)).sum(0, false, at::kDouble));
+      dot_columns(product.narrow(0, from - first, count), unit.narrow(0, from, count), p.data_ptr<double>() + b * blocks + c, blocks * blocks);
+      if (c > b) p.select(1, c).select(1, b).copy_(p.select(1, b).select(1, c));
     }
   }
   at::Tensor damped = p.clone();
@@ -95,24 +144,35 @@ void refit_scales(LeanWeight& lean) {
   });
 }
 
+/// The signed scale of each weight that has this level, else 0: float32 (cols, rows).
+at::Tensor scales_of_level(const LeanWeight& lean, int level) {
+  const int64_t rows = lean.rows();
+  at::Tensor part = at::empty_like(lean.target);
+  at::parallel_for(0, lean.cols(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int8_t* symbol = lean.symbols.const_data_ptr<int8_t>() + c * rows;
+      const float* scale = lean.scales.const_data_ptr<float>() + c / lean.column_block * rows;
+      float* out = part.data_ptr<float>() + c * rows;
+      for (int64_t row = 0; row < rows; ++row) out[row] = symbol[row] == 1 + level ? scale[row] : symbol[row] == -1 - level ? -scale[row] : 0.f;
+    }
+  });
+  return part;
+}
+
 void refit_levels(LeanWeight& lean) {
   const int levels = static_cast<int>(lean.level_values.size());
   if (levels == 1) return;
   const int64_t cols = lean.cols();
   std::vector<at::Tensor> part(levels), product(levels);
   for (int level = 0; level < levels; ++level) {
-    part[level] = lean.symbols.eq(1 + level).to(at::kFloat) - lean.symbols.eq(-1 - level).to(at::kFloat);
-    for (int64_t b = 0; b < lean.column_blocks(); ++b) {
-      const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
-      part[level].narrow(0, first, width).mul_(lean.scales[b].unsqueeze(0));
-    }
+    part[level] = scales_of_level(lean, level);
     const StageTimer timer("products", 2.0 * static_cast<double>(cols * cols) * static_cast<double>(lean.rows()));
     product[level] = lean.hessian.mm(part[level]);
   }
   std::vector<double> p(levels * levels), r(levels), value(levels), rounded(levels);
   for (int i = 0; i < levels; ++i) {
-    r[i] = (product[i] * lean.target).sum(0, false, at::kDouble).sum().item<double>();
-    for (int j = 0; j < levels; ++j) p[i * levels + j] = (product[i] * part[j]).sum(0, false, at::kDouble).sum().item<double>();
+    r[i] = dot_all(part[i], lean.hessian_target);
+    for (int j = i; j < levels; ++j) p[i * levels + j] = p[j * levels + i] = dot_all(product[i], part[j]);
     value[i] = rounded[i] = lean.level_values[i];
   }
   const double before = quadratic(p.data(), r.data(), value);
@@ -132,6 +192,10 @@ void refit_levels(LeanWeight& lean) {
 }  // namespace
 
 void refit(LeanWeight& lean) {
+  if (!lean.hessian_target.defined()) {
+    const StageTimer timer("products", 2.0 * static_cast<double>(lean.cols() * lean.cols()) * static_cast<double>(lean.rows()));
+    lean.hessian_target = lean.hessian.mm(lean.target);
+  }
   refit_scales(lean);
   refit_levels(lean);
 }

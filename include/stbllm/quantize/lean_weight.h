@@ -21,6 +21,7 @@ struct LeanWeight {
 
   at::Tensor target;       ///< float32 (cols, rows): W; zero in columns that are stored exactly
   at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of exact columns are zero
+  at::Tensor hessian_target;  ///< float32 (cols, rows): H W; refit makes it when it is first needed
   at::Tensor symbols;      ///< int8 (cols, rows): 0 or +-(1 + level)
   at::Tensor scales;       ///< float32 (column blocks, rows): representable values, > 0
   at::Tensor scale_codes;  ///< uint8 (column blocks, rows)    when scale_bits < 16
