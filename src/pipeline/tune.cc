@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
 
 namespace stbllm {
@@ -17,9 +18,15 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   const Positions positions(spec, 0, seqlen, at::kFloat, at::kCPU);
   at::Tensor token_weight, energy;
   {
-    const at::Tensor norm = targets.norm(2, -1).clamp_min(1e-12);
+    const at::Tensor norm = at::empty({windows, seqlen}, at::kFloat), change = at::empty_like(norm);
+    for (int64_t w = 0; w < windows; ++w) {  // one at a time: these may be most of what is in memory
+      norm[w].copy_(targets[w].norm(2, -1).clamp_min(1e-12));
+      change[w].copy_((targets[w] - inputs[w]).square().sum(-1));
+      release_spilled(targets[w]);
+      release_spilled(inputs[w]);
+    }
     token_weight = (3 * norm.median() / norm).clamp_max(1.0).square();
-    energy = ((targets - inputs).square().sum(-1) * token_weight).mean().clamp_min(1e-20);
+    energy = (change * token_weight).mean().clamp_min(1e-20);
   }
   const auto loss_of = [&](int64_t first, int64_t count) {
     const at::Tensor out = block.forward(inputs.narrow(0, first, count), positions);
