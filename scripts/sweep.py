@@ -5,7 +5,7 @@
     scripts/sweep.sh CHECKPOINT --points FILE -o DIR [options ...]
 
 A point is an N:M pattern, or a line `label | options of stbllm quantize` of FILE (# opens a comment). --data, --windows,
---backend and --kl go to eval-ppl; --seqlen, --threads and --device to both; --eval-seqlen "512 2048" holds for eval-ppl
+--backend and --kl go to eval-ppl; --seqlen and --threads to both; --eval-seqlen "512 2048" holds for eval-ppl
 alone, one evaluation each; every other option goes to quantize. DIR gets the packed file and the log of each point, and
 one line per finished point in sweep.jsonl. Finished points are skipped: start an interrupted sweep again, or add points
 and options to it. The exit status is 1 when a point failed. $STBLLM names another program than build/stbllm.
@@ -60,7 +60,7 @@ def parse_arguments(arguments):
     what.add_argument("--nm")
     what.add_argument("--points")
     parser.add_argument("-o", "--output", required=True)
-    evaluate_only, both = ["--data", "--windows", "--backend", "--kl"], ["--seqlen", "--threads", "--device"]
+    evaluate_only, both = ["--data", "--windows", "--backend", "--kl"], ["--seqlen", "--threads"]
     for option in evaluate_only + both + ["--eval-seqlen"]:
         parser.add_argument(option)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -33,7 +33,8 @@ ActivationView view_of(const at::Tensor& tensor) {
 
 }  // namespace
 
-at::ScalarType fast_product_dtype() {
+at::ScalarType fast_product_dtype(at::Device device) {
+  if (device.is_cuda()) return at::kBFloat16;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bf16")) return at::kBFloat16;
 #endif

@@ -118,8 +118,11 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
 
 void store_tables(Decoder& decoder, const Recipe& recipe) {
   const ModelSpec& spec = decoder.spec();
-  const at::Tensor embedding = stored_table(decoder.embedding(), recipe.embedding, spec.embedding().name);
-  decoder.set_tables(embedding, spec.tied_head ? embedding : stored_table(decoder.head(), recipe.head, spec.head().name));
+  const auto stored = [&](const at::Tensor& table, RowCoding coding, const TensorSpec& tensor) {
+    return stored_table(table.cpu(), coding, tensor.name).to(decoder.device());
+  };
+  const at::Tensor embedding = stored(decoder.embedding(), recipe.embedding, spec.embedding());
+  decoder.set_tables(embedding, spec.tied_head ? embedding : stored(decoder.head(), recipe.head, spec.head()));
 }
 
 void write_packed(PackedWriter& file, const Assembly& assembly) {

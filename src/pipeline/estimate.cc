@@ -116,9 +116,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const int64_t kept_pass = std::max<int64_t>(seqlen, kTokensPerStep) * (5 * spec.ffn + 12 * spec.hidden) * 4 + mask;
 
   int64_t peak = tables + hidden + dense_block + quantized_block + hessians + std::max(workspace, pass);
-  if (tuning)  // the quantized block and the one in training; at first the differences of the two streams
-    peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block +
-                              trained_block(recipe.tune_code_lr > 0) + std::max(2 * stream, 2 * kept_pass));
+  if (tuning)  // the quantized block and the one in training
+    peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block + trained_block(recipe.tune_code_lr > 0) + 2 * kept_pass);
   if (distilling) {
     const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
     const int64_t logits = 6 * 256 * spec.vocab * 4;
@@ -172,10 +171,11 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
                                const Recipe& recipe, const QuantizeOptions& options) {
   const at::NoGradGuard no_grad;
   recipe.validate();
+  const at::Device device = calibration_device(options);
   Estimate estimate;
   estimate.peak_memory_bytes =
       plan_memory(ModelSpec::from_checkpoint(checkpoint), calibration, recipe, options).peak_bytes;
-  const Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype()});
+  const Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
@@ -199,7 +199,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
     stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too
   LinearReport report;
   const BinarizedWeight weight = quantize_linear(
-      dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight(), stats, recipe, &report);
+      dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight().cpu(), stats, recipe, &report);
 
   const double salient_share = weight.salient_share();
   const int64_t outliers = weight.has_outliers() ? weight.outlier_columns.numel() : 0;

@@ -53,12 +53,12 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
       sum = sum.defined() ? sum + squares : squares;
     });
     for (at::Tensor& sum : norm_sq)
-      if (sum.defined()) group.all_reduce(sum);
+      if (sum.defined()) group.all_reduce(sum = sum.cpu());
     double total = 0, above = 0;
     int64_t count = 0;
     std::vector<at::Tensor> scores;
     for (const LinearSpec& linear : block->linears()) {
-      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight();
+      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight().cpu();
       scores.push_back(importance(weight.t().contiguous(), norm_sq[static_cast<size_t>(linear.tap)], {}, Importance::kWanda));
       total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
       count += scores.back().numel();
@@ -104,6 +104,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
       const at::Tensor weight = dense.weight(), bias = dense.bias();
       const at::ScalarType products = dense.product_dtype();
+      const at::Tensor host_weight = weight.cpu();
       std::vector<Offer> own;
       double unit = 0;
       for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
@@ -111,12 +112,12 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
         quick.refit = quick.descend = 0;
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
-        const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
+        const BinarizedWeight binarized = quantize_linear(host_weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
         own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
         if (c != kMeasuredCode) continue;
         // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
         plan.at(linear.name).max_outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
-        block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense(), bias, products));
+        block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense().to(weight.device()), bias, products));
         unit = compare_hidden(run_block(*block, spec, inputs), outputs, group).relative_error / std::max(own.back().error, 1e-12);
         block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
       }

@@ -38,7 +38,7 @@ void for_each_pass(const at::Tensor& hidden, int64_t holdout, const std::functio
   for (int64_t first = training; first < windows; first += step) visit(first, std::min(step, windows - first), true);
 }
 
-Positions positions_of(const ModelSpec& spec, const at::Tensor& hidden) { return {spec, 0, hidden.size(1), at::kFloat, at::kCPU}; }
+Positions positions_of(const ModelSpec& spec, const at::Tensor& hidden) { return {spec, 0, hidden.size(1), at::kFloat, hidden.device()}; }
 
 TapObserver watching(const CalibrationObserver& observer, bool held_out) {
   if (!observer) return {};
@@ -162,7 +162,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     const LinearSpec& linear = linears[i];
     const Recipe& own = plan.at(linear.name);
     LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
+    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight().cpu(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
     quantized.linears.emplace(linear.name, std::move(weight));
@@ -189,7 +189,7 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
   for (const LinearSpec& linear : block.linears()) {
     const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
     const auto bias = quantized.tensors.find(linear.name + ".bias");
-    block.set_linear(linear.role, std::make_unique<DenseLinear>(quantized.linears.at(linear.name).to_dense(),
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
                                                                bias == quantized.tensors.end() ? dense.bias() : bias->second,
                                                                dense.product_dtype()));
   }

@@ -14,6 +14,7 @@
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/model/decoder.h"
+#include "stbllm/model/torch_cuda.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/assemble.h"
 #include "stbllm/pipeline/distill.h"
@@ -94,6 +95,14 @@ Calibration share_of(const Calibration& calibration, const ProcessGroup& group) 
   return share;
 }
 
+at::Device calibration_device(const QuantizeOptions& options) {
+  if (options.device == "cpu") return at::kCPU;
+  if (options.device != "cuda") fail(ErrorCode::kUsage, "device '{}': expected cpu or cuda", options.device);
+  if (const std::string fault = torch_cuda_fault(); !fault.empty())
+    fail(ErrorCode::kUnsupported, "device 'cuda' cannot calibrate here: {}; or use 'cpu'", fault);
+  return at::kCUDA;
+}
+
 void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
   recipe.validate();
   if (!recipe.packable() && !options.dense_output)
@@ -102,6 +111,9 @@ void check_request(const Recipe& recipe, const QuantizeOptions& options, const P
   if (group.size() > 1 && (recipe.tune_epochs > 0 || recipe.distill_epochs > 0))
     fail(ErrorCode::kUnsupported, "recipe '{}' tunes or distils, which works in one process only, and WORLD_SIZE is {}; start one, or set "
                                   "tune_epochs and distill_epochs to 0", recipe.name, group.size());
+  if (calibration_device(options).is_cuda() && (recipe.tune_epochs > 0 || recipe.distill_epochs > 0))
+    fail(ErrorCode::kUnsupported, "recipe '{}' tunes or distils, which works on the CPU only; leave out --device cuda, or set tune_epochs and "
+                                  "distill_epochs to 0", recipe.name);
   if (group.rank() > 0 || !fs::exists(options.output)) return;
   if (fs::is_directory(options.output) != options.dense_output)
     fail(ErrorCode::kUsage, "{}: a {} is there, and {}; choose another path", options.output.string(),
@@ -116,9 +128,10 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   const at::NoGradGuard no_grad;
   check_request(recipe, options, group);
   const Calibration share = share_of(calibration, group);
-  const bool spill = plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
+  const at::Device device = calibration_device(options);
+  const bool spill = device.is_cpu() && plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
-  Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype()});
+  Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const auto& [windows, distill_only, holdout, provenance] = share;
@@ -152,7 +165,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   };
   const auto hidden_states = [&](int64_t count) {
     const std::vector<int64_t> sizes = {count, ids.size(1), spec.hidden};
-    return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::kFloat);
+    return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(device));
   };
   at::Tensor hidden = hidden_states(calibrating), all_dense, dense_hidden;  // all_dense ends with the windows of the other two
   const bool with_dense = tuning || distilling || options.compare_blocks;

@@ -30,6 +30,7 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
   }
   x = x.reshape({-1, x.size(-1)});
   const int64_t tokens = x.size(0);
+  if (tokens_ + holdout_tokens_ == 0) sum_ = sum_.to(x.device());
   if (holdout && !holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);
   at::Tensor& sum = holdout ? holdout_sum_ : sum_;
   // H is symmetric: panels of columns on and above the diagonal are enough.
@@ -41,7 +42,13 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
   (holdout ? holdout_tokens_ : tokens_) += tokens;
 }
 
+void StatsAccumulator::move_to_host() {
+  sum_ = sum_.cpu();
+  if (holdout_sum_.defined()) holdout_sum_ = holdout_sum_.cpu();
+}
+
 void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
+  move_to_host();
   at::Tensor tokens = at::tensor({tokens_, holdout_tokens_}, at::kLong);
   add_up(tokens);
   tokens_ = tokens[0].item<int64_t>();
@@ -54,6 +61,7 @@ void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
 
 InputStats StatsAccumulator::finish() {
   STBLLM_CHECK(tokens_ > 0, "no calibration token was seen");
+  move_to_host();
   InputStats stats;
   stats.hessian = mirrored(sum_, 2.0 / static_cast<double>(tokens_));
   if (holdout_tokens_ > 0) stats.holdout_hessian = mirrored(holdout_sum_, 2.0 / static_cast<double>(holdout_tokens_));

@@ -14,6 +14,7 @@
 #include <set>
 
 #include "stbllm/backend/backend.h"
+#include "stbllm/model/torch_cuda.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/estimate.h"
 #include "stbllm/pipeline/ledger.h"
@@ -439,6 +440,21 @@ TEST(Blocks, BeyondTheFirstStayDense) {
   EXPECT_TRUE(reader.linears().contains("model.layers.0.mlp.down_proj"));
   EXPECT_TRUE(reader.has_dense("model.layers.1.mlp.down_proj.weight"));
   EXPECT_LT(result.verified_logits, 1e-4);
+}
+
+TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "device";
+  options.device = "cuda";
+  if (!torch_cuda_fault().empty()) {
+    expect_error(ErrorCode::kUnsupported, "device 'cuda'", [&] { place.quantize(Recipe::load("stbllm"), options); });
+    EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+    return;
+  }
+  place.quantize(Recipe::load("stbllm"), options);
+  // Products round to bfloat16 in another order, which decides close calls between codes another way.
+  EXPECT_NEAR(place.perplexity(options.output) / place.perplexity(place.quantize(Recipe::load("stbllm"), "cpu")), 1, 0.02);
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ struct QuantizeOptions {
   bool force = false;            ///< overwrite `output`, discard an unfinished run
   bool resume = false;           ///< continue the unfinished run beside `output`
   int64_t blocks = -1;           ///< quantize only so many blocks, the others stay dense; below 0: all
+  std::string device = "cpu";    ///< "cuda": forward passes and sums of x x^T run on the current CUDA device; all else on the CPU
   bool compare_blocks = false;   ///< run the dense model beside, for QuantizeResult::blocks
   int64_t max_memory = 0;        ///< bytes; hidden states go to a file where more would be needed. 0: no limit
 };
@@ -79,6 +80,9 @@ struct QuantizeResult {
   double seconds = 0;
   double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify
 };
+
+/// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is impossible.
+at::Device calibration_device(const QuantizeOptions& options);
 
 /// Refuses what can be refused without the checkpoint: Error(kUnsupported | kUsage | kExists).
 void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group);

@@ -17,7 +17,7 @@ struct InputStats {
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
 };
 
-/// Sums up x x^T over batches of inputs. The order of calls decides the rounding, nothing else does.
+/// Sums up x x^T over batches of inputs, on their device. The order of calls decides the rounding, nothing else does.
 class StatsAccumulator {
  public:
   /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
@@ -26,9 +26,12 @@ class StatsAccumulator {
   void add(const at::Tensor& inputs, bool holdout);
   /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor by its sum over all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
+  /// In host memory.
   InputStats finish();
 
  private:
+  void move_to_host();
+
   at::Tensor sum_, holdout_sum_;
   int64_t tokens_ = 0, holdout_tokens_ = 0;
   bool token_weights_;
