@@ -73,12 +73,14 @@ Calibration make_calibration(const Checkpoint& checkpoint, const std::string& da
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
   const std::vector<int32_t> ids = tokenizer->encode(corpus.text);
   Calibration calibration;
-  calibration.windows = calibration_windows(ids, samples + distill_samples, seqlen, seed, corpus.description);
+  calibration.holdout = samples >= 8 ? samples / 8 : 0;
+  calibration.windows =
+      calibration_windows(ids, samples + distill_samples, {samples - calibration.holdout, calibration.holdout}, seqlen, seed, corpus.description);
   std::rotate(calibration.windows.begin(), calibration.windows.begin() + samples, calibration.windows.end());
   calibration.distill_only = distill_samples;
-  calibration.holdout = samples >= 8 ? samples / 8 : 0;
   calibration.provenance = {{"corpus", corpus.description}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
-                            {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout}, {"distill_nsamples", distill_samples}};
+                            {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout},
+                            {"distill_nsamples", distill_samples}, {"windows", "disjoint"}};
   return calibration;
 }
 
@@ -129,7 +131,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   check_request(recipe, options, group);
   const Calibration share = share_of(calibration, group);
   const at::Device device = calibration_device(options);
-  const bool spill = device.is_cpu() && plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
+  const bool spill = plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
   Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
@@ -147,6 +149,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
                                       {"calibration", block_calibration},
                                       {"recipe", block_recipe},
                                       {"blocks", block_count},
+                                      {"device", options.device},
                                       {"processes", group.size()}};
   std::optional<WorkDirectory> work;  // of process 0
   if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
@@ -195,7 +198,9 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
       }();
       if (with_dense) {
         const StageTimer timer("dense pass", block_flops(spec, all_dense.size(0) * all_dense.size(1)));
-        advance(*block, spec, all_dense);
+        at::Tensor more = all_dense.narrow(0, 0, all_dense.size(0) - calibrating);
+        advance(*block, spec, more);  // apart, so that the others do not depend on how many these are
+        advance(*block, spec, dense_hidden);
       }
       std::optional<QuantizedBlock> quantized;
       if (i < block_count) {

@@ -187,11 +187,10 @@ std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>&
   return windows;
 }
 
-std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
-                                                      int64_t seqlen, uint64_t seed, std::string_view what) {
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, HeldOut held_out, int64_t seqlen,
+                                                      uint64_t seed, std::string_view what) {
   check_seqlen(seqlen);
-  const int64_t starts =
-      static_cast<int64_t>(ids.size()) - seqlen;  // as GPTQ draws them: the last window is left out
+  const int64_t starts = static_cast<int64_t>(ids.size()) - seqlen;  // as GPTQ draws them: the last window is left out
   if (starts <= 0) {
     fail(ErrorCode::kTooLittleText,
          "{} has {} tokens, calibration windows of {} need at least {}; use a longer text or a "
@@ -203,11 +202,27 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   const int64_t shift = static_cast<int64_t>(random.below(ids.size() - places * seqlen + 1));
   std::vector<int64_t> place(places);
   std::iota(place.begin(), place.end(), 0);
+  // Places go to the windows in turn, and where they are too few to the held-out ones before those behind them.
+  const int64_t first_held_out = std::min(held_out.first, count), end_held_out = std::min(held_out.first + held_out.count, count);
+  const int64_t before = std::clamp<int64_t>(places - held_out.count, 0, first_held_out);
+  std::vector<int64_t> begin(count, -1);
+  int64_t taken = 0;
+  for (int64_t i = 0; i < count && taken < places; ++i) {
+    if (i >= before && i < first_held_out) continue;
+    std::swap(place[taken], place[taken + static_cast<int64_t>(random.below(places - taken))]);
+    begin[i] = shift + place[taken++] * seqlen;
+  }
+  const bool avoidable = places > held_out.count;  // another place than theirs is left
+  const auto overlaps_held_out = [&](int64_t start) {
+    for (int64_t i = first_held_out; i < end_held_out; ++i)
+      if (begin[i] >= 0 && std::abs(start - begin[i]) < seqlen) return true;
+    return false;
+  };
   std::vector<std::vector<int32_t>> windows;
   for (int64_t i = 0; i < count; ++i) {
-    if (i < places) std::swap(place[i], place[i + static_cast<int64_t>(random.below(places - i))]);
-    const auto start = ids.begin() + (i < places ? shift + place[i] * seqlen : static_cast<int64_t>(random.below(starts)));
-    windows.emplace_back(start, start + seqlen);
+    while (begin[i] < 0)
+      if (const auto start = static_cast<int64_t>(random.below(starts)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
+    windows.emplace_back(ids.begin() + begin[i], ids.begin() + begin[i] + seqlen);
   }
   return windows;
 }

@@ -179,6 +179,7 @@ TEST_F(Cli, EffortDecidesWhichStagesRun) {
   EXPECT_EQ(epochs("fast"), std::pair(0, 0));
   EXPECT_EQ(epochs("best"), std::pair(1, 1));
   expect_fault(quantize("x", {"--effort", "much"}), ErrorCode::kUsage, "--effort");
+  expect_fault(quantize("x", {"--distill-nsamples", "4"}), ErrorCode::kUsage, "nothing is distilled");
 }
 
 TEST_F(Cli, TargetsBoundBitsAndBytes) {

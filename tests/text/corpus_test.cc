@@ -166,7 +166,7 @@ TEST(CalibrationWindows, AreTheSameOnEveryMachine) {
   // Starts from SplitMix64 in Python; its outputs for this seed are checked against the published ones there.
   const auto starts = [](uint64_t seed) {
     Ids firsts;
-    for (const Ids& window : calibration_windows(ids_up_to(1005), 5, 10, seed, "text")) {
+    for (const Ids& window : calibration_windows(ids_up_to(1005), 5, {}, 10, seed, "text")) {
       EXPECT_EQ(window.size(), 10u);
       EXPECT_EQ(window.back(), window.front() + 9);
       firsts.push_back(window.front());
@@ -178,25 +178,39 @@ TEST(CalibrationWindows, AreTheSameOnEveryMachine) {
 }
 
 TEST(CalibrationWindows, DoNotOverlapWhileTheTextLasts) {
-  const std::vector<Ids> all = calibration_windows(ids_up_to(107), 12, 10, 3, "text");
+  const std::vector<Ids> all = calibration_windows(ids_up_to(107), 12, {}, 10, 3, "text");
   std::vector<int> seen(107);
   for (size_t w = 0; w < 10; ++w)
     for (const int32_t id : all[w]) ++seen.at(id);
   EXPECT_THAT(seen, testing::Each(testing::Le(1)));
-  EXPECT_EQ(calibration_windows(ids_up_to(107), 4, 10, 3, "text"), (std::vector<Ids>(all.begin(), all.begin() + 4)));
+  EXPECT_EQ(calibration_windows(ids_up_to(107), 4, {}, 10, 3, "text"), (std::vector<Ids>(all.begin(), all.begin() + 4)));
+}
+
+TEST(CalibrationWindows, KeepHeldOutTextUnseen) {
+  for (const HeldOut held_out : {HeldOut{4, 2}, {14, 2}, {8, 1}, {0, 3}}) {  // the text has nine places
+    const std::vector<Ids> windows = calibration_windows(ids_up_to(97), 60, held_out, 10, 5, "text");
+    ASSERT_EQ(windows.size(), 60u);
+    std::vector<int> seen(97), judged(97);
+    for (int64_t w = 0; w < 60; ++w) {
+      const bool held = w >= held_out.first && w < held_out.first + held_out.count;
+      for (const int32_t id : windows[w]) ++(held ? judged : seen).at(id);
+    }
+    for (size_t id = 0; id < seen.size(); ++id) EXPECT_TRUE(judged[id] == 0 || (judged[id] == 1 && seen[id] == 0)) << id;
+  }
+  EXPECT_EQ(calibration_windows(ids_up_to(12), 5, {1, 4}, 10, 5, "text").size(), 5u);  // nothing else is left to be seen
 }
 
 TEST(CalibrationWindows, ReachEveryStart) {
   std::vector<int> seen(5);  // the last start may be that of one of the disjoint windows
-  for (const Ids& window : calibration_windows(ids_up_to(7), 200, 3, 1, "text")) ++seen.at(window.front());
+  for (const Ids& window : calibration_windows(ids_up_to(7), 200, {}, 3, 1, "text")) ++seen.at(window.front());
   seen.pop_back();
   EXPECT_THAT(seen, testing::Each(testing::Gt(0)));
 }
 
 TEST(CalibrationWindows, NeedMoreTextThanOneWindow) {
-  EXPECT_EQ(calibration_windows(ids_up_to(4), 2, 3, 0, "text"), (std::vector<Ids>{{1, 2, 3}, {0, 1, 2}}));
+  EXPECT_EQ(calibration_windows(ids_up_to(4), 2, {}, 3, 0, "text"), (std::vector<Ids>{{1, 2, 3}, {0, 1, 2}}));
   expect_error(ErrorCode::kTooLittleText, "poem has 3 tokens, calibration windows of 3 need at least 4",
-               [] { calibration_windows(ids_up_to(3), 1, 3, 0, "poem"); });
+               [] { calibration_windows(ids_up_to(3), 1, {}, 3, 0, "poem"); });
 }
 
 }  // namespace

@@ -116,12 +116,18 @@ void run(Options options) {
     fields["nm"] = options.nm;
     if (fields["allocation"] == "budget") fields.update({{"allocation", "uniform"}, {"target_bpw", 0}});  // which knows no N:M of its own
   }
+  const bool more_asked_for = options.distill_samples > 0;
   apply_effort(options, fields);
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   if (options.target_size > 0)
     options.target_bits = bits_for_file(Checkpoint::open(options.checkpoint), Recipe::from_json(fields), options.target_size);
   if (options.target_bits > 0) fields.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
   const Recipe recipe = Recipe::from_json(fields);
+  if (recipe.distill_epochs == 0) {
+    if (more_asked_for)
+      fail(ErrorCode::kUsage, "--distill-nsamples {}: nothing is distilled; add --effort best or --set distill_epochs=1", options.distill_samples);
+    options.distill_samples = 0;
+  }
   const ProcessGroup group = ProcessGroup::from_environment();
   const bool first = group.rank() == 0;  // the one that prints and writes
   if (!first) log::set_level(log::Level::kWarn);
@@ -133,9 +139,10 @@ void run(Options options) {
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
   const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
-  const Calibration calibration = make_calibration(checkpoint, calib, options.samples, recipe.distill_epochs > 0 ? options.distill_samples : 0, seqlen, options.seed);
+  const Calibration calibration = make_calibration(checkpoint, calib, options.samples, options.distill_samples, seqlen, options.seed);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}", options.checkpoint, spec.layers,
-            static_cast<double>(spec.linear_weights()) / 1e6, recipe.name, options.samples, seqlen,
+            static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
+            options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples) : std::to_string(options.samples), seqlen,
             calibration.provenance["corpus"].get<std::string>());
   if (options.dry_run) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);

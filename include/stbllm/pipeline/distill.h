@@ -1,11 +1,11 @@
 #pragma once
-// Distillation, the last stage of tuning: the whole packed model against the logits of the dense one on the calibration
-// windows.
+// Distillation, the last stage of training: the whole packed model against the logits of the dense one, on the calibration
+// windows and perhaps more.
 //
 //   loss = mean_t KL(softmax(dense logits_t) || softmax(packed logits_t))
 //
-// A step sees about 2048 tokens: a forward pass that keeps the inputs of every block, then block by block from the last to the
-// first its forward and backward pass and its step, so that activations of one block are alive at a time.
+// A step sees kTokensPerStep tokens: a forward pass that keeps what autograd needs of every block, then block by block from the
+// last to the first its backward pass and its step, after which what was kept of it is gone.
 
 #include <ATen/core/Tensor.h>
 

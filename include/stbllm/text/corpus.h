@@ -37,11 +37,16 @@ Corpus read_corpus(const std::string& data);
 std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen,
                                                      int64_t max_windows, std::string_view what);
 
+/// Which of a number of windows are kept from training.
+struct HeldOut {
+  int64_t first = 0, count = 0;
+};
+
 /// `count` windows of `seqlen` ids at random places of `ids`, drawn by SplitMix64(seed), so that the same seed gives the same
-/// windows on every machine and a larger count begins with the windows of a smaller one. The first ids.size() / seqlen do not
-/// overlap, so that held-out windows are text that was not seen; when the text is used up, each start is drawn uniformly from
-/// [0, ids.size() - seqlen) (GPTQ's protocol). Throws Error(kTooLittleText) unless ids.size() > seqlen.
-std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
-                                                      int64_t seqlen, uint64_t seed, std::string_view what);
+/// windows on every machine. They do not overlap while the text lasts; when it is used up, starts are drawn uniformly from
+/// [0, ids.size() - seqlen) (GPTQ's protocol), but never so that a window overlaps a held-out one, unless those are the whole
+/// text. While the text lasts a larger count begins with the windows of a smaller one. Throws Error(kTooLittleText) unless ids.size() > seqlen.
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, HeldOut held_out, int64_t seqlen,
+                                                      uint64_t seed, std::string_view what);
 
 }  // namespace stbllm
