@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "stbllm/base/log.h"
+#include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
 
 namespace stbllm {
@@ -75,7 +76,8 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   };
   // Divergence per token; with `gradient`, of its derivative with respect to hidden too, and the final norm's gradients.
   const auto compare = [&](const at::Tensor& hidden, int64_t first, at::Tensor* gradient) {
-    const at::Tensor y = teacher.before_head(teacher_hidden.narrow(0, first, hidden.size(0))).flatten(0, 1);
+    const at::Tensor target = teacher_hidden.narrow(0, first, hidden.size(0)), y = teacher.before_head(target).flatten(0, 1);
+    release_spilled(target);
     const double tokens = static_cast<double>(y.size(0));
     if (gradient == nullptr) return divergence(student_head, student.before_head(hidden).flatten(0, 1), teacher_head, y, nullptr) / tokens;
     at::Tensor leaf = hidden.detach().set_requires_grad(true), x;

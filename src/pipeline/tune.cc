@@ -29,8 +29,11 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
     energy = (change * token_weight).mean().clamp_min(1e-20);
   }
   const auto loss_of = [&](int64_t first, int64_t count) {
-    const at::Tensor out = block.forward(inputs.narrow(0, first, count), positions);
-    return ((out - targets.narrow(0, first, count)).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
+    const at::Tensor x = inputs.narrow(0, first, count), y = targets.narrow(0, first, count);
+    const at::Tensor loss = ((block.forward(x, positions) - y).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
+    release_spilled(x);
+    release_spilled(y);
+    return loss;
   };
   const int64_t step = windows_per_step(seqlen);
   const auto judge = [&] {
