@@ -246,7 +246,7 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
   }
 
   // Tables of byte shuffles keep the low and the high bytes of so many entries apart.
-  const int apart = m.form == CodeForm::kNibbles ? 16 : 128;
+  const int apart = std::min(m.entries, 128);
   const auto store_entry = [&](uint8_t* table, int entry, int value) {
     if (m.form == CodeForm::kWords) {
       const auto word = static_cast<int16_t>(value);

@@ -12,8 +12,6 @@
 namespace stbllm::cpu {
 namespace {
 
-#define STBLLM_INLINE inline __attribute__((always_inline))
-
 STBLLM_INLINE __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
 // --- lookups ---

@@ -23,8 +23,6 @@
 namespace stbllm::cpu {
 namespace {
 
-#define STBLLM_INLINE inline __attribute__((always_inline))
-
 // f(0), ..., f(N - 1) with the index as a constant.
 template <typename F, int... I>
 STBLLM_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {

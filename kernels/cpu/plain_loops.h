@@ -11,6 +11,8 @@
 
 #include "kernels.h"
 
+#define STBLLM_INLINE inline __attribute__((always_inline))
+
 namespace stbllm::cpu {
 namespace {
 

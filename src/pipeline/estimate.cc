@@ -89,7 +89,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
   const int64_t stream = calibrating * seqlen * spec.hidden * 4;
   const int64_t dense_stream = with_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
-  const int64_t hidden = spill ? 0 : stream + dense_stream;
+  const bool resident = !spill && options.device == "cpu";
+  const int64_t hidden = resident ? stream + dense_stream : 0;
   const int64_t tables = table_bytes(spec);
   const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
   const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
@@ -122,7 +123,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
     const int64_t logits = 6 * 256 * spec.vocab * 4;
     peak =
-        std::max(peak, 2 * tables + heads + (spill ? 0 : dense_stream) + spec.layers * kept_pass + std::max(logits, kept_pass) +
+        std::max(peak, 2 * tables + heads + (resident ? dense_stream : 0) + spec.layers * kept_pass + std::max(logits, kept_pass) +
                            quantized_blocks * (quantized_block + trained_block(recipe.distill_code_lr > 0)) +
                            (spec.layers - quantized_blocks) * dense_block);
   }
@@ -193,7 +194,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
     observe_block(*block, spec, hidden, /*holdout=*/0,
                   [&](Tap tap, const at::Tensor& inputs, bool held_out) { taps.add(tap, inputs, held_out); });
   });
-  const double forward = seconds_of([&] { run_block(*block, spec, hidden); });
+  const double forward = seconds_of([&] { run_block(*block, spec, hidden).sum().item<float>(); });  // a device has finished then
   InputStats stats = taps.finish()[static_cast<size_t>(widest.tap)];
   if (calibration.holdout > 0)
     stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too

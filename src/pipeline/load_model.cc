@@ -1,5 +1,6 @@
 #include "stbllm/pipeline/load_model.h"
 
+#include <cstdlib>
 #include <filesystem>
 
 #include "stbllm/backend/backend.h"
@@ -17,7 +18,8 @@ const Backend& choose_backend(const std::string& name) {
   if (name == "auto") log::debug("{}", describe_auto_backend());
   const Backend& chosen = find_backend(name);
   if (!chosen.on_cuda() || torch_cuda_fault().empty()) return chosen;
-  if (name != "auto") fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'", torch_cuda_fault());
+  if (name != "auto" || std::getenv("STBLLM_BACKEND") != nullptr)
+    fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'", torch_cuda_fault());
   log::warn("a CUDA device is present, but {}; the model runs on the CPU", torch_cuda_fault());
   return find_backend("cpu");
 }
@@ -36,7 +38,7 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
     options.dtype = type;
     options.device = device;
     options.keep_blocks = keep_blocks;
-    return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path), "dense", ""};
+    return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path), chosen.on_cuda() ? "dense on cuda" : "dense", ""};
   }
   const PackedReader reader = PackedReader::open(path);
   const auto calibration = nlohmann::json::parse(reader.metadata("calibration"), nullptr, /*allow_exceptions=*/false);

@@ -18,7 +18,7 @@ class Linear {
   virtual int64_t bytes() const = 0;  ///< memory held by weight and bias
 };
 
-/// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it, else float32.
+/// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it (taken for granted of a GPU), else float32.
 at::ScalarType fast_product_dtype(at::Device device = at::kCPU);
 
 /// Autograd flows through weight, bias and x.

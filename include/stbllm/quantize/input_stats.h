@@ -17,7 +17,7 @@ struct InputStats {
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
 };
 
-/// Sums up x x^T over batches of inputs, on their device. The order of calls decides the rounding, nothing else does.
+/// Sums up x x^T over batches of inputs, on their device. The order of calls and the device decide the rounding, nothing else does.
 class StatsAccumulator {
  public:
   /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
