@@ -16,6 +16,7 @@
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
+#include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/trained_block.h"
 #include "stbllm/text/tokenizer.h"
@@ -236,7 +237,18 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
                         all * layers * kPassesPerDistilledEpoch * recipe.distill_epochs;
   const double weights = static_cast<double>(spec.linear_weights()) * static_cast<double>(quantized_blocks) /
                          static_cast<double>(spec.layers);
-  estimate.seconds = calibrating * statistics * own + forward * passes +
+  if (recipe.allocation == Allocation::kBudget) {
+    Recipe quick = recipe;
+    quick.refit = quick.descend = 0;
+    const auto [codes, tokens] = budget_work(spec);
+    const double code = seconds_of([&] {
+      quantize_linear(dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight().cpu(), stats, quick);
+    });
+    const double measured = static_cast<double>(hidden.size(0) * hidden.size(1));
+    estimate.seconds += static_cast<double>(codes) * code * static_cast<double>(spec.linear_weights()) / static_cast<double>(widest.rows * widest.cols) +
+                        layers * forward * static_cast<double>(tokens) / measured;
+  }
+  estimate.seconds += calibrating * statistics * own + forward * passes +
                      report.seconds * weights / static_cast<double>(widest.rows * widest.cols);
   return estimate;
 }

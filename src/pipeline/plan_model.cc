@@ -149,6 +149,11 @@ Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor
   return plan;
 }
 
+BudgetWork budget_work(const ModelSpec& spec) {
+  const auto linears = static_cast<int64_t>(spec.linears(0).size());
+  return {static_cast<int64_t>(kBudgetCodes.size()), kPlanTokens + (1 + linears) * kPlanTokens / 4};
+}
+
 Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe) {
   Plan plan;
   for (int64_t i = 0; i < spec.layers; ++i)

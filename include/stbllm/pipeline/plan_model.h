@@ -16,6 +16,13 @@ namespace stbllm {
 Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, const Recipe& recipe,
                 const ProcessGroup& group);
 
+/// What the plan of allocation `budget` does beside its statistics.
+struct BudgetWork {
+  int64_t codes_per_linear;  ///< quantized without refit and descent
+  int64_t tokens_per_block;  ///< forward passes of a block, where a model has so many tokens of calibration
+};
+BudgetWork budget_work(const ModelSpec& spec);
+
 /// The same recipe for every linear.
 Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe);
 
