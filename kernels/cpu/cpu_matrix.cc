@@ -272,10 +272,9 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
   // The codes themselves.
   const int64_t groups = kChunkColumns / m.group, present_groups = layout.groups();
   const int words = static_cast<int>(groups * m.code_bits / 16);
-  m.chunk_bytes = m.form == CodeForm::kWords     ? words * 2 * kTileRows
-                  : m.form == CodeForm::kBytes   ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
-                  : m.form == CodeForm::kNibbles ? groups * kTileRows / 2
-                                                 : groups * kTileRows * 3 / 2;
+  m.chunk_bytes = m.form == CodeForm::kBytes    ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
+                  : m.form == CodeForm::kHalves ? groups * kTileRows * 3 / 2
+                                                : words * 2 * kTileRows;
   // Byte tables fill eight registers: once loaded, they should serve several tiles.
   m.strip_tiles = m.form == CodeForm::kBytes || m.form == CodeForm::kHalves ? 4 : 1;
   codes_.assign(static_cast<size_t>(m.chunks * m.tiles * m.chunk_bytes), 0);
@@ -324,8 +323,8 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
       for (int r = 0; r < rows; ++r) {
         const int64_t row = tile * kTileRows + r;
         const int lane = r / 32 * 32 + lane_of_row(r);
-        if (m.form == CodeForm::kWords) {
-          std::array<uint16_t, 32> line{};
+        if (m.form == CodeForm::kWords || m.form == CodeForm::kNibbles) {
+          std::array<uint16_t, 32> line{};  // the row's bits
           if (digits_) {
             const int64_t row_groups = kChunkColumns / stored.group, first = chunk * row_groups;
             for (int64_t g = 0; g < std::min(row_groups, present_groups - first); ++g) {
@@ -338,18 +337,10 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
             std::memcpy(line.data(), plane.data() + row * row_bytes + first,
                         static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
           }
-          for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
-          continue;
-        }
-        if (m.form == CodeForm::kNibbles) {
-          const int64_t row_groups = kChunkColumns / stored.group, first = chunk * row_groups;
-          for (int64_t g = 0; g < std::min(row_groups, present_groups - first); ++g) {
-            const uint64_t code = matrix.code(row, first + g), packed = digit_table.empty() ? digit_fields(code) : digit_table[code];
-            for (int field = 0; field < fields; ++field) {
-              const int64_t at = g * fields + field;
-              out[at / 2 * kTileRows + r] |= static_cast<uint8_t>((packed >> 4 * field & 15) << at % 2 * 4);
-            }
-          }
+          if (m.form == CodeForm::kWords)
+            for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
+          else
+            for (int b = 0; b < 2 * words; ++b) std::memcpy(out + b * kTileRows + r, reinterpret_cast<const uint8_t*>(line.data()) + b, 1);
           continue;
         }
         const int64_t first = chunk * groups, count = std::min(groups, present_groups - first);
