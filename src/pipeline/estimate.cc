@@ -200,8 +200,8 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   if (calibration.holdout > 0)
     stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too
   LinearReport report;
-  const BinarizedWeight weight = quantize_linear(
-      dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight().cpu(), stats, recipe, &report);
+  const at::Tensor original = dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight();
+  const BinarizedWeight weight = quantize_linear(original, stats, recipe, &report);
 
   const double salient_share = weight.salient_share();
   const int64_t outliers = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
@@ -241,9 +241,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
     Recipe quick = recipe;
     quick.refit = quick.descend = 0;
     const auto [codes, tokens] = budget_work(spec);
-    const double code = seconds_of([&] {
-      quantize_linear(dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight().cpu(), stats, quick);
-    });
+    const double code = seconds_of([&] { quantize_linear(original, stats, quick); });
     const double measured = static_cast<double>(hidden.size(0) * hidden.size(1));
     estimate.seconds += static_cast<double>(codes) * code * static_cast<double>(spec.linear_weights()) / static_cast<double>(widest.rows * widest.cols) +
                         layers * forward * static_cast<double>(tokens) / measured;

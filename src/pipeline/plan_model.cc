@@ -14,8 +14,8 @@
 namespace stbllm {
 namespace {
 
-/// What `budget` chooses from: 0.5, 0.75, 0.875, 1.125, 1.375, 2 and 2.5 bits of codes per weight. Of all codes these make the
-/// lower hull of bits and squared error on normal weights; 2:4 with three levels, say, errs 1.4 times as much as 3:4 with two.
+/// What `budget` chooses from: 0.5, 0.75, 0.875, 1.125, 1.375, 2 and 2.5 bits of codes per weight. They lie on
+/// the lower hull of bits and squared error on normal weights; 2:4 with three levels, say, errs over 1.3 times as much as 3:4 with two.
 constexpr std::array<Code, 7> kBudgetCodes = {{{{1, 8}, 1}, {{1, 4}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{5, 8}, 1}, {{3, 4}, 2}, {{3, 4}, 3}}};
 /// The one whose block error is measured: in the middle.
 constexpr size_t kMeasuredCode = 3;
@@ -104,7 +104,6 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
       const at::Tensor weight = dense.weight(), bias = dense.bias();
       const at::ScalarType products = dense.product_dtype();
-      const at::Tensor host_weight = weight.cpu();
       std::vector<Offer> own;
       double unit = 0;
       for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
@@ -112,7 +111,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
         quick.refit = quick.descend = 0;
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
-        const BinarizedWeight binarized = quantize_linear(host_weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
+        const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
         own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
         if (c != kMeasuredCode) continue;
         // Behind quantized blocks more columns might pass for outliers, and exceed the budget.

@@ -162,7 +162,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     const LinearSpec& linear = linears[i];
     const Recipe& own = plan.at(linear.name);
     LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight().cpu(),
+    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
     quantized.linears.emplace(linear.name, std::move(weight));

@@ -270,7 +270,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
   const auto started = std::chrono::steady_clock::now();
   LinearReport local;
   LinearReport& out = report ? *report : local;
-  const at::Tensor w = weight.to(at::kFloat);
+  const at::Tensor w = weight.to(at::kCPU, at::kFloat);
   STBLLM_CHECK(stats.hessian.size(0) == w.size(1), "H has {} columns, the weight {}", stats.hessian.size(0), w.size(1));
   const at::Tensor weight_t = w.t().contiguous();
   const std::vector<int64_t> outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
