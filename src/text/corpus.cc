@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <numeric>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <utility>
 
 #include "stbllm/base/error.h"
@@ -203,18 +203,18 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   std::vector<int64_t> place(places);
   std::iota(place.begin(), place.end(), 0);
   // Places go to the windows in turn, and where they are too few to the held-out ones before those behind them.
-  const int64_t first_held_out = std::min(held_out.first, count), end_held_out = std::min(held_out.first + held_out.count, count);
-  const int64_t before = std::clamp<int64_t>(places - held_out.count, 0, first_held_out);
+  STBLLM_CHECK(held_out.first + held_out.count <= count, "{} held-out windows from {} on, of {}", held_out.count, held_out.first, count);
+  const int64_t before = std::clamp<int64_t>(places - held_out.count, 0, held_out.first);
   std::vector<int64_t> begin(count, -1);
   int64_t taken = 0;
   for (int64_t i = 0; i < count && taken < places; ++i) {
-    if (i >= before && i < first_held_out) continue;
+    if (i >= before && i < held_out.first) continue;
     std::swap(place[taken], place[taken + static_cast<int64_t>(random.below(places - taken))]);
     begin[i] = shift + place[taken++] * seqlen;
   }
   const bool avoidable = places > held_out.count;  // another place than theirs is left
   const auto overlaps_held_out = [&](int64_t start) {
-    for (int64_t i = first_held_out; i < end_held_out; ++i)
+    for (int64_t i = held_out.first; i < held_out.first + held_out.count; ++i)
       if (begin[i] >= 0 && std::abs(start - begin[i]) < seqlen) return true;
     return false;
   };

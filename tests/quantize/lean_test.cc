@@ -222,6 +222,20 @@ TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
   }
 }
 
+/// Why `stbllm-2bit` and the budget take 3:4 with two levels: as many bits as 2:4 with three, less error.
+TEST(QuantizeLinear, ThreeOfFourInTwoLevelsBeatTwoOfFourInThree) {
+  at::manual_seed(10);
+  const at::Tensor weight = at::randn({64, 512});
+  const InputStats stats{.hessian = at::eye(512), .holdout_hessian = {}, .tokens = 512};
+  const auto error_of = [&](NmPattern nm, int levels) {
+    LinearReport report;
+    quantize_linear(weight, stats, lean_recipe(nm, levels, 4), &report);
+    return report.output_error;
+  };
+  // The bound leaves room for the draw of the weights and for coded scales.
+  EXPECT_GT(error_of({2, 4}, 3), 1.3 * error_of({3, 4}, 2));
+}
+
 class PaperRecipe : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(PaperRecipe, KeepsExactlyNOfEveryGroupForEveryPattern) {

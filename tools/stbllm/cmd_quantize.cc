@@ -24,8 +24,8 @@ namespace {
 struct Options {
   std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
-  int64_t samples = 0, distill_samples = -1, seqlen = 0;  // as the effort says
-  double target_bits = 0;           // 0: none
+  int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
+  double target_bits = 0;  // 0: none
   int64_t target_size = 0;
   uint64_t seed = 0;
   bool dry_run = false, profile = false;
