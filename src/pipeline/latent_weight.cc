@@ -24,17 +24,6 @@ constexpr float kPrunedLimit = 0.5f;
 /// And all keep this distance from where their symbol would be another, in the same unit.
 constexpr float kMargin = 0.02f;
 
-/// kLanes neighbours of a row: one vector register, or a few.
-using Lanes = float __attribute__((vector_size(4 * kLanes)));
-using IntLanes = int32_t __attribute__((vector_size(4 * kLanes)));
-
-STBLLM_INLINE Lanes load(const float* from, int count) {
-  Lanes x = {};
-  std::memcpy(&x, from, sizeof(float) * count);
-  return x;
-}
-STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
-
 /// Levels as the inner loops want them: the value of a kept weight is base + sum of the steps whose border it exceeds.
 struct LevelSteps {
   float base = 0;
@@ -131,7 +120,7 @@ STBLLM_INLINE void for_each_lanes(const Row& row, const Visit& visit) {
 template <int M>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
   for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-    const Lanes latent = load(row.latent + first, count);
+    const Lanes latent = load_lanes(row.latent + first, count);
     const IntLanes kept = keep_largest<M>(latent, row.keep);
     const Lanes value = (Lanes)((IntLanes)(levels.value(latent) * scale) & kept);
     for (int j = 0; j < count; ++j) row.dense[first + j] = float_to_bfloat16(value[j]);
@@ -148,9 +137,9 @@ STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const A
   for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
     float gradient[kLanes] = {};
     for (int j = 0; j < count; ++j) gradient[j] = bfloat16_to_float(row.gradient[first + j]) * scale;
-    const Lanes latent = load(row.latent + first, count);
+    const Lanes latent = load_lanes(row.latent + first, count);
     const IntLanes kept = keep_largest<M>(latent, row.keep), level = levels.level(latent);
-    const Lanes share = (Lanes)((IntLanes)(load(gradient, kLanes) * levels.value(latent)) & kept);
+    const Lanes share = (Lanes)((IntLanes)(load_lanes(gradient) * levels.value(latent)) & kept);
     for (int l = 0; l < levels.count; ++l) sums[l] += (Lanes)((IntLanes)share & (level == l));
     if (row.mean == nullptr) return;
     for (int j = 0; j < count; ++j) row.latent[first + j] += adam(gradient[j], row.mean[first + j], row.square[first + j]);

@@ -165,6 +165,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();
+    const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
+    if (std::none_of(linears.begin() + static_cast<int64_t>(i) + 1, linears.end(), reads_the_same)) stats[static_cast<size_t>(linear.tap)] = {};
     quantized.linears.emplace(linear.name, std::move(weight));
     on_linear(result);
   }

@@ -33,14 +33,16 @@ InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool thr
   const at::Tensor diagonal = hessian.diagonal();
   const at::Tensor dead = diagonal.eq(0).to(at::kFloat);
   const double mean = diagonal.mean().item<double>();
-  for (int retries = 0; retries < 6; ++retries, damping = damping > 0 ? 10 * damping : 1e-4) {
+  constexpr int kMaxRetries = 5;
+  for (int retries = 0;; ++retries, damping = damping > 0 ? 10 * damping : 1e-4) {
     at::Tensor h = hessian.clone();
     h.diagonal().add_(dead).add_(damping * mean);
     const at::Tensor upper = three_steps ? factor_in_three_steps(h) : factor_in_one_step(h);
     if (upper.defined() && upper.isfinite().all().item<bool>()) return {upper.contiguous(), damping, retries};
+    if (retries == kMaxRetries)
+      fail(ErrorCode::kCorrupt, "the Hessian of the inputs is not positive definite even with damping {:g}; use more calibration text", damping);
     log::debug("the Cholesky of a Hessian failed with damping {:g}; trying again with more", damping);
   }
-  fail(ErrorCode::kCorrupt, "the Hessian of the inputs is not positive definite even with damping {:g}; use more calibration text", damping);
 }
 
 }  // namespace stbllm

@@ -27,6 +27,18 @@ STBLLM_CLONES void make_target(const float* hessian, int64_t stride, int width, 
   }
 }
 
+/// q = values, delta = by how much it changed. Returns whether anything did.
+STBLLM_CLONES bool change_values(const float (*values)[kTileRows], int width, float (*q)[kTileRows], float (*delta)[kTileRows]) {
+  int any = 0;
+  for (int c = 0; c < width; ++c)
+    for (int lane = 0; lane < kTileRows; ++lane) {
+      delta[c][lane] = values[c][lane] - q[c][lane];
+      any |= delta[c][lane] != 0;
+      q[c][lane] = values[c][lane];
+    }
+  return any != 0;
+}
+
 /// gradient[c] += sum_k delta[k] H[k][c] over the columns of the block that are still to come
 STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end, const float (*delta)[kTileRows],
                               float (*gradient)[kTileRows]) {
@@ -101,21 +113,14 @@ double descend(LeanWeight& lean) {
                 chosen[c][lane] = lane < lanes ? symbols[(first + c) * rows + first_row + lane] : int8_t{0};
             improve_codes_locally(lean.nm, lean.level_values, metrics[index].data(), target, scale, w, lanes, chosen);
           }
-          bool any = false;
+          dequantize(chosen, lean.level_values, scale, w, target);
+          if (!change_values(target, w, value + first, delta)) continue;
           for (int c = 0; c < w; ++c)
-            for (int lane = 0; lane < kTileRows; ++lane) {
-              delta[c][lane] = 0;
-              if (lane >= lanes) continue;
+            for (int lane = 0; lane < lanes; ++lane) {
               int8_t& symbol = symbols[(first + c) * rows + first_row + lane];
-              if (symbol == chosen[c][lane]) continue;
+              local_changes += symbol != chosen[c][lane];
               symbol = chosen[c][lane];
-              const float v = symbol == 0 ? 0.f : symbol > 0 ? lean.level_values[symbol - 1] : -lean.level_values[-symbol - 1];
-              delta[c][lane] = v * scale[lane] - value[first + c][lane];
-              value[first + c][lane] += delta[c][lane];
-              any = true;
-              ++local_changes;
             }
-          if (!any) continue;
           add_change(h + (start + first) * cols + start, cols, w, first + w, width, delta, slope);
           float* out = change.data_ptr<float>();
           for (int c = 0; c < w; ++c)

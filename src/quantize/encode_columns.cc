@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <numeric>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
@@ -34,9 +36,9 @@ std::array<double, 256> invert_upper(const float* upper, int64_t stride, int wid
 
 struct Group {
   int first, width;                   // columns within the column block
-  std::array<double, 256> inverse;    // U_gg^-1
   std::array<double, 256> metric;     // U_gg^-1 U_gg^-T
   std::array<float, 256> metric_f;
+  std::array<float, 256> transposed;  // U_gg^-T
 };
 
 STBLLM_CLONES void apply_matrix(const float* matrix, const float (*in)[kTileRows], int width, float (*out)[kTileRows]) {
@@ -45,6 +47,31 @@ STBLLM_CLONES void apply_matrix(const float* matrix, const float (*in)[kTileRows
     for (int j = 0; j < width; ++j)
       for (int lane = 0; lane < kTileRows; ++lane) out[i][lane] += matrix[i * width + j] * in[j][lane];
   }
+}
+
+/// sums[lane] += the `keep` largest magnitudes of a group.
+STBLLM_CLONES void add_largest(const float (*weights)[kTileRows], int width, int keep, float* sums) {
+  for (int i = 0; i < width; ++i) {
+    int32_t before[kTileRows] = {};
+    for (int j = 0; j < width; ++j)
+      for (int lane = 0; lane < kTileRows; ++lane) {
+        const float own = std::fabs(weights[i][lane]), other = std::fabs(weights[j][lane]);
+        before[lane] += j < i ? other >= own : other > own;
+      }
+    for (int lane = 0; lane < kTileRows; ++lane) sums[lane] += before[lane] < keep ? std::fabs(weights[i][lane]) : 0.f;
+  }
+}
+
+/// sums[lane] += a . b over a group
+STBLLM_CLONES void add_dot(const float (*a)[kTileRows], const float (*b)[kTileRows], int width, float* sums) {
+  for (int i = 0; i < width; ++i)
+    for (int lane = 0; lane < kTileRows; ++lane) sums[lane] += a[i][lane] * b[i][lane];
+}
+
+/// out = a - b over a group
+STBLLM_CLONES void subtract(const float (*a)[kTileRows], const float (*b)[kTileRows], int width, float (*out)[kTileRows]) {
+  for (int i = 0; i < width; ++i)
+    for (int lane = 0; lane < kTileRows; ++lane) out[i][lane] = a[i][lane] - b[i][lane];
 }
 
 /// weights[c] -= sum_k error[k] U[k][c] for the columns after the group.
@@ -60,19 +87,15 @@ STBLLM_CLONES void push_error(const float* upper, int64_t stride, int width, int
 }  // namespace
 
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate) {
-  const int64_t rows = lean.rows(), cols = lean.cols(), stride = upper.size(1);
+  const int64_t rows = lean.rows(), cols = lean.cols(), stride = cols;
   const int levels = static_cast<int>(lean.level_values.size());
   const bool enumerate = GroupCodebook::enumerable(lean.nm, levels);
   const int tail = static_cast<int>(cols % lean.nm.group);
   const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, lean.nm.group) : GroupCodebook({1, 4}, 1, 4);
   const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
   at::Tensor work = lean.target.clone();
-  const float* u = upper.data_ptr<float>();
-  const double mean_level = [&] {
-    double sum = 0;
-    for (const float value : lean.level_values) sum += value;
-    return sum / levels;
-  }();
+  const float* u = compensate == Compensate::kNone ? nullptr : upper.const_data_ptr<float>();
+  const float mean_level = std::accumulate(lean.level_values.begin(), lean.level_values.end(), 0.f) / static_cast<float>(levels);
 
   for (int64_t b = 0; b < lean.column_blocks(); ++b) {
     const int64_t start = b * lean.column_block;
@@ -83,20 +106,20 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
       Group& group = groups.emplace_back();
       group.first = first;
       group.width = std::min(lean.nm.group, width - first);
-      const float* diagonal_block = u + (start + first) * stride + start + first;
+      std::array<double, 256> inverse{};
       if (compensate == Compensate::kColumn) {
-        group.inverse = invert_upper(diagonal_block, stride, group.width);
+        inverse = invert_upper(u + (start + first) * (stride + 1), stride, group.width);
       } else {
-        group.inverse.fill(0);
         for (int i = 0; i < group.width; ++i)
-          group.inverse[i * group.width + i] = compensate == Compensate::kNone ? 1.0 : 1.0 / diagonal_block[i * stride + i];
+          inverse[i * group.width + i] = u == nullptr ? 1.0 : 1.0 / u[(start + first + i) * (stride + 1)];
       }
       for (int i = 0; i < group.width; ++i)
         for (int j = 0; j < group.width; ++j) {
           double sum = 0;
-          for (int k = 0; k < group.width; ++k) sum += group.inverse[i * group.width + k] * group.inverse[j * group.width + k];
+          for (int k = 0; k < group.width; ++k) sum += inverse[i * group.width + k] * inverse[j * group.width + k];
           group.metric[i * group.width + j] = sum;
           group.metric_f[i * group.width + j] = static_cast<float>(sum);
+          group.transposed[j * group.width + i] = static_cast<float>(inverse[i * group.width + j]);
         }
       if (enumerate)
         tables.emplace_back(group.width == lean.nm.group ? full : partial, lean.level_values, group.metric.data(), group.width);
@@ -105,10 +128,9 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
     float* w = work.data_ptr<float>() + start * rows;
     int8_t* symbols = lean.symbols.data_ptr<int8_t>() + start * rows;
     at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
-      std::vector<std::array<float, kTileRows>> storage(2 * width + 48);
+      std::vector<std::array<float, kTileRows>> storage(2 * width + 32);
       auto* weights = reinterpret_cast<float(*)[kTileRows]>(storage.data());
-      auto* error = weights + width;
-      auto* scratch = error + width;
+      auto *error = weights + width, *target = error + width, *values = target + 16;
       int8_t chosen[16][kTileRows];
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first_row = t * kTileRows;
@@ -116,48 +138,38 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
         for (int c = 0; c < width; ++c)
           for (int lane = 0; lane < kTileRows; ++lane) weights[c][lane] = lane < lanes ? w[c * rows + first_row + lane] : 0.f;
 
-        const auto choose = [&](size_t g, const float* scale) {
+        const auto choose = [&](size_t g, const float* scale) {  // fills target, chosen and values
           const Group& group = groups[g];
-          apply_matrix(group.metric_f.data(), weights + group.first, group.width, scratch);
+          apply_matrix(group.metric_f.data(), weights + group.first, group.width, target);
           if (enumerate) {
-            best_codes(tables[g], scratch, scale, group.width, chosen);
+            best_codes(tables[g], target, scale, group.width, chosen);
           } else {
             for (int c = 0; c < group.width; ++c) std::fill_n(chosen[c], kTileRows, int8_t{0});
-            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), scratch, scale, group.width, lanes, chosen);
+            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, group.width, lanes, chosen);
           }
-        };
-        const auto value = [&](int8_t symbol) {
-          return symbol == 0 ? 0.f : symbol > 0 ? lean.level_values[symbol - 1] : -lean.level_values[-symbol - 1];
+          dequantize(chosen, lean.level_values, scale, group.width, values);
         };
 
         // The block's scale on its current weights: codes and scale in turn, without feedback, from the mean kept magnitude.
-        alignas(64) float scale[kTileRows];
-        for (int lane = 0; lane < kTileRows; ++lane) {
-          double sum = 0;
-          int64_t count = 0;
-          for (const Group& group : groups) {
-            std::array<float, 16> magnitude;
-            for (int i = 0; i < group.width; ++i) magnitude[i] = std::abs(weights[group.first + i][lane]);
-            std::sort(magnitude.begin(), magnitude.begin() + group.width, std::greater<>());
-            for (int k = 0; k < std::min(lean.nm.keep, group.width); ++k) sum += magnitude[k], ++count;
-          }
-          scale[lane] = std::max(static_cast<float>(sum / (static_cast<double>(count) * mean_level)), 1e-6f);
+        alignas(64) float scale[kTileRows], top[kTileRows] = {}, bottom[kTileRows];
+        int kept = 0;
+        for (const Group& group : groups) {
+          add_largest(weights + group.first, group.width, lean.nm.keep, top);
+          kept += std::min(lean.nm.keep, group.width);
         }
+        for (int lane = 0; lane < kTileRows; ++lane) scale[lane] = std::max(top[lane] / (static_cast<float>(kept) * mean_level), kSmallestScale);
         for (int search = 1; search < kEncodeSearches; ++search) {
-          std::array<double, kTileRows> top{}, bottom{};
+          std::fill_n(top, kTileRows, 0.f);
+          std::fill_n(bottom, kTileRows, 0.f);
           for (size_t g = 0; g < groups.size(); ++g) {
-            choose(g, scale);
             const Group& group = groups[g];
-            for (int lane = 0; lane < lanes; ++lane)
-              for (int i = 0; i < group.width; ++i) {
-                const double v = value(chosen[i][lane]);
-                if (v == 0) continue;
-                top[lane] += v * scratch[i][lane];
-                for (int j = 0; j < group.width; ++j) bottom[lane] += v * group.metric[i * group.width + j] * value(chosen[j][lane]);
-              }
+            choose(g, scale);
+            add_dot(values, target, group.width, top);
+            apply_matrix(group.metric_f.data(), values, group.width, target);
+            add_dot(values, target, group.width, bottom);
           }
           for (int lane = 0; lane < lanes; ++lane)
-            if (bottom[lane] > 0 && top[lane] > 0) scale[lane] = std::max(static_cast<float>(top[lane] / bottom[lane]), 1e-6f);
+            if (bottom[lane] > 0 && top[lane] > 0) scale[lane] = std::max(scale[lane] * (top[lane] / bottom[lane]), kSmallestScale);
         }
         for (int lane = 0; lane < lanes; ++lane) {
           uint8_t unused = 0;
@@ -171,17 +183,8 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
         for (size_t g = 0; g < groups.size(); ++g) {
           const Group& group = groups[g];
           choose(g, scale);
-          auto* delta = scratch + 16;
-          for (int i = 0; i < group.width; ++i)
-            for (int lane = 0; lane < kTileRows; ++lane)
-              delta[i][lane] = weights[group.first + i][lane] - scale[lane] * value(chosen[i][lane]);
-          // error = delta U_gg^-1
-          for (int j = 0; j < group.width; ++j)
-            for (int lane = 0; lane < kTileRows; ++lane) {
-              float sum = 0;
-              for (int i = 0; i <= j; ++i) sum += delta[i][lane] * static_cast<float>(group.inverse[i * group.width + j]);
-              error[group.first + j][lane] = sum;
-            }
+          subtract(weights + group.first, values, group.width, target);
+          apply_matrix(group.transposed.data(), target, group.width, error + group.first);
           if (compensate == Compensate::kColumn)
             push_error(u + (start + group.first) * stride + start, stride, group.width, group.first + group.width, width,
                        error + group.first, weights);

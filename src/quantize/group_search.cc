@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "stbllm/base/bits.h"
@@ -56,7 +57,7 @@ GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_v
     : codebook(&book) {
   const int kept = book.kept();
   coefficient.resize(book.states() * kept);
-  energy.resize(book.states());
+  half_energy.resize(book.states());
   for (int64_t state = 0; state < book.states(); ++state) {
     const uint8_t* position = book.positions(state);
     const int8_t* symbol = book.symbols(state);
@@ -71,54 +72,41 @@ GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_v
       for (int l = 0; l < kept; ++l) row += metric[position[k] * width + position[l]] * value[l];
       sum += value[k] * row;
     }
-    energy[state] = static_cast<float>(sum);
+    half_energy[state] = static_cast<float>(sum / 2);
   }
 }
 
 namespace {
 
-/// The loop over all states, for a fixed number of kept weights so that it unrolls.
+/// The loop over all states, for a fixed number of kept weights so that it unrolls; two vectors of rows share what is read for
+/// a state.
 template <int kKept>
-STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale, float* best_cost,
-                               float* best_sign, int32_t* best_state) {
-  const int64_t states = table.codebook->states();
-  for (int first = 0; first < kTileRows; first += kLanes) {
-    float cost_min[kLanes], sign_min[kLanes], a[kLanes];
-    int32_t state_min[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      cost_min[lane] = std::numeric_limits<float>::infinity();
-      sign_min[lane] = 1;
-      state_min[lane] = 0;
-      a[lane] = scale[first + lane];
-    }
-    for (int64_t state = 0; state < states; ++state) {
-      const uint8_t* position = table.codebook->positions(state);
-      const float* coefficient = &table.coefficient[state * kKept];
-      const float energy = table.energy[state];
-      float dot[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) dot[lane] = coefficient[0] * target[position[0]][first + lane];
-      for (int k = 1; k < kKept; ++k)
-        for (int lane = 0; lane < kLanes; ++lane) dot[lane] += coefficient[k] * target[position[k]][first + lane];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float cost = a[lane] * (a[lane] * energy - 2 * std::fabs(dot[lane]));
-        const bool better = cost < cost_min[lane];
-        cost_min[lane] = better ? cost : cost_min[lane];
-        sign_min[lane] = better ? dot[lane] : sign_min[lane];
-        state_min[lane] = better ? static_cast<int32_t>(state) : state_min[lane];
+STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state) {
+  const auto states = static_cast<int32_t>(table.codebook->states());
+  const uint8_t* positions = table.codebook->positions(0);
+  const float *coefficients = table.coefficient.data(), *half_energy = table.half_energy.data();
+  for (int first = 0; first < kTileRows; first += 2 * kLanes) {
+    const Lanes a[] = {load_lanes(scale + first), load_lanes(scale + first + kLanes)};
+    Lanes cost_min[] = {std::numeric_limits<float>::infinity() + Lanes{}, std::numeric_limits<float>::infinity() + Lanes{}};
+    IntLanes state_min[] = {{}, {}};
+    for (int32_t state = 0; state < states; ++state) {
+      for (int half = 0; half < 2; ++half) {
+        Lanes dot = {};
+        for (int k = 0; k < kKept; ++k)
+          dot += coefficients[state * kKept + k] * load_lanes(&target[positions[state * kKept + k]][first + half * kLanes]);
+        const Lanes cost = a[half] * half_energy[state] - magnitude_of(dot);  // over 2 a, which is the same for all states
+        const IntLanes better = cost < cost_min[half];
+        cost_min[half] = better ? cost : cost_min[half];
+        state_min[half] = better ? state + IntLanes{} : state_min[half];
       }
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      best_cost[first + lane] = cost_min[lane];
-      best_sign[first + lane] = sign_min[lane];
-      best_state[first + lane] = state_min[lane];
-    }
+    std::memcpy(best_state + first, state_min, sizeof(state_min));
   }
 }
 
-#define STBLLM_SCAN(kept)                                                                                                       \
-  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float (*target)[kTileRows], const float* scale, float* best_cost, \
-                                 float* best_sign, int32_t* best_state) {                                                       \
-    scan_states<kept>(table, target, scale, best_cost, best_sign, best_state);                                                  \
+#define STBLLM_SCAN(kept)                                                                                                  \
+  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state) { \
+    scan_states<kept>(table, target, scale, best_state);                                                                    \
   }
 STBLLM_SCAN(1)
 STBLLM_SCAN(2)
@@ -130,23 +118,45 @@ STBLLM_SCAN(7)
 STBLLM_SCAN(8)
 #undef STBLLM_SCAN
 
+STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale, float* values) {
+  using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
+  for (int first = 0; first < kTileRows; first += kLanes) {
+    ByteLanes bytes;
+    std::memcpy(&bytes, symbols + first, sizeof(bytes));
+    const IntLanes symbol = __builtin_convertvector(bytes, IntLanes), sign = symbol & INT32_MIN, index = symbol < 0 ? -symbol : symbol;
+    Lanes value = index == 1 ? level[0] + Lanes{} : Lanes{};
+    value = index == 2 ? level[1] + Lanes{} : value;
+    value = index == 3 ? level[2] + Lanes{} : value;
+    store_lanes(values + first, (Lanes)((IntLanes)(load_lanes(scale + first) * value) | sign));
+  }
+}
+
 }  // namespace
 
 void best_codes(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int width,
                 int8_t (*symbols)[kTileRows]) {
-  alignas(64) float cost[kTileRows], sign[kTileRows];
   alignas(64) int32_t state[kTileRows];
-  using Scan = void (*)(const GroupTable&, const float (*)[kTileRows], const float*, float*, float*, int32_t*);
+  using Scan = void (*)(const GroupTable&, const float (*)[kTileRows], const float*, int32_t*);
   static constexpr Scan kScan[] = {nullptr, scan_1, scan_2, scan_3, scan_4, scan_5, scan_6, scan_7, scan_8};
   const int kept = table.codebook->kept();
   STBLLM_CHECK(kept <= 8, "{} kept weights in an enumerated group", kept);
-  kScan[kept](table, target, scale, cost, sign, state);
+  kScan[kept](table, target, scale, state);
   for (int c = 0; c < width; ++c) std::fill_n(symbols[c], kTileRows, int8_t{0});
   for (int lane = 0; lane < kTileRows; ++lane) {
     const uint8_t* position = table.codebook->positions(state[lane]);
     const int8_t* symbol = table.codebook->symbols(state[lane]);
-    for (int k = 0; k < kept; ++k) symbols[position[k]][lane] = sign[lane] < 0 ? static_cast<int8_t>(-symbol[k]) : symbol[k];
+    float dot = 0;
+    for (int k = 0; k < kept; ++k) dot += table.coefficient[state[lane] * kept + k] * target[position[k]][lane];
+    for (int k = 0; k < kept; ++k) symbols[position[k]][lane] = dot < 0 ? static_cast<int8_t>(-symbol[k]) : symbol[k];
   }
+}
+
+void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale, int width,
+                float (*values)[kTileRows]) {
+  STBLLM_CHECK(level_values.size() <= 3, "{} levels", level_values.size());
+  std::array<float, 3> level{};
+  std::copy(level_values.begin(), level_values.end(), level.begin());
+  for (int c = 0; c < width; ++c) dequantize_column(symbols[c], level.data(), scale, values[c]);
 }
 
 void improve_codes_locally(NmPattern nm, std::span<const float> level_values, const double* metric,

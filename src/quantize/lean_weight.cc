@@ -15,9 +15,6 @@ namespace {
 
 float round_to_half(float x) { return half_to_float(float_to_half(x)); }
 
-/// The smallest scale that is kept apart from zero in fp16 arithmetic.
-constexpr float kSmallestScale = 1e-6f;
-
 }  // namespace
 
 at::Tensor LeanWeight::unit_values() const {

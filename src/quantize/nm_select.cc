@@ -9,32 +9,36 @@
 
 namespace stbllm {
 
-at::Tensor importance(const at::Tensor& weight_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag, Importance metric) {
-  const at::Tensor magnitude = weight_t.abs();
-  // Row- plus column-normalised magnitude; an all-zero row or column counts as zero.
-  const auto relative = [&] {
-    return magnitude / magnitude.sum(0, /*keepdim=*/true).clamp_min(1e-30) +
-           magnitude / magnitude.sum(1, /*keepdim=*/true).clamp_min(1e-30);
-  };
-  switch (metric) {
+ImportanceScore::ImportanceScore(const at::Tensor& layer_t, Importance metric) : metric_(metric) {
+  if (metric != Importance::kRia && metric != Importance::kSi) return;
+  row_sum_ = layer_t.abs().sum(0, /*keepdim=*/true).clamp_min(1e-30);
+  if (metric == Importance::kRia) return;
+  const at::Tensor mu = relative_magnitude(layer_t);
+  // Sums go column by column first: a reduction over all elements would be cut differently by another number of threads.
+  const double count = static_cast<double>(mu.numel());
+  mean_ = mu.sum(1, false, at::kDouble).sum() / count;
+  deviation_ = (mu - mean_).square().sum(1, false, at::kDouble).sum().div(count - 1).sqrt();
+}
+
+at::Tensor ImportanceScore::relative_magnitude(const at::Tensor& columns_t) const {
+  const at::Tensor magnitude = columns_t.abs();
+  return magnitude / row_sum_ + magnitude / magnitude.sum(1, /*keepdim=*/true).clamp_min(1e-30);
+}
+
+at::Tensor ImportanceScore::operator()(const at::Tensor& columns_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag) const {
+  switch (metric_) {
     case Importance::kMagnitude:
-      return magnitude;
+      return columns_t.abs();
     case Importance::kWanda:
-      return magnitude * norm_sq.sqrt().unsqueeze(1);
+      return columns_t.abs() * norm_sq.sqrt().unsqueeze(1);
     case Importance::kRia:
-      return relative() * norm_sq.sqrt().sqrt().unsqueeze(1);
-    case Importance::kSi: {
-      const at::Tensor mu = relative();
-      // Sums go column by column first: a reduction over all elements would be cut differently by another number of threads.
-      const double count = static_cast<double>(mu.numel());
-      const at::Tensor mean = mu.sum(1, false, at::kDouble).sum() / count;
-      const at::Tensor deviation = (mu - mean).square().sum(1, false, at::kDouble).sum().div(count - 1).sqrt();
-      return ((mu - mean) / (deviation + 1e-12)).to(at::kFloat) * norm_sq.sqrt().unsqueeze(1);
-    }
+      return relative_magnitude(columns_t) * norm_sq.sqrt().sqrt().unsqueeze(1);
+    case Importance::kSi:
+      return ((relative_magnitude(columns_t) - mean_) / (deviation_ + 1e-12)).to(at::kFloat) * norm_sq.sqrt().unsqueeze(1);
     case Importance::kObs:
-      return (weight_t / inverse_diag.unsqueeze(1)).square();
+      return (columns_t / inverse_diag.unsqueeze(1)).square();
   }
-  return magnitude;
+  return columns_t.abs();
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string_view>
 
@@ -17,6 +18,17 @@
 #include "stbllm/quantize/nm_select.h"
 
 namespace stbllm {
+
+/// The metric in which a lean code is chosen.
+struct CodeMetric {
+  double outlier_share, shrink, damping;  // of the recipe
+  int max_outliers;
+  bool factored;
+  std::vector<int64_t> outliers;  // columns to be stored exactly, ascending
+  at::Tensor hessian;             // shrunk, without outliers
+  InverseFactor factor;           // of it, where `factored`
+};
+
 namespace {
 
 /// `flops`: what the stage announces itself, without that of stages inside it; 0: no clear count.
@@ -93,6 +105,22 @@ std::vector<float> quantiles(std::vector<float> values, int count, float low, fl
   return result;
 }
 
+/// The metric that `recipe` asks for, from the one before where that is the same.
+std::shared_ptr<const CodeMetric> code_metric(const InputStats& stats, const Recipe& recipe, double shrink) {
+  const bool factored = recipe.compensate != Compensate::kNone;
+  if (const CodeMetric* last = stats.metric.get(); last != nullptr && last->outlier_share == recipe.outlier_share &&
+                                                   last->max_outliers == recipe.max_outliers && last->shrink == shrink &&
+                                                   last->damping == recipe.damping && last->factored == factored)
+    return stats.metric;
+  stats.metric.reset();  // not two of them in memory
+  CodeMetric metric{recipe.outlier_share, shrink, recipe.damping, recipe.max_outliers, factored,
+                    find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers), shrink_hessian(stats.hessian, shrink), {}};
+  if (!metric.outliers.empty()) zero_columns(metric.hessian, at::tensor(metric.outliers, at::kLong));
+  if (factored)
+    metric.factor = timed("factor", factor_flops(stats.hessian.size(0), false), [&] { return inverse_factor(metric.hessian, recipe.damping); });
+  return stats.metric = std::make_shared<const CodeMetric>(std::move(metric));
+}
+
 /// The paper's path: fixed support, salient columns, regions by magnitude, block-wise compensation.
 BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& norm_sq,
                                     const std::vector<int64_t>& outliers, const Recipe& recipe, LinearReport& report) {
@@ -121,16 +149,23 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
   std::vector<int32_t> salient_columns;
   std::vector<at::Tensor> salient_signs;
   // The released code prunes the whole layer first and then forgets the mask: pruned weights are zeros that take part.
-  if (!recipe.support_carried) work.mul_(nm_mask(importance(work, norm_sq, d, recipe.importance), recipe.nm));
+  const ImportanceScore importance(work, recipe.importance);
+  if (!recipe.support_carried) work.mul_(nm_mask(importance(work, norm_sq, d), recipe.nm));
 
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t start = b * recipe.column_block, width = std::min<int64_t>(recipe.column_block, cols - start);
     const at::Tensor w = work.narrow(0, start, width).contiguous();
     const at::Tensor d_block = d.narrow(0, start, width);
-    const at::Tensor kept = timed("mask", 0, [&] {
+    std::vector<int64_t> exact;  // columns of this block that are stored exactly: they have no part in the searches
+    for (const int64_t column : outliers)
+      if (column >= start && column < start + width) exact.push_back(column - start);
+    const at::Tensor exact_columns = at::tensor(exact, at::kLong);
+    const at::Tensor support = timed("mask", 0, [&] {
       if (!recipe.support_carried) return at::ones({width, rows}, at::kByte);
-      return nm_mask(importance(w, norm_sq.narrow(0, start, width), d_block, recipe.importance).contiguous(), recipe.nm);
+      at::Tensor score = importance(w, norm_sq.narrow(0, start, width), d_block).contiguous();
+      return nm_mask(score.index_fill_(0, exact_columns, -std::numeric_limits<float>::infinity()), recipe.nm);
     });
+    const at::Tensor kept = support.index_fill(0, exact_columns, 0);
     const at::Tensor saliency = w.square() / d_block.square().unsqueeze(1);
     const bool on_saliency = recipe.search_on == SearchOn::kSaliency;
     const ColumnBlock search{on_saliency ? saliency : w, kept,
@@ -151,8 +186,6 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
           timed("salient search", 0, [&] { return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means); });
       for (int i = 0; i < salient_count; ++i) salient[order[i]] = 1;
     }
-    for (const int64_t column : outliers)  // stored exactly: not salient, and no reason for a scale
-      if (column >= start && column < start + width) salient[column - start] = 0;
     report.salient_count.push_back(static_cast<int>(std::count(salient.begin(), salient.end(), 1)));
 
     float p1 = 0;
@@ -180,7 +213,9 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
     if (recipe.packable()) {
       // +-(1 + level); salient columns are of level 0.
       const at::Tensor level = at::where(sets.eq(kSalientSet), at::ones_like(sets), sets).to(at::kChar);
-      symbols_t.narrow(0, start, width).copy_(fit.sign * level);
+      at::Tensor symbols = fit.sign * level;
+      for (const int64_t c : exact) symbols[c].copy_(support[c]);  // N of M is kept there too, whatever the code says
+      symbols_t.narrow(0, start, width).copy_(symbols);
       scales.select(1, b).copy_(fit.scale);
       for (int64_t c = 0; c < width; ++c)
         if (salient[c]) {
@@ -192,8 +227,7 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       dense.narrow(0, start, width).copy_(q);
     }
     at::Tensor delta = w - q;
-    for (const int64_t column : outliers)
-      if (column >= start && column < start + width) delta[column - start].zero_();
+    delta.index_fill_(0, exact_columns, 0);
     const int64_t rest = cols - start - width;
     if (recipe.compensate == Compensate::kBlock && rest > 0) {
       const StageTimer timer("compensate", 2.0 * static_cast<double>(rows * width * rest));
@@ -216,26 +250,20 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
 }
 
 /// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards.
-LeanWeight optimize_lean(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& outliers, double shrink, int sweeps,
-                         const Recipe& recipe, LinearReport& report) {
+LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, int sweeps, const Recipe& recipe, LinearReport& report) {
   LeanWeight lean;
   lean.nm = recipe.nm;
   lean.column_block = recipe.column_block;
   lean.scale_bits = recipe.scale_bits;
   lean.target = weight_t.clone();
-  lean.hessian = shrink > 0 ? shrink_hessian(hessian, shrink) : hessian.clone();
-  if (outliers.numel() > 0) {
-    lean.target.index_fill_(0, outliers, 0);
-    zero_columns(lean.hessian, outliers);
-  }
-  lean.target.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);
-  const InverseFactor factor = timed("factor", factor_flops(lean.cols(), false), [&] { return inverse_factor(lean.hessian, recipe.damping); });
-  report.damping = factor.damping;
-  report.damping_retries = factor.retries;
+  lean.hessian = metric.hessian;
+  lean.target.index_fill_(0, lean.hessian.diagonal().eq(0).nonzero().flatten(), 0);  // exact columns and dead inputs
+  report.damping = metric.factor.damping;
+  report.damping_retries = metric.factor.retries;
   const double one_search = search_flops(lean, recipe.levels);
   timed("encode", kEncodeSearches * one_search, [&] {
     initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
-    encode_columns(lean, factor.upper, recipe.compensate);
+    encode_columns(lean, metric.factor.upper, recipe.compensate);
   });
   if (recipe.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
@@ -273,9 +301,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
   const at::Tensor w = weight.to(at::kCPU, at::kFloat);
   STBLLM_CHECK(stats.hessian.size(0) == w.size(1), "H has {} columns, the weight {}", stats.hessian.size(0), w.size(1));
   const at::Tensor weight_t = w.t().contiguous();
-  const std::vector<int64_t> outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
-  const at::Tensor outlier_columns = at::tensor(outliers, at::kLong);
-
+  std::vector<int64_t> outliers;
   BinarizedWeight result;
   if (recipe.lean()) {
     double shrink = recipe.shrink;
@@ -285,20 +311,25 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
         const StageTimer timer("shrink choice");
         double best = INFINITY;
         for (const double candidate : {0.03, 0.1, 0.3, 0.6}) {
-          const LeanWeight trial = optimize_lean(weight_t, stats.hessian, outlier_columns, candidate, std::min(recipe.descend, 1), recipe, out);
+          const auto metric = code_metric(stats, recipe, candidate);
+          const LeanWeight trial = optimize_lean(weight_t, *metric, std::min(recipe.descend, 1), recipe, out);
           at::Tensor holdout = stats.holdout_hessian.clone();
-          if (!outliers.empty()) zero_columns(holdout, outlier_columns);
+          if (!metric->outliers.empty()) zero_columns(holdout, at::tensor(metric->outliers, at::kLong));
           const double error = relative_output_error(weight_t.t(), trial.dense().t(), holdout);
           if (error < best) best = error, shrink = candidate;
         }
       }
     }
     out.shrink = shrink;
-    result = finish_lean(optimize_lean(weight_t, stats.hessian, outlier_columns, shrink, recipe.descend, recipe, out));
+    const auto metric = code_metric(stats, recipe, shrink);
+    outliers = metric->outliers;
+    result = finish_lean(optimize_lean(weight_t, *metric, recipe.descend, recipe, out));
   } else {
+    outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
     result = quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq(), outliers, recipe, out);
   }
-  if (!outliers.empty() && recipe.packable()) {
+  if (!outliers.empty()) {
+    const at::Tensor outlier_columns = at::tensor(outliers, at::kLong);
     result.outlier_columns = outlier_columns.to(at::kInt);
     result.outlier_values = round_to_half(w.index_select(1, outlier_columns)).t().contiguous();
     // The codes at these columns do not count; one fixed symbol keeps the bytes canonical.

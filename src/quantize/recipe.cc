@@ -147,6 +147,10 @@ void Recipe::validate() const {
   require(lean() || (refit == 0 && descend == 0), "refit", "0 unless the code is lean (one level or coded scales, no salient columns)");
   require(lean() || compensate != Compensate::kColumn, "compensate", "'block' or 'none' unless the code is lean");
   require(packable() || !lean(), "support_carried, means", "true and false for lean codes");
+  require(packable() || max_outliers == 0, "max_outliers", "0 where the result has no packed form");
+  require(!lean() || (importance == Importance::kMagnitude && search_on == SearchOn::kWeights && !upper_quantile_rule),
+          "importance, search_on, upper_quantile_rule", "'magnitude', 'weights' and false for lean codes, whose support comes from the search");
+  require(lean() || shrink == 0, "shrink", "0 unless the code is lean");
   require(tune_epochs >= 0 && distill_epochs >= 0, "tune_epochs, distill_epochs", "counts >= 0");
   require(lean() || (tune_epochs == 0 && distill_epochs == 0), "tune_epochs, distill_epochs", "0 unless the code is lean");
   require(tune_lr >= 0 && tune_code_lr >= 0 && distill_lr >= 0 && distill_code_lr >= 0, "tune_lr and the like", "rates >= 0");

@@ -1,8 +1,9 @@
-// All scales of a row at once. With v_b the unit values of column block b (zero elsewhere), the error of a row is
-//   a^T P a - 2 a^T r + const,   P_bc = v_b^T H v_c,  r_b = v_b^T H w,
-// whose minimum is a small solve per row; the levels are the same problem with the roles changed, summed over rows. P is
-// symmetric, and H w does not change while a linear is optimised: of each product with H only the part from its own column
-// block on is needed.
+// The error of a row is a quadratic in its scales (given the levels) and, summed over rows, in the levels (given the scales).
+// Both come from the same numbers. With u_bl the signs of the weights of column block b that have level l, zero elsewhere,
+//   P_bl,cm = u_bl^T H u_cm,   r_bl = u_bl^T H w:
+// the scales a minimise a^T A a - 2 a^T s with A_bc = sum_lm v_l v_m P_bl,cm and s_b = sum_l v_l r_bl, a small solve per row;
+// the levels v the same with the roles changed. P is symmetric and H w does not change while a linear is optimised, so that of
+// each product with H only the part from its own column block on is needed.
 // Rounding to representable values is coordinate descent on the same quadratic, and a row whose error would rise stays.
 
 #include <ATen/Parallel.h>
@@ -35,77 +36,127 @@ double quadratic(const double* p, const double* r, const std::vector<double>& a)
 /// Terms that a float32 sum takes before it joins a float64 one.
 constexpr int64_t kFloatTerms = 128;
 
-/// sums[lane] = sum over `count` columns of a * b, rows side by side and columns `stride` apart.
-template <int kWidth>
-STBLLM_INLINE void dot_lanes(const float* a, const float* b, int64_t stride, int64_t count, double* sums) {
-  for (int lane = 0; lane < kWidth; ++lane) sums[lane] = 0;
+/// sums[lane] = sum over `count` columns of a * b, for kTileRows rows side by side; neighbouring columns are `stride` apart.
+STBLLM_CLONES void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, double* sums) {
+  std::fill_n(sums, kTileRows, 0.0);
   for (int64_t first = 0; first < count; first += kFloatTerms) {
     const int64_t end = std::min(first + kFloatTerms, count);
-    float part[kWidth] = {};
+    float part[kTileRows] = {};
     for (int64_t k = first; k < end; ++k)
-      for (int lane = 0; lane < kWidth; ++lane) part[lane] += a[k * stride + lane] * b[k * stride + lane];
-    for (int lane = 0; lane < kWidth; ++lane) sums[lane] += part[lane];
+      for (int lane = 0; lane < kTileRows; ++lane) part[lane] += a[k * a_stride + lane] * b[k * b_stride + lane];
+    for (int lane = 0; lane < kTileRows; ++lane) sums[lane] += part[lane];
   }
 }
-STBLLM_CLONES void dot_tile(const float* a, const float* b, int64_t stride, int64_t count, double* sums) {
-  dot_lanes<kTileRows>(a, b, stride, count, sums);
-}
 
-/// out[row * out_stride] = sum over columns of a * b, both float32 (columns, rows).
-void dot_columns(const at::Tensor& a, const at::Tensor& b, double* out, int64_t out_stride) {
-  const int64_t count = a.size(0), rows = a.size(1);
-  const float *x = a.const_data_ptr<float>(), *y = b.const_data_ptr<float>();
-  at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    double sums[kTileRows];
-    for (int64_t row = begin * kTileRows; row < std::min(end * kTileRows, rows);) {
-      const bool whole = row + kTileRows <= rows;
-      if (whole)
-        dot_tile(x + row, y + row, rows, count, sums);
-      else
-        dot_lanes<1>(x + row, y + row, rows, count, sums);
-      for (int lane = 0; lane < (whole ? kTileRows : 1); ++lane, ++row) out[row * out_stride] = sums[lane];
+/// Rows whose parts exist at a time.
+constexpr int64_t kRowsPerPass = 1024;
+
+/// P and r of `rows` rows from `first_row` on.
+struct RowParts {
+  int64_t first_row, rows, blocks, levels;
+  std::vector<float> p;  // (rows, pairs of column blocks b <= c, levels of b, levels of c)
+  std::vector<float> r;  // (rows, blocks, levels)
+
+  int64_t pairs() const { return blocks * (blocks + 1) / 2; }
+  /// Where the (levels, levels) of two column blocks b <= c begin in p, and the (levels) of one in r.
+  int64_t pair(int64_t row, int64_t b, int64_t c) const { return (row * pairs() + b * blocks - b * (b - 1) / 2 + c - b) * levels * levels; }
+  int64_t block(int64_t row, int64_t b) const { return (row * blocks + b) * levels; }
+};
+
+/// The signs of the weights that have each level: float32 (cols, levels, lanes), with lanes >= rows behind which there are zeros.
+at::Tensor signs_by_level(const LeanWeight& lean, int64_t first_row, int64_t rows, int64_t lanes) {
+  const int64_t levels = static_cast<int64_t>(lean.level_values.size());
+  at::Tensor signs = at::empty({lean.cols(), levels, lanes}, at::kFloat);
+  at::parallel_for(0, lean.cols(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int8_t* symbol = lean.symbols.const_data_ptr<int8_t>() + c * lean.rows() + first_row;
+      for (int64_t level = 0; level < levels; ++level) {
+        float* out = signs.data_ptr<float>() + (c * levels + level) * lanes;
+        const auto plus = static_cast<int8_t>(1 + level), minus = static_cast<int8_t>(-1 - level);
+        for (int64_t row = 0; row < rows; ++row) out[row] = static_cast<float>((symbol[row] == plus) - (symbol[row] == minus));
+        std::fill(out + rows, out + lanes, 0.f);
+      }
     }
   });
+  return signs;
 }
 
-/// The same summed over rows.
-double dot_all(const at::Tensor& a, const at::Tensor& b) {
-  std::vector<double> sums(a.size(1));
-  dot_columns(a, b, sums.data(), 1);
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
-}
-
-void refit_scales(LeanWeight& lean) {
-  const int64_t blocks = lean.column_blocks(), rows = lean.rows(), cols = lean.cols();
-  const at::Tensor unit = lean.unit_values();
-  at::Tensor p = at::empty({rows, blocks, blocks}, at::kDouble), r = at::empty({rows, blocks}, at::kDouble);
+RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows) {
+  const int64_t blocks = lean.column_blocks(), cols = lean.cols(), levels = static_cast<int64_t>(lean.level_values.size());
+  const int64_t lanes = ceil_div(rows, kTileRows) * kTileRows;
+  RowParts parts{first_row, rows, blocks, levels, {}, {}};
+  parts.p.resize(rows * parts.pairs() * levels * levels);
+  parts.r.resize(rows * blocks * levels);
+  const at::Tensor signs = signs_by_level(lean, first_row, rows, lanes);
+  at::Tensor target = at::zeros({cols, lanes}, at::kFloat);
+  target.narrow(1, 0, rows).copy_(lean.hessian_target.narrow(1, first_row, rows));
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
-    const at::Tensor own = unit.narrow(0, first, width);
-    const at::Tensor product = [&] {  // (cols - first, rows)
-      const StageTimer timer("products", 2.0 * static_cast<double>((cols - first) * width) * static_cast<double>(rows));
-      return lean.hessian.narrow(0, first, cols - first).narrow(1, first, width).mm(own);
+    const at::Tensor product = [&] {  // (cols - first, levels * lanes)
+      const StageTimer timer("products", 2.0 * static_cast<double>((cols - first) * width) * static_cast<double>(levels * lanes));
+      return lean.hessian.narrow(0, first, cols - first).narrow(1, first, width).mm(signs.narrow(0, first, width).flatten(1));
     }();
-    dot_columns(own, lean.hessian_target.narrow(0, first, width), r.data_ptr<double>() + b, blocks);
-    for (int64_t c = b; c < blocks; ++c) {
-      const int64_t from = c * lean.column_block, count = std::min<int64_t>(lean.column_block, cols - from);
-      dot_columns(product.narrow(0, from - first, count), unit.narrow(0, from, count), p.data_ptr<double>() + b * blocks + c, blocks * blocks);
-      if (c > b) p.select(1, c).select(1, b).copy_(p.select(1, b).select(1, c));
-    }
+    at::parallel_for(0, lanes / kTileRows, 1, [&](int64_t begin, int64_t end) {
+      double sums[kTileRows];
+      const int64_t stride = levels * lanes;
+      for (int64_t lane = begin * kTileRows; lane < end * kTileRows; lane += kTileRows) {
+        const int64_t count = std::min<int64_t>(kTileRows, rows - lane);
+        for (int64_t l = 0; l < levels; ++l) {
+          const float* own = signs.const_data_ptr<float>() + (first * levels + l) * lanes + lane;
+          dot_tile(own, stride, target.const_data_ptr<float>() + first * lanes + lane, lanes, width, sums);
+          for (int64_t i = 0; i < count; ++i) parts.r[parts.block(lane + i, b) + l] = static_cast<float>(sums[i]);
+        }
+        for (int64_t c = b; c < blocks; ++c) {
+          const int64_t from = c * lean.column_block, their_width = std::min<int64_t>(lean.column_block, cols - from);
+          for (int64_t l = 0; l < levels; ++l)
+            for (int64_t m = 0; m < levels; ++m) {
+              dot_tile(product.const_data_ptr<float>() + (from - first) * stride + l * lanes + lane, stride,
+                       signs.const_data_ptr<float>() + (from * levels + m) * lanes + lane, stride, their_width, sums);
+              for (int64_t i = 0; i < count; ++i) parts.p[parts.pair(lane + i, b, c) + l * levels + m] = static_cast<float>(sums[i]);
+            }
+        }
+      }
+    });
   }
+  return parts;
+}
+
+/// Solves and rounds the scales of the rows of `parts`.
+void refit_scales(LeanWeight& lean, const RowParts& parts) {
+  const int64_t blocks = parts.blocks, levels = parts.levels, rows = lean.rows();
+  at::Tensor p = at::empty({parts.rows, blocks, blocks}, at::kDouble), r = at::empty({parts.rows, blocks}, at::kDouble);
+  at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
+    const std::vector<float>& value = lean.level_values;
+    for (int64_t row = begin; row < end; ++row) {
+      double* pr = p.data_ptr<double>() + row * blocks * blocks;
+      for (int64_t b = 0; b < blocks; ++b) {
+        double sum = 0;
+        for (int64_t l = 0; l < levels; ++l) sum += static_cast<double>(value[l]) * parts.r[parts.block(row, b) + l];
+        r.data_ptr<double>()[row * blocks + b] = sum;
+        for (int64_t c = b; c < blocks; ++c) {
+          const float* part = &parts.p[parts.pair(row, b, c)];
+          sum = 0;
+          for (int64_t l = 0; l < levels; ++l)
+            for (int64_t m = 0; m < levels; ++m) sum += static_cast<double>(value[l]) * value[m] * part[l * levels + m];
+          pr[b * blocks + c] = pr[c * blocks + b] = sum;
+        }
+      }
+    }
+  });
   at::Tensor damped = p.clone();
   damped.diagonal(0, 1, 2).add_(p.diagonal(0, 1, 2).mean(1, true) * 1e-6 + 1e-30);
   const auto [solution, info] = at::linalg_solve_ex(damped, r.unsqueeze(2));
   const at::Tensor solved = solution.squeeze(2).contiguous();
   const bool coded = lean.scale_bits < 16;
 
-  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> old(blocks), now(blocks);
     std::vector<uint8_t> codes(blocks);
-    for (int64_t row = begin; row < end; ++row) {
-      const double* pr = p.data_ptr<double>() + row * blocks * blocks;
-      const double* rr = r.data_ptr<double>() + row * blocks;
-      const double* exact = solved.data_ptr<double>() + row * blocks;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = parts.first_row + i;
+      const double* pr = p.data_ptr<double>() + i * blocks * blocks;
+      const double* rr = r.data_ptr<double>() + i * blocks;
+      const double* exact = solved.data_ptr<double>() + i * blocks;
       float* scales = lean.scales.data_ptr<float>();
       for (int64_t b = 0; b < blocks; ++b) old[b] = scales[b * rows + row];
       const double before = quadratic(pr, rr, old);
@@ -118,7 +169,7 @@ void refit_scales(LeanWeight& lean) {
       const float wanted = coded ? half_to_float(float_to_half(std::min(largest, 6e4f))) : 0.f;
       double best = before;
       for (const float base : {wanted, current}) {
-        if (coded && base < 1e-6f) continue;
+        if (coded && base < kSmallestScale) continue;
         for (int64_t b = 0; b < blocks; ++b) {
           const float start = std::isfinite(exact[b]) && exact[b] > 0 ? static_cast<float>(exact[b]) : static_cast<float>(old[b]);
           now[b] = representable_scale(lean.scale_bits, base, start, codes[b]);
@@ -144,37 +195,42 @@ void refit_scales(LeanWeight& lean) {
   });
 }
 
-/// The signed scale of each weight that has this level, else 0: float32 (cols, rows).
-at::Tensor scales_of_level(const LeanWeight& lean, int level) {
-  const int64_t rows = lean.rows();
-  at::Tensor part = at::empty_like(lean.target);
-  at::parallel_for(0, lean.cols(), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int8_t* symbol = lean.symbols.const_data_ptr<int8_t>() + c * rows;
-      const float* scale = lean.scales.const_data_ptr<float>() + c / lean.column_block * rows;
-      float* out = part.data_ptr<float>() + c * rows;
-      for (int64_t row = 0; row < rows; ++row) out[row] = symbol[row] == 1 + level ? scale[row] : symbol[row] == -1 - level ? -scale[row] : 0.f;
-    }
-  });
-  return part;
-}
+/// The quadratic in the levels, over all rows that were added.
+struct LevelProblem {
+  std::vector<double> p, r;  // (levels, levels), (levels)
+  explicit LevelProblem(int64_t levels) : p(levels * levels), r(levels) {}
 
-void refit_levels(LeanWeight& lean) {
+  /// Adds the rows of `parts` with the scales they have now.
+  void add(const LeanWeight& lean, const RowParts& parts) {
+    const int64_t blocks = parts.blocks, levels = parts.levels, rows = lean.rows(), per_row = levels * (levels + 1);
+    std::vector<double> sums(parts.rows * per_row);  // a row's own, so that the order of summation is that of the rows
+    at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float* scale = lean.scales.const_data_ptr<float>() + parts.first_row + i;  // of block b: scale[b * rows]
+        double *own_p = &sums[i * per_row], *own_r = own_p + levels * levels;
+        for (int64_t b = 0; b < blocks; ++b) {
+          for (int64_t l = 0; l < levels; ++l) own_r[l] += static_cast<double>(scale[b * rows]) * parts.r[parts.block(i, b) + l];
+          for (int64_t c = b; c < blocks; ++c) {
+            const double both = static_cast<double>(scale[b * rows]) * scale[c * rows];
+            const float* part = &parts.p[parts.pair(i, b, c)];
+            for (int64_t l = 0; l < levels; ++l)
+              for (int64_t m = 0; m < levels; ++m)
+                own_p[l * levels + m] += both * (b == c ? part[l * levels + m] : part[l * levels + m] + part[m * levels + l]);
+          }
+        }
+      }
+    });
+    for (int64_t i = 0; i < parts.rows; ++i) {
+      for (size_t k = 0; k < p.size(); ++k) p[k] += sums[i * per_row + static_cast<int64_t>(k)];
+      for (size_t k = 0; k < r.size(); ++k) r[k] += sums[i * per_row + levels * levels + static_cast<int64_t>(k)];
+    }
+  }
+};
+
+void refit_levels(LeanWeight& lean, const LevelProblem& problem) {
   const int levels = static_cast<int>(lean.level_values.size());
-  if (levels == 1) return;
-  const int64_t cols = lean.cols();
-  std::vector<at::Tensor> part(levels), product(levels);
-  for (int level = 0; level < levels; ++level) {
-    part[level] = scales_of_level(lean, level);
-    const StageTimer timer("products", 2.0 * static_cast<double>(cols * cols) * static_cast<double>(lean.rows()));
-    product[level] = lean.hessian.mm(part[level]);
-  }
-  std::vector<double> p(levels * levels), r(levels), value(levels), rounded(levels);
-  for (int i = 0; i < levels; ++i) {
-    r[i] = dot_all(part[i], lean.hessian_target);
-    for (int j = i; j < levels; ++j) p[i * levels + j] = p[j * levels + i] = dot_all(product[i], part[j]);
-    value[i] = rounded[i] = lean.level_values[i];
-  }
+  const auto& [p, r] = problem;
+  std::vector<double> value(lean.level_values.begin(), lean.level_values.end()), rounded(levels);
   const double before = quadratic(p.data(), r.data(), value);
   for (int sweep = 0; sweep < 50; ++sweep)
     for (int i = 0; i < levels; ++i) {
@@ -196,8 +252,13 @@ void refit(LeanWeight& lean) {
     const StageTimer timer("products", 2.0 * static_cast<double>(lean.cols() * lean.cols()) * static_cast<double>(lean.rows()));
     lean.hessian_target = lean.hessian.mm(lean.target);
   }
-  refit_scales(lean);
-  refit_levels(lean);
+  LevelProblem levels(static_cast<int64_t>(lean.level_values.size()));
+  for (int64_t first = 0; first < lean.rows(); first += kRowsPerPass) {
+    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first));
+    refit_scales(lean, parts);
+    if (lean.level_values.size() > 1) levels.add(lean, parts);
+  }
+  if (lean.level_values.size() > 1) refit_levels(lean, levels);
 }
 
 }  // namespace stbllm

@@ -60,7 +60,7 @@ TEST_P(ReleasedArithmetic, GivesTheSameNmMask) {
   const auto file = SafetensorsFile::open(kReference / (std::string(GetParam()) + ".safetensors"));
   const at::Tensor weight = tensor_of(*file, "weight"), kept = tensor_of(*file, "kept");
   const at::Tensor norm_sq = tensor_of(*file, "feature_norm_sq");
-  const at::Tensor score = importance(weight.t().contiguous(), norm_sq, at::ones_like(norm_sq), Importance::kRia);
+  const at::Tensor score = ImportanceScore(weight.t().contiguous(), Importance::kRia)(weight.t().contiguous(), norm_sq, at::ones_like(norm_sq));
   const at::Tensor wanted = tensor_of(*file, "importance");
   EXPECT_LT(((score.t() - wanted).abs() - 1e-5 * wanted.abs()).max().item<double>(), 1e-12);
   const int keep = std::string(GetParam()).find("6of8") != std::string::npos ? 6 : 4;

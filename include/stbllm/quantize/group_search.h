@@ -42,7 +42,7 @@ inline constexpr int kTileRows = 64;
 struct GroupTable {
   const GroupCodebook* codebook = nullptr;
   std::vector<float> coefficient;  ///< (states, kept): signed level value
-  std::vector<float> energy;       ///< (states): v^T A v
+  std::vector<float> half_energy;  ///< (states): v^T A v / 2
 
   /// metric: (width, width) row-major.
   GroupTable(const GroupCodebook& codebook, std::span<const float> level_values, const double* metric, int width);
@@ -53,7 +53,11 @@ struct GroupTable {
 void best_codes(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int width,
                 int8_t (*symbols)[kTileRows]);
 
-/// For codebooks too large to enumerate: starting from `symbols` (all zero: the N largest |b_c| / A_cc), changes one symbol or
+/// values[c][lane] = what a symbol stands for: 0 or +-level value, times the lane's scale.
+void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale, int width,
+                float (*values)[kTileRows]);
+
+/// For codebooks too large to enumerate: starting from `symbols` (all zero: the N largest |b_c| / sqrt(A_cc)), changes one symbol or
 /// moves one kept position at a time while the cost falls. metric: (width, width).
 void improve_codes_locally(NmPattern nm, std::span<const float> level_values, const double* metric,
                            const float (*target)[kTileRows], const float* scale, int width, int lanes,

@@ -3,6 +3,7 @@
 // turns them into vector code for each instruction set and no result depends on how rows are split over threads.
 
 #include <cstdint>
+#include <cstring>
 
 namespace stbllm {
 
@@ -15,5 +16,17 @@ inline constexpr int kLanes = 16;
 #define STBLLM_CLONES
 #endif
 #define STBLLM_INLINE inline __attribute__((always_inline))
+
+/// kLanes neighbours in memory: one vector register, or a few. A comparison gives -1 where it holds, else 0.
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using IntLanes = int32_t __attribute__((vector_size(4 * kLanes)));
+
+STBLLM_INLINE Lanes load_lanes(const float* from, int count = kLanes) {  // zeros behind `count`
+  Lanes x = {};
+  std::memcpy(&x, from, sizeof(float) * count);
+  return x;
+}
+STBLLM_INLINE void store_lanes(float* to, Lanes x) { std::memcpy(to, &x, sizeof(x)); }
+STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
 
 }  // namespace stbllm

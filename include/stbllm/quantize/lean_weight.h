@@ -40,6 +40,9 @@ struct LeanWeight {
   double error() const;
 };
 
+/// The smallest scale: an fp16 value well above the smallest one.
+inline constexpr float kSmallestScale = 0x1p-20f;
+
 /// The scale nearest to `wanted` (> 0) that the coding can represent, given the row's base; sets the code.
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code);
 
@@ -49,7 +52,7 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
 /// How often encode_columns searches each group: twice for the scale of its column block, then for good.
 inline constexpr int kEncodeSearches = 3;
 
-/// Codes from left to right; the error of each group is pushed into later columns through `upper` (InverseFactor::upper).
+/// Codes from left to right; the error of each group is pushed into later columns through `upper` (InverseFactor::upper; not used with Compensate::kNone).
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate);
 
 /// Least squares for all scales of a row at once, then for the levels, rounded to representable values by coordinate descent.

@@ -7,9 +7,23 @@
 
 namespace stbllm {
 
-/// Importance of each weight, transposed like the weights.
-/// weight_t: (cols, rows) float32; norm_sq: (cols) S_j^2; inverse_diag: (cols) d_j, diagonal of the upper factor of H^-1.
-at::Tensor importance(const at::Tensor& weight_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag, Importance metric);
+/// Importance of the weights of a layer, transposed like them.
+class ImportanceScore {
+ public:
+  /// layer_t: (cols, rows) float32, the whole layer: sums over a row, mean and deviation are its.
+  ImportanceScore(const at::Tensor& layer_t, Importance metric);
+  /// Of some columns of the layer, whose weights may have changed since. columns_t: (columns, rows) float32; norm_sq: (columns)
+  /// S_j^2; inverse_diag: (columns) d_j, diagonal of the upper factor of H^-1. Returns (columns, rows) float32.
+  at::Tensor operator()(const at::Tensor& columns_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag) const;
+
+ private:
+  /// Row- plus column-normalised magnitude (STBLLM's mu); an all-zero row or column counts as zero.
+  at::Tensor relative_magnitude(const at::Tensor& columns_t) const;
+
+  Importance metric_;
+  at::Tensor row_sum_;            // (1, rows)
+  at::Tensor mean_, deviation_;   // of mu over the layer, float64
+};
 
 /// 1 for the N most important weights of each group of M consecutive columns, 0 elsewhere; ties go to the lower column.
 /// A last group of fewer than M columns keeps min(N, columns). score_t: (cols, rows) float32 -> uint8 (cols, rows).

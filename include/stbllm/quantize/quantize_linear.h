@@ -21,7 +21,8 @@ struct LinearReport {
   double seconds = 0;
 };
 
-/// weight: (rows, cols) of any float type, on any device; all work is done on the CPU. Deterministic, whatever the number of threads.
+/// weight: (rows, cols) of any float type, on any device; all work is done on the CPU. Deterministic, whatever the number of
+/// threads unless the recipe is not packable().
 /// Equations: STBLLM sections 3.2-3.4; compensation: GPTQ.
 BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe,
                                 LinearReport* report = nullptr);
