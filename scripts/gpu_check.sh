@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything about the CUDA backend that needs a GPU, in one command and less than 8 minutes, without a network:
+# The packed products on a GPU, in one command and less than 8 minutes, without a network:
 # builds it alone (CUDA toolkit, CMake >= 3.24, a C++20 compiler, and the fmt headers that PyTorch bundles), then
 #   1. probe      the fragment layouts of mma and mma.sp: every lane, register and metadata value
 #   2. compare    results equal to the packed file's decode rule, to the last bit, over all codes and kernels
-#   3. sanitizer  compute-sanitizer on a few shapes: memcheck, racecheck, synccheck      (skipped when missing)
+#   3. bench      against cublasGemmEx fp16: a table on stdout, JSON in the output directory
 #   4. sass       the machine code has the intended instructions                        (skipped when missing)
-#   5. bench      against cublasGemmEx fp16: a table on stdout, JSON in the output directory
+#   5. sanitizer  compute-sanitizer on a few shapes: memcheck, racecheck, synccheck      (skipped when missing)
 #
 #   bash scripts/gpu_check.sh [output directory]        default: $OUT, else gpu-check/
 #
-# It stops at the first step that fails. The exit status is that of the step.
+# It stops where 1 or 2 fail; the others run whatever became of those before them. The exit status is that of the first that failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,18 +42,33 @@ check=$build/stbllm-cuda-check
 
 # --- correctness ----------------------------------------------------------------------------------------------
 say "probe";   timeout 60 "$check" probe
-say "compare"; timeout 120 "$check" compare
+say "compare"; timeout 100 "$check" compare
+
+# --- the rest -------------------------------------------------------------------------------------------------
+failed=0
+# step NAME SECONDS COMMAND...: at most SECONDS, and what is left of the 465 for all.
+step() {
+  local name=$1 limit=$2 left=$((465 - (SECONDS - started))) status=0
+  shift 2
+  if ((left < 10)); then say "$name: skipped: no time left"; return; fi
+  say "$name"
+  timeout $((limit < left ? limit : left)) "$@" || status=$?
+  if ((status != 0)); then
+    say "$name: exit status $status"
+    if ((failed == 0)); then failed=$status; fi
+  fi
+}
+bench() { "$check" bench "$out/cuda_bench.json" | tee "$out/cuda_bench.txt"; }
+export -f bench
+export check out
+step bench 240 bash -o pipefail -c bench
+step sass 30 bash scripts/check_sass.sh "$check"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    say "compute-sanitizer $tool"
-    timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$check" compare few
+    step "compute-sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$check" compare few
   done
 else
   say "compute-sanitizer: skipped: not on PATH"
 fi
-say "sass"; bash scripts/check_sass.sh "$check"
-
-# --- speed ----------------------------------------------------------------------------------------------------
-say "bench"
-timeout $((465 - (SECONDS - started))) "$check" bench "$out/cuda_bench.json" | tee "$out/cuda_bench.txt"
 say "done; JSON in $out/cuda_bench.json"
+exit $failed

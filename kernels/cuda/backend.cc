@@ -118,15 +118,16 @@ class CudaBackend : public Backend {
     STBLLM_CHECK(reinterpret_cast<uintptr_t>(y.data) % 4 == 0, "result at {}", y.data);
     const cuda::InputView input = cuda::view_input(weights, x.data, x.type, x.tokens);
     const cuda::OutputView output{y.data, y.type, input.tokens};
-    if (x.tokens <= cuda::kMaxGemvTokens) {
-      check(cuda::launch_gemv(weights, input, output, stream), "launching the gemv kernel");
-      return;
-    }
+    const auto gemv = [&](const uint16_t* staged, const float* token_scales) {
+      check(cuda::launch_gemv(weights, input, staged, token_scales, output, stream), "launching the gemv kernel");
+    };
+    if (x.tokens == 1) return gemv(nullptr, nullptr);
     const int64_t staged_bytes = x.tokens * cuda::staged_width(weights) * 2;  // a multiple of 128
     const StreamMemory scratch(staged_bytes + x.tokens * 4, stream);
     auto* staged = reinterpret_cast<uint16_t*>(scratch.data());
     auto* token_scales = reinterpret_cast<float*>(scratch.data() + staged_bytes);
     check(cuda::launch_stage(weights, input, staged, token_scales, stream), "launching the staging kernel");
+    if (x.tokens <= cuda::kMaxGemvTokens) return gemv(staged, token_scales);
     check(cuda::launch_gemm(weights, staged, token_scales, output, stream), "launching the gemm kernel");
   }
 };
@@ -163,7 +164,13 @@ const Backend& cuda_backend() {
 }
 
 std::string cuda_fault() {
-  static const std::string fault = find_cuda_fault();
+  static const std::string fault = []() -> std::string {
+    try {
+      return find_cuda_fault();
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }();
   return fault;
 }
 

@@ -112,6 +112,11 @@ struct OutputView {
   int tokens;
 };
 
+/// The most that WeightView::record_words may be: with three levels.
+constexpr int most_record_words(bool sparse, int level_planes) {
+  return 32 * TileFormat{sparse, level_planes}.lane_words() + 16 * 3;
+}
+
 /// Columns of staged activations: the tiles, then the extra columns up to a whole chunk.
 STBLLM_HOST_DEVICE inline int staged_width(const WeightView& weights) {
   const int extra = (weights.extra_steps * kExtraColumns + kChunkColumns - 1) / kChunkColumns * kChunkColumns;

@@ -12,27 +12,35 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   gemm<kSparse, kPlanes, Shape>(weights, staged, token_scales, output);
 }
 
+template <typename Shape>
+dim3 gemm_grid(const WeightView& weights, const OutputView& output) {
+  const auto blocks = [](int count, int size) { return static_cast<unsigned>((count + size - 1) / size); };
+  return {blocks(weights.row_tiles, Shape::kBlockTiles), blocks(output.tokens, Shape::kBlockTokens)};
+}
+
 template <bool kSparse, int kPlanes, typename Shape>
 cudaError_t launch_gemm_shape(const WeightView& weights, const uint16_t* staged, const float* token_scales,
                               const OutputView& output, cudaStream_t stream) {
   const auto kernel = gemm_kernel<kSparse, kPlanes, Shape>;
-  const size_t shared = Shape::shared_bytes(weights.record_words);
-  if (shared > size_t{48} << 10) {  // more than every kernel may have
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  const auto blocks = [](int count, int size) { return static_cast<unsigned>((count + size - 1) / size); };
-  const dim3 grid(blocks(weights.row_tiles, Shape::kBlockTiles), blocks(output.tokens, Shape::kBlockTokens));
-  kernel<<<grid, Shape::kThreads, shared, stream>>>(weights, staged, token_scales, output);
+  const size_t most = Shape::shared_bytes(most_record_words(kSparse, kPlanes));
+  if (const cudaError_t error = allow_shared_memory(kernel, most); error != cudaSuccess) return error;
+  const dim3 grid = gemm_grid<Shape>(weights, output);
+  kernel<<<grid, Shape::kThreads, Shape::shared_bytes(weights.record_words), stream>>>(weights, staged, token_scales, output);
   return cudaGetLastError();
 }
 
 template <bool kSparse, int kPlanes>
 cudaError_t launch_gemm_format(const WeightView& weights, const uint16_t* staged, const float* token_scales,
                                const OutputView& output, cudaStream_t stream) {
-  // One token block of the large shape would leave half of its tokens unused.
-  if (output.tokens <= SmallGemm::kBlockTokens)
+  int device = 0, multiprocessors = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess)
+    return error;
+  // The large shape would leave half of its tokens unused, or a part of the device without work.
+  const dim3 large = gemm_grid<LargeGemm>(weights, output);
+  if (output.tokens <= SmallGemm::kBlockTokens || large.x * large.y < static_cast<unsigned>(multiprocessors))
     return launch_gemm_shape<kSparse, kPlanes, SmallGemm>(weights, staged, token_scales, output, stream);
   return launch_gemm_shape<kSparse, kPlanes, LargeGemm>(weights, staged, token_scales, output, stream);
 }

@@ -7,8 +7,9 @@
 // 20e12 weights/s, which at 1.375 bits is 3.5 TB/s: the bound of an H100's memory, just reached.
 //
 // A block owns kRowTiles row tiles; its warps divide K and add up in a fixed order at the end. Activations
-// are converted per warp, tile and token with a power-of-two scale of their own (activations.cuh) into shared
-// memory, in the order of B fragments. Twin: the harness tests run this body against
+// go to shared memory in the order of B fragments. Those of one token are converted on the way, per warp and
+// tile with a power-of-two scale of their own; those of several have been converted before, once instead of
+// in every block (both: activations.cuh). Twin: the harness tests run this body against
 // StructuredBinaryMatrix::at().
 
 #include "activations.cuh"
@@ -38,13 +39,15 @@ struct GemvShape {
     return size_t{4} * kWarps * (words > kPartialWords ? words : kPartialWords);
   }
 };
-/// Up to 8 tokens: many small blocks. Up to 16: two row tiles share the conversion of twice the activations.
+/// Up to 8 tokens: many small blocks. Up to 16: two row tiles share twice the activations.
 using FewTokens = GemvShape<1, 1, 8, 3>;
 using SomeTokens = GemvShape<2, 2, 4, 2>;
 
-/// Grid: x over blocks of row tiles.
+/// Grid: x over blocks of row tiles. `staged` and `token_scales` as stage_token() left them; for one token they
+/// are not used.
 template <bool kSparse, int kPlanes, typename Shape>
-STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const OutputView& output) {
+STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const uint16_t* staged,
+                        const float* token_scales, const OutputView& output) {
   constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles, kStages = Shape::kStages;
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, tokens = input.tokens;
   const int first_tile = block_x() * kRowTiles;
@@ -69,17 +72,28 @@ STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const
       }
     commit_copies();
   };
-  // Lane l converts columns 8 l .. 8 l + 7: step l / 4, register l % 4 of the four members' B fragments.
-  const auto convert = [&](int tile) {
-    for (int token = 0; token < tokens; ++token) {
-      float value[8];
-      load_activations(weights, input, token, tile * kTileColumns + 8 * lane, value);
-      const TokenScale scale(warp_max(largest_of(value)));
-      const Words4 halves = pack_halves(value, scale.up);
+  // Lane l brings columns 8 l .. 8 l + 7: step l / 4, register l % 4 of the four members' B fragments.
+  const auto bring = [&](int tile) {
+    const int column = tile * kTileColumns + 8 * lane;
+    const auto put = [&](int token, const Words4& halves, float down) {
       uint32_t* const to = activations + lane / 4 * step_words + 16 * token + lane % 4;
 #pragma unroll
       for (int member = 0; member < 4; ++member) to[4 * member] = halves.word[member];
-      if (lane == 0) scales[token] = scale.down;
+      if (lane == 0) scales[token] = down;
+    };
+    if (tokens == 1) {
+      float value[8];
+      load_activations(weights, input, 0, column, value);
+      const TokenScale scale(warp_max(largest_of(value)));
+      put(0, pack_halves(value, scale.up), scale.down);
+      return;
+    }
+    const int width = staged_width(weights);
+    for (int token = 0; token < tokens; ++token) {
+      Words4 halves = {};
+      if (column < width)
+        halves = *reinterpret_cast<const Words4*>(staged + static_cast<int64_t>(token) * width + column);
+      put(token, halves, token_scales[token]);
     }
   };
   const auto load_b = [&](uint32_t(&b)[kTokenTiles][4], int step) {
@@ -99,7 +113,7 @@ STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const
   for (int i = 0; i < kStages - 1; ++i) load(warp + i * Shape::kWarps, i);
   for (int tile = warp, slot = 0; tile < tiles; tile += Shape::kWarps, slot = (slot + 1) % kStages) {
     load(tile + (kStages - 1) * Shape::kWarps, (slot + kStages - 1) % kStages);
-    convert(tile);
+    bring(tile);
     wait_copies<kStages - 1>();
     sync_warp();
 

@@ -1,6 +1,7 @@
 #include "stbllm/model/linear.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "stbllm/base/error.h"
 
@@ -73,7 +74,9 @@ at::Tensor PackedLinear::forward(const at::Tensor& x) const {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows_;
   const at::Tensor output = at::empty(shape, x.options());
-  backend_.matmul(*matrix_, view_of(input), view_of(output));
+  void* stream = nullptr;
+  if (x.is_cuda()) stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
+  backend_.matmul(*matrix_, view_of(input), view_of(output), stream);
   return bias_.defined() ? output.add_(bias_) : output;
 }
 

@@ -67,6 +67,30 @@ inline std::vector<DeviceCase> device_cases() {
   return cases;
 }
 
+/// A few cases that run every kernel and what it has besides: for tools that slow a program down a lot.
+inline std::vector<DeviceCase> few_device_cases() {
+  std::vector<DeviceCase> cases;
+  const auto add = [&](NmPattern nm, int levels, int tokens) -> Layout& {
+    Layout layout;
+    layout.rows = 50;
+    layout.cols = 520;
+    layout.nm = nm;
+    layout.levels = levels;
+    cases.push_back({layout, tokens, ElementType::kFloat16});
+    return cases.back().layout;
+  };
+  for (const int tokens : {1, 9, 20, 70})
+    for (const auto& [nm, levels] : {std::pair{NmPattern{2, 4}, 1}, {NmPattern{2, 4}, 3}, {NmPattern{5, 8}, 1}}) add(nm, levels, tokens);
+  for (const int tokens : {3, 40}) {
+    Layout& extra = add({2, 4}, 1, tokens);
+    extra.salient = 20;
+    extra.outliers = 3;
+    add({2, 4}, 3, tokens).scale_bits = 4;
+    add({3, 8}, 1, tokens).column_block = 120;
+  }
+  return cases;
+}
+
 inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(fmt::format("cuda: {}", cudaGetErrorString(error)));
 }

@@ -51,34 +51,45 @@ class EmulatedMatrix {
 
   template <typename Shape>
   void gemm(const cuda::InputView& x, const cuda::OutputView& y) const {
-    const int width = cuda::staged_width(view());
-    std::vector<cuda::Words4> staged(static_cast<size_t>(x.tokens) * width / 8);
-    std::vector<float> scales(static_cast<size_t>(x.tokens));
-    auto* halves = reinterpret_cast<uint16_t*>(staged.data());
-    simt::launch(
-        {x.tokens, 1}, cuda::kStageThreads, cuda::kStageThreads / 8,
-        [&] { cuda::stage_token(view(), x, halves, scales.data()); }, order_);
+    const Staged staged = stage(x);
     const auto blocks = [](int count, int size) { return (count + size - 1) / size; };
     const simt::Index grid{blocks(view().row_tiles, Shape::kBlockTiles),
                            blocks(x.tokens, Shape::kBlockTokens)};
     by_format([&]<bool kSparse, int kPlanes>() {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words),
-          [&] { cuda::gemm<kSparse, kPlanes, Shape>(view(), halves, scales.data(), y); }, order_);
+          [&] { cuda::gemm<kSparse, kPlanes, Shape>(view(), staged.halves(), staged.scales.data(), y); }, order_);
     });
   }
 
   template <typename Shape>
   void gemv(const cuda::InputView& x, const cuda::OutputView& y) const {
+    const Staged staged = x.tokens > 1 ? stage(x) : Staged();
     const simt::Index grid{(view().row_tiles + Shape::kRowTiles - 1) / Shape::kRowTiles, 1};
     by_format([&]<bool kSparse, int kPlanes>() {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words, x.tokens),
-          [&] { cuda::gemv<kSparse, kPlanes, Shape>(view(), x, y); }, order_);
+          [&] { cuda::gemv<kSparse, kPlanes, Shape>(view(), x, staged.halves(), staged.scales.data(), y); }, order_);
     });
   }
 
  private:
+  struct Staged {
+    std::vector<cuda::Words4> pieces;
+    std::vector<float> scales;
+    const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(pieces.data()); }
+  };
+  Staged stage(const cuda::InputView& x) const {
+    Staged staged;
+    staged.pieces.resize(static_cast<size_t>(x.tokens) * cuda::staged_width(view()) / 8);
+    staged.scales.resize(static_cast<size_t>(x.tokens));
+    auto* halves = reinterpret_cast<uint16_t*>(staged.pieces.data());
+    simt::launch(
+        {x.tokens, 1}, cuda::kStageThreads, cuda::kStageThreads / 8,
+        [&] { cuda::stage_token(view(), x, halves, staged.scales.data()); }, order_);
+    return staged;
+  }
+
   template <typename Run>
   void by_format(const Run& run) const {
     const cuda::TileFormat format = view().format;

@@ -255,5 +255,23 @@ TEST(CudaKernels, ActivationsKeepTheirRange) {
   }
 }
 
+// A product with an infinite or missing number has no finite result, also in rows that prune its column.
+TEST(CudaKernels, ActivationsThatAreNotFiniteAreNotLost) {
+  for (const float bad : {INFINITY, -INFINITY, NAN})
+    for (const Kernel kernel : {Kernel::kGemv, Kernel::kSmallGemm})
+      for (const int tokens : {1, 3}) {
+        const Case c{.layout = layout_of(16, 300, {2, 4}), .tokens = tokens, .kernel = kernel};
+        const StructuredBinaryMatrix matrix = test::random_matrix(c.layout, 3, Content::kExact);
+        Buffer x = random_input(c, Content::kExact);
+        store_element(x.view, 17, bad);
+        const Buffer y = multiply(c, matrix, x);
+        for (int64_t r = 0; r < 16; ++r) {
+          EXPECT_FALSE(std::isfinite(load_element(y.view, r))) << bad << " row " << r;
+          for (int other = 1; other < tokens; ++other)
+            EXPECT_TRUE(std::isfinite(load_element(y.view, 16 * other + r))) << "token " << other << " row " << r;
+        }
+      }
+}
+
 }  // namespace
 }  // namespace stbllm

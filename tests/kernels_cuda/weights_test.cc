@@ -153,7 +153,7 @@ TEST(Plan, DeviceBitsPerWeightAreThoseOfTheDocumentation) {
 TEST(Plan, EveryKernelFitsTheSmallestSharedMemory) {
   for (const bool sparse : {true, false})
     for (const int planes : {0, 1, 2}) {
-      const int record_words = 32 * cuda::TileFormat{sparse, planes}.lane_words() + 16 * 3;
+      const int record_words = cuda::most_record_words(sparse, planes);
       EXPECT_LE(cuda::LargeGemm::shared_bytes(record_words), size_t{99} << 10);
       EXPECT_LE(cuda::SmallGemm::shared_bytes(record_words), size_t{99} << 10);
       EXPECT_LE(cuda::FewTokens::shared_bytes(record_words, cuda::FewTokens::kMaxTokens), size_t{99} << 10);

@@ -81,7 +81,7 @@ void add_eval_ppl(CLI::App& app) {
   command->add_option("--seqlen", options->seqlen, "Tokens per window; default min(2048, model)")->check(CLI::PositiveNumber);
   command->add_option("--windows", options->windows, "Only the first so many windows")->check(CLI::PositiveNumber);
   command->add_option("--backend", options->backend, "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")->capture_default_str();
-  command->add_option("--dtype", options->dtype, "Activations: float32 (exact) or bfloat16 (fast)")
+  command->add_option("--dtype", options->dtype, "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
       ->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
   command->add_option("--kl", options->reference, "Also the divergence from this model (the dense checkpoint)");
   add_common(*command, options->common);
