@@ -99,19 +99,11 @@ constexpr Architecture kArchitectures[] = {
 
 }  // namespace
 
-std::string_view tap_name(Tap tap) {
-  static constexpr std::array<std::string_view, kTapCount> kNames = {"attn_in", "attn_out", "mlp_in",
-                                                                     "mlp_mid"};
-  return kNames[static_cast<size_t>(tap)];
-}
-
 std::string_view role_name(Role role) {
   static constexpr std::array<std::string_view, kRoleCount> kNames = {"q",    "k",  "v",   "o",
                                                                       "gate", "up", "down"};
   return kNames[static_cast<size_t>(role)];
 }
-
-std::span<const Architecture> architectures() { return kArchitectures; }
 
 const Architecture& find_architecture(std::string_view hf_class) {
   std::string known;

@@ -9,6 +9,9 @@ namespace {
 
 using nlohmann::json;
 
+/// Beyond these a config.json is damaged; sizes multiply without overflow.
+constexpr int64_t kLargestCount = int64_t{1} << 30, kMostBlocks = 1 << 16;
+
 /// Typed reads of a JSON object. `where` precedes the key in messages: "config.json: " or "config.json:
 /// rope_scaling.".
 class Fields {
@@ -27,8 +30,8 @@ class Fields {
 
   int64_t count(std::string_view key) const {
     const json& value = at(key);
-    if (!value.is_number_integer() || value.get<int64_t>() <= 0)
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer", where_, key, value.dump());
+    if (!value.is_number_integer() || value.get<int64_t>() <= 0 || value.get<int64_t>() > kLargestCount)
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer, at most {}", where_, key, value.dump(), kLargestCount);
     return value.get<int64_t>();
   }
   int64_t count(std::string_view key, int64_t fallback) const { return has(key) ? count(key) : fallback; }
@@ -149,6 +152,7 @@ ModelSpec ModelSpec::from_config(const json& object) {
   spec.architecture = &row;
   spec.hidden = config.count("hidden_size");
   spec.layers = config.count("num_hidden_layers");
+  if (spec.layers > kMostBlocks) fail(ErrorCode::kCorrupt, "config.json: num_hidden_layers = {} must be at most {}", spec.layers, kMostBlocks);
   spec.heads = config.count("num_attention_heads");
   spec.kv_heads = config.count("num_key_value_heads", spec.heads);
   if (spec.heads % spec.kv_heads != 0)

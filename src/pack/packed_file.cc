@@ -208,18 +208,6 @@ PackedReader PackedReader::open(const fs::path& path) {
   return reader;
 }
 
-bool PackedReader::is_packed(const fs::path& path) {
-  std::error_code ignored;
-  if (!fs::is_regular_file(path, ignored)) return false;
-  std::ifstream file(path, std::ios::binary);
-  uint64_t header_bytes = 0;
-  file.read(reinterpret_cast<char*>(&header_bytes), sizeof header_bytes);
-  if (!file || header_bytes > kMaxSafetensorsHeader) return false;
-  std::string header(header_bytes, '\0');
-  file.read(header.data(), static_cast<std::streamsize>(header.size()));
-  return header.find(fmt::format("\"{}\"", kFormat)) != std::string::npos;
-}
-
 const TensorEntry& PackedReader::dense(const std::string& name) const {
   const auto found = dense_.find(name);
   if (found == dense_.end())
@@ -232,6 +220,13 @@ const std::string& PackedReader::metadata(const std::string& key) const {
   if (found == file_->metadata().end())
     fail(ErrorCode::kCorrupt, "{}: metadata '{}' is missing", file_->file()->path().string(), key);
   return found->second;
+}
+
+json PackedReader::remark(const std::string& key) const {
+  const auto found = file_->metadata().find(key);
+  if (found == file_->metadata().end()) return nullptr;
+  json value = json::parse(found->second, nullptr, /*allow_exceptions=*/false);
+  return value.is_discarded() ? json(found->second) : value;
 }
 
 int64_t PackedReader::file_bytes() const { return std::ssize(file_->file()->bytes()); }

@@ -106,15 +106,17 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
   }
   for (const TensorSpec& tensor : spec.other_tensors()) {
     const auto found = tuned.find(tensor.name);
-    const RowCoding coding = tensor.name == spec.embedding().name ? recipe.embedding
-                             : tensor.name == spec.head().name    ? recipe.head
-                                                                  : RowCoding::kKeep;
-    writer.add_tensor(tensor.name, found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape), coding);
+    writer.add_tensor(tensor.name, found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape),
+                      row_coding(spec, recipe, tensor));
     checkpoint.release(tensor.name);
   }
 }
 
 }  // namespace
+
+RowCoding row_coding(const ModelSpec& spec, const Recipe& recipe, const TensorSpec& tensor) {
+  return tensor.name == spec.embedding().name ? recipe.embedding : tensor.name == spec.head().name ? recipe.head : RowCoding::kKeep;
+}
 
 void store_tables(Decoder& decoder, const Recipe& recipe) {
   const ModelSpec& spec = decoder.spec();

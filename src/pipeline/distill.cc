@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
@@ -110,6 +111,7 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
     double sum = 0;
     for (int64_t first = 0; first < training; first += step) {
       const TuneRates rates = decayed({recipe.distill_lr, recipe.distill_code_lr}, done, total_steps);
+      check_interrupt();
       const int64_t count = std::min(step, training - first);
       std::vector<Passed> tape;
       const at::Tensor hidden = forward(first, count, &tape);

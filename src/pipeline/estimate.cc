@@ -16,6 +16,7 @@
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
+#include "stbllm/pipeline/assemble.h"
 #include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/trained_block.h"
@@ -66,14 +67,18 @@ int64_t dense_tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tenso
   return bytes;
 }
 
-/// Of everything but the linears' weights, as `recipe` stores it.
-int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, const Recipe& recipe) {
+/// Of everything but the linears' weights, as `recipe` stores it. Tables that lose bits are float32 in a dense checkpoint, norms
+/// and biases where they are trained.
+int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, const Recipe& recipe, bool dense_output) {
+  const bool trained = recipe.tune_epochs > 0 || recipe.distill_epochs > 0;
   int64_t bytes = 0;
-  for (const TensorSpec& tensor : spec.other_tensors())
-    bytes += dense_tensor_bytes(checkpoint, tensor,
-                                tensor.name == spec.embedding().name ? recipe.embedding
-                                : tensor.name == spec.head().name    ? recipe.head
-                                                                     : RowCoding::kKeep);
+  for (const TensorSpec& tensor : spec.other_tensors()) {
+    const RowCoding coding = row_coding(spec, recipe, tensor);
+    if ((dense_output && coding != RowCoding::kKeep) || (trained && tensor.shape.size() == 1))
+      bytes += 4 * std::accumulate(tensor.shape.begin(), tensor.shape.end(), int64_t{1}, std::multiplies<>());
+    else
+      bytes += dense_tensor_bytes(checkpoint, tensor, coding);
+  }
   return bytes;
 }
 
@@ -148,7 +153,7 @@ double bits_for_file(const Checkpoint& checkpoint, const Recipe& recipe, int64_t
   const int64_t linears = spec.layers * static_cast<int64_t>(spec.linears(0).size());
   const int64_t header = as_metadata(checkpoint.config().dump()) + as_metadata(Tokenizer::load(checkpoint.directory())->serialize()) +
                          kHeaderBytesPerLinear * linears + kHeaderBytesPerTensor * static_cast<int64_t>(spec.other_tensors().size()) + kHeaderBytes;
-  const int64_t left = file_bytes - header - other_tensor_bytes(checkpoint, spec, recipe);
+  const int64_t left = file_bytes - header - other_tensor_bytes(checkpoint, spec, recipe, /*dense_output=*/false);
   if (left <= 0)
     fail(ErrorCode::kUsage, "--target-size {}: embedding, norms, tokenizer and header alone take {} bytes; raise it, or store the embedding in fewer bits",
          file_bytes, file_bytes - left);
@@ -222,7 +227,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   if (recipe.allocation == Allocation::kBudget && !options.dense_output)
     estimate.linear_bytes = static_cast<int64_t>(recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights()) *
                                                  static_cast<double>(quantized_blocks) / static_cast<double>(spec.layers));
-  estimate.dense_bytes += other_tensor_bytes(checkpoint, spec, options.dense_output ? Recipe() : recipe);
+  estimate.dense_bytes += other_tensor_bytes(checkpoint, spec, recipe, options.dense_output);
   estimate.exact = options.dense_output || (recipe.max_salient == 0 && recipe.max_outliers == 0 &&
                                             recipe.allocation == Allocation::kUniform);
 

@@ -7,9 +7,9 @@ namespace stbllm {
 Ledger make_ledger(const PackedReader& reader) {
   Ledger ledger;
   std::map<std::string, nlohmann::json> results;
-  const auto recorded = nlohmann::json::parse(reader.metadata("results"), nullptr, /*allow_exceptions=*/false);
-  if (recorded.is_array())
-    for (const auto& result : recorded) results[result.value("name", "")] = result;
+  if (const nlohmann::json recorded = reader.remark("results"); recorded.is_array())
+    for (const auto& result : recorded)
+      if (result.is_object() && result.contains("name") && result["name"].is_string()) results[result["name"]] = result;
   double nominal = 0, density = 0;
   for (const auto& [name, matrix] : reader.linears()) {
     const Layout& layout = matrix.layout();
@@ -17,8 +17,9 @@ Ledger make_ledger(const PackedReader& reader) {
     const double weights = static_cast<double>(layout.rows) * static_cast<double>(layout.cols);
     entry.nominal_bits = layout.nm.density() * (1 + static_cast<double>(layout.salient) / static_cast<double>(layout.cols));
     if (const auto found = results.find(name); found != results.end()) {
-      entry.output_error = found->second.value("output_error", -1.0);
-      entry.holdout_error = found->second.value("holdout_error", -1.0);
+      const auto number = [&](const char* key) { return found->second.contains(key) && found->second[key].is_number() ? found->second[key].get<double>() : -1.0; };
+      entry.output_error = number("output_error");
+      entry.holdout_error = number("holdout_error");
     }
     for (int p = 0; p < kPlaneCount; ++p) {
       const auto plane = static_cast<Plane>(p);

@@ -41,9 +41,10 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
     return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path), chosen.on_cuda() ? "dense on cuda" : "dense", ""};
   }
   const PackedReader reader = PackedReader::open(path);
-  const auto calibration = nlohmann::json::parse(reader.metadata("calibration"), nullptr, /*allow_exceptions=*/false);
+  const nlohmann::json calibration = reader.remark("calibration");
+  const auto sha256 = calibration.is_object() ? calibration.find("sha256") : calibration.end();
   return {Decoder::from_packed(reader, chosen, type), Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
-          calibration.is_object() ? calibration.value("sha256", "") : ""};
+          sha256 != calibration.end() && sha256->is_string() ? sha256->get<std::string>() : ""};
 }
 
 }  // namespace stbllm

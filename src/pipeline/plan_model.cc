@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/plan/allocate.h"
@@ -45,6 +46,7 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
   std::vector<double> shares;
   log::Progress progress("scores for the outlier allocation: block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
+    check_interrupt();
     const auto block = decoder.block(i);
     std::array<at::Tensor, kTapCount> norm_sq;
     advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& inputs, bool) {
@@ -59,7 +61,8 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
     std::vector<at::Tensor> scores;
     for (const LinearSpec& linear : block->linears()) {
       const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight().cpu();
-      scores.push_back(importance(weight.t().contiguous(), norm_sq[static_cast<size_t>(linear.tap)], {}, Importance::kWanda));
+      const at::Tensor weight_t = weight.t().contiguous();
+      scores.push_back(ImportanceScore(weight_t, Importance::kWanda)(weight_t, norm_sq[static_cast<size_t>(linear.tap)], {}));
       total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
       count += scores.back().numel();
     }
@@ -82,7 +85,8 @@ Recipe with_code(Recipe recipe, const Code& code) {
   return recipe;
 }
 
-Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_held_out, const Recipe& recipe, const ProcessGroup& group) {
+Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_held_out, int64_t blocks, const Recipe& recipe,
+                    const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
   const int64_t training = all.size(0) - all_held_out;
   const at::Tensor held_out = some_windows(all, training, all_held_out, kPlanTokens / 4);
@@ -91,8 +95,8 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
   Plan plan = uniform_plan(spec, recipe);
   std::vector<std::string> names;
   std::vector<std::vector<Offer>> offers;
-  log::Progress progress("plan: block", spec.layers);
-  for (int64_t i = 0; i < spec.layers; ++i) {
+  log::Progress progress("plan: block", blocks);
+  for (int64_t i = 0; i < blocks; ++i) {
     const auto block = decoder.block(i);
     const at::Tensor inputs = hidden.narrow(0, hidden.size(0) - judged, judged).clone();
     TapStats taps(block->linears(), recipe.token_weights);
@@ -101,6 +105,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
     const std::array<InputStats, kTapCount> stats = taps.finish(group);
 
     for (const LinearSpec& linear : block->linears()) {
+      check_interrupt();
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
       const at::Tensor weight = dense.weight(), bias = dense.bias();
       const at::ScalarType products = dense.product_dtype();
@@ -126,7 +131,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
     }
     progress.update(i + 1);
   }
-  const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights());
+  const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights() / spec.layers * blocks);
   const std::vector<size_t> choice = allocate_by_budget(offers, static_cast<int64_t>(bytes));
   for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]) = with_code(plan.at(names[i]), kBudgetCodes[choice[i]]);
   return plan;
@@ -134,10 +139,10 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
 
 }  // namespace
 
-Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, const Recipe& recipe,
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, int64_t blocks, const Recipe& recipe,
                 const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
-  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, hidden, holdout, recipe, group);
+  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, hidden, holdout, blocks, recipe, group);
   Plan plan = uniform_plan(spec, recipe);
   if (recipe.allocation == Allocation::kUniform) return plan;
   const std::vector<NmPattern> patterns = recipe.allocation == Allocation::kNorm

@@ -4,15 +4,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <fstream>
 
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/base/safetensors.h"
 #include "stbllm/model/decoder.h"
 #include "stbllm/model/torch_cuda.h"
 #include "stbllm/pack/packed_file.h"
@@ -31,8 +32,6 @@ namespace stbllm {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::atomic<bool> g_interrupt{false};
 
 /// Windows whose logits are compared after packing.
 constexpr size_t kVerifiedWindows = 2;
@@ -63,9 +62,21 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
   return bits / weights;
 }
 
-}  // namespace
+/// Tells models of one shape apart: of the first kilobytes of all linears' weights.
+std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  constexpr size_t kSampled = 4096;
+  std::string sums;
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const TensorSpec weight = linear.weight();
+      const at::Tensor values = checkpoint.load(weight.name, weight.shape);
+      sums += checksum({static_cast<const std::byte*>(values.const_data_ptr()), std::min<size_t>(values.nbytes(), kSampled)});
+      checkpoint.release(weight.name);
+    }
+  return checksum(std::as_bytes(std::span(sums)));
+}
 
-void request_interrupt() { g_interrupt = true; }
+}  // namespace
 
 Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
                              uint64_t seed) {
@@ -105,7 +116,7 @@ at::Device calibration_device(const QuantizeOptions& options) {
   return at::kCUDA;
 }
 
-void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
+void check_request(const fs::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
   recipe.validate();
   if (!recipe.packable() && !options.dense_output)
     fail(ErrorCode::kUnsupported, "recipe '{}' does not give N:M sparse weights and has no packed form; write a dense checkpoint with --dense",
@@ -116,7 +127,12 @@ void check_request(const Recipe& recipe, const QuantizeOptions& options, const P
   if (calibration_device(options).is_cuda() && (recipe.tune_epochs > 0 || recipe.distill_epochs > 0))
     fail(ErrorCode::kUnsupported, "recipe '{}' tunes or distils, which works on the CPU only; leave out --device cuda, or set tune_epochs and "
                                   "distill_epochs to 0", recipe.name);
+  if (!options.output.has_filename()) fail(ErrorCode::kUsage, "{}: the output is a file; write its name behind the directory", options.output.string());
   if (group.rank() > 0 || !fs::exists(options.output)) return;
+  std::error_code ignored;
+  const fs::path directory = options.dense_output ? options.output : fs::absolute(options.output).parent_path();
+  if (fs::equivalent(directory, checkpoint, ignored))
+    fail(ErrorCode::kUsage, "{}: this would overwrite a part of the checkpoint itself; choose another path", options.output.string());
   if (fs::is_directory(options.output) != options.dense_output)
     fail(ErrorCode::kUsage, "{}: a {} is there, and {}; choose another path", options.output.string(),
          options.dense_output ? "file" : "directory", options.dense_output ? "--dense writes a directory" : "the packed model is one file");
@@ -124,11 +140,14 @@ void check_request(const Recipe& recipe, const QuantizeOptions& options, const P
     fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force", options.output.string());
 }
 
-QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
-                              const QuantizeOptions& options, const ProcessGroup& group) {
+namespace {
+
+/// quantize_model, whose interruptions do not say yet how to go on.
+QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                               const QuantizeOptions& options, const ProcessGroup& group) {
   const auto started = std::chrono::steady_clock::now();
   const at::NoGradGuard no_grad;
-  check_request(recipe, options, group);
+  check_request(checkpoint.directory(), recipe, options, group);
   const Calibration share = share_of(calibration, group);
   const at::Device device = calibration_device(options);
   const bool spill = plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
@@ -145,7 +164,8 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   block_calibration.erase("distill_nsamples");
   const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
                                       {"config", checkpoint.config()},
-                                      {"checkpoint_bytes", checkpoint.file_bytes()},
+                                      {"weights", digest(checkpoint, spec)},
+                                      {"products", c10::toString(fast_product_dtype(device))},
                                       {"calibration", block_calibration},
                                       {"recipe", block_recipe},
                                       {"blocks", block_count},
@@ -181,7 +201,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   embed_windows(hidden);
   const Plan plan = [&] {
     const StageTimer timer("plan");
-    return plan_model(checkpoint, decoder, hidden, holdout, recipe, group);
+    return plan_model(checkpoint, decoder, hidden, holdout, block_count, recipe, group);
   }();
   if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along
   log::info("plan: {} ({})", describe(plan), recipe.to_json()["allocation"].get<std::string>());
@@ -215,9 +235,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
                                        result.linears.push_back(linear);
                                        progress.update(static_cast<int64_t>(result.linears.size()),
                                                        fmt::format("block {}  error {:.4f}", i, linear.report.output_error));
-                                       if (g_interrupt.exchange(false))  // one request stops one run
-                                         fail(ErrorCode::kInterrupted, "interrupted in block {} of {}; {}", i, block_count,
-                                              i == 0 ? "nothing is finished yet" : options.output.string() + ".work holds what is finished, continue with --resume");
+                                       check_interrupt();
                                        log::debug("{}: {} error {:.5f} held out {:.5f} shrink {:.2f} damping {:g} ({} retries) {:.2f} s", linear.name,
                                                   linear.nm.str(), linear.report.output_error, linear.report.holdout_error, linear.report.shrink,
                                                   linear.report.damping, linear.report.damping_retries, linear.report.seconds);
@@ -291,6 +309,20 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   work->remove();
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   return result;
+}
+
+}  // namespace
+
+QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                              const QuantizeOptions& options, const ProcessGroup& group) {
+  try {
+    return quantize_blocks(checkpoint, calibration, recipe, options, group);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kInterrupted) throw;
+    const fs::path work = work_path(options.output);
+    fail(ErrorCode::kInterrupted, "interrupted; {}",
+         fs::exists(work) ? work.string() + " holds the blocks that are finished, continue with --resume" : "no block was finished, nothing is left");
+  }
 }
 
 }  // namespace stbllm

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "stbllm/base/interrupt.h"
 #include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
 
@@ -46,6 +47,7 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   int64_t done = 0;
   for (int epoch = 1; epoch <= recipe.tune_epochs; ++epoch) {
     for (int64_t first = 0; first < training; first += step, ++done) {
+      check_interrupt();
       {
         const at::AutoGradMode with_grad(true);
         loss_of(first, std::min(step, training - first)).backward();

@@ -90,8 +90,10 @@ TuneReport tune_report_from_json(const nlohmann::json& json) {
   return {json.at("loss_before"), json.at("loss_after"), json.at("changed"), json.at("epochs")};
 }
 
+fs::path work_path(const fs::path& output) { return output.string() + ".work"; }
+
 WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& fingerprint, bool resume, bool force)
-    : path_(output.string() + ".work") {
+    : path_(work_path(output)) {
   const fs::path fingerprint_path = path_ / "fingerprint.json";
   if (resume) {
     if (!fs::exists(fingerprint_path))
@@ -105,6 +107,8 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
   if (fs::exists(path_)) {
     if (!force)
       fail(ErrorCode::kExists, "{}: an unfinished run is there; continue it with --resume or discard it with --force", path_.string());
+    if (!fs::exists(fingerprint_path))
+      fail(ErrorCode::kExists, "{}: this is in the way and no work directory of an unfinished run; move it or choose another output", path_.string());
     fs::remove_all(path_);
   }
   std::error_code error;

@@ -221,7 +221,7 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   std::vector<std::vector<int32_t>> windows;
   for (int64_t i = 0; i < count; ++i) {
     while (begin[i] < 0)
-      if (const auto start = static_cast<int64_t>(random.below(starts)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
+      if (const auto start = static_cast<int64_t>(random.below(starts + 1)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
     windows.emplace_back(ids.begin() + begin[i], ids.begin() + begin[i] + seqlen);
   }
   return windows;

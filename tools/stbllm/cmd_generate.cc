@@ -19,23 +19,28 @@ struct Options {
 
 void run(const Options& options) {
   apply(options.common);
+  if (options.generate.temperature == 0 && options.generate.top_p < 1) fail(ErrorCode::kUsage, "--top-p {}: nothing is sampled at temperature 0; add --temperature", options.generate.top_p);
   const LoadedModel model = load_model(options.model, options.backend, options.dtype, /*keep_blocks=*/true);
   const std::vector<int32_t> prompt = model.tokenizer->encode(options.prompt);
   if (prompt.empty()) fail(ErrorCode::kUsage, "--prompt: the text gives no token; write at least one word");
   GenerateOptions generate_options = options.generate;
   if (model.tokenizer->eos_id() >= 0) generate_options.stop_ids.push_back(model.tokenizer->eos_id());
   std::vector<int32_t> ids = prompt;
-  std::string shown = model.tokenizer->decode(ids);
-  if (!options.common.json) fmt::print("{}", shown);
+  std::string shown;
+  const auto show = [&](const std::string& text) {  // what is new of it
+    if (text.size() > shown.size() && text.starts_with(shown)) fmt::print("{}", text.substr(shown.size()));
+    std::fflush(stdout);
+    shown = text;
+  };
+  if (!options.common.json) show(model.tokenizer->decode(ids));
   const Generation result = generate(model.decoder, prompt, generate_options, [&](int32_t id) {
     if (options.common.json) return true;
     ids.push_back(id);
-    const std::string text = model.tokenizer->decode(ids);  // a token may end inside a character: print what is new
-    if (text.size() > shown.size() && text.compare(0, shown.size(), shown) == 0) fmt::print("{}", text.substr(shown.size()));
-    std::fflush(stdout);
-    shown = text;
+    const std::string text = model.tokenizer->decode(ids);
+    if (!text.ends_with("\uFFFD")) show(text);  // the token may end inside a character: the next one completes it
     return true;
   });
+  if (!options.common.json) show(model.tokenizer->decode(ids));
   const double prefill = static_cast<double>(result.prompt_tokens) / result.prefill_seconds;
   const double decode = result.decode_seconds > 0 ? static_cast<double>(result.decode_passes) / result.decode_seconds : 0;
   if (options.common.json) {
@@ -62,8 +67,10 @@ void add_generate(CLI::App& app) {
   command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")->required();
   command->add_option("-p,--prompt", options->prompt, "The text to continue")->required();
   command->add_option("-n,--tokens", options->generate.max_tokens, "At most so many new tokens")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--temperature", options->generate.temperature, "0: always the most likely token")->check(CLI::NonNegativeNumber);
-  command->add_option("--top-p", options->generate.top_p, "Sample from the likeliest tokens that reach this probability")->check(CLI::Range(0.0, 1.0));
+  command->add_option("--temperature", options->generate.temperature, "0: always the most likely token")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--top-p", options->generate.top_p, "Sample from the likeliest tokens that reach this probability")->check(CLI::Range(0.0, 1.0))->capture_default_str();
   command->add_option("--seed", options->generate.seed, "Same seed, same text");
   command->add_option("--backend", options->backend, "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")->capture_default_str();
   command->add_option("--dtype", options->dtype, "Activations: bfloat16 or float32")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();

@@ -16,6 +16,12 @@ struct Options {
   CommonOptions common;
 };
 
+/// A string of an object that may be another value.
+std::string text_in(const nlohmann::json& object, const char* key) {
+  const auto found = object.is_object() ? object.find(key) : object.end();
+  return found != object.end() && found->is_string() ? found->get<std::string>() : "?";
+}
+
 void run(const Options& options) {
   if (!std::filesystem::exists(options.model)) fail(ErrorCode::kNotFound, "{}: no such file", options.model);
   if (std::filesystem::is_directory(options.model))
@@ -23,18 +29,17 @@ void run(const Options& options) {
   const PackedReader reader = PackedReader::open(options.model);
   if (options.verify) reader.verify_checksums();
   const Ledger ledger = make_ledger(reader);
-  const auto recipe = nlohmann::json::parse(reader.metadata("recipe"));
-  const auto calibration = nlohmann::json::parse(reader.metadata("calibration"));
+  const nlohmann::json recipe = reader.remark("recipe"), calibration = reader.remark("calibration");
   if (options.common.json) {
     nlohmann::json json = to_json(ledger);
     json["recipe"] = recipe;
     json["calibration"] = calibration;
-    json["version"] = reader.metadata("version");
+    json["version"] = reader.remark("version");
     json["verified"] = options.verify;
     std::cout << json.dump(1) << '\n';
     return;
   }
-  fmt::print("{}  (recipe {}, calibrated on {})\n\n", options.model, recipe.value("name", "?"), calibration.value("corpus", "?"));
+  fmt::print("{}  (recipe {}, calibrated on {})\n\n", options.model, text_in(recipe, "name"), text_in(calibration, "corpus"));
   fmt::print("{:<44} {:>11} {:>6} {:>3} {:>5} {:>8} {:>8} {:>9} {:>9}\n", "linear", "shape", "N:M", "L", "extra", "nominal", "stored", "error",
              "held out");
   for (const LinearEntry& entry : ledger.linears)

@@ -2,12 +2,13 @@
 #include <malloc.h>
 
 #include <algorithm>
-#include <fstream>
+#include <csignal>
 #include <iostream>
 #include <limits>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/checkpoint/checkpoint.h"
@@ -58,7 +59,8 @@ std::string default_calibration() {
   for (const char* name : {"c4", "wikitext2-valid"}) try {
       read_corpus(name);
       return name;
-    } catch (const Error&) {
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kNotFound) throw;
     }
   fail(ErrorCode::kUsage, "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
 }
@@ -108,6 +110,14 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
   fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n", estimate.seconds / 60);
 }
 
+/// Refuses a report that could not be written at the end of the run.
+void check_report(const std::filesystem::path& path, bool force) {
+  if (std::filesystem::exists(path) && !force) fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", path.string());
+  const std::string probe = path.string() + ".probe";
+  write_text(probe, "");
+  std::filesystem::remove(probe);
+}
+
 void run(Options options) {
   apply(options.common);
   options.quantize.compare_blocks = !options.report.empty();
@@ -132,9 +142,9 @@ void run(Options options) {
   const bool first = group.rank() == 0;  // the one that prints and writes
   if (!first) log::set_level(log::Level::kWarn);
   if (options.dry_run && group.size() > 1) fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
-  check_request(recipe, options.quantize, group);
-  if (first && !options.report.empty() && std::filesystem::exists(options.report) && !options.quantize.force)
-    fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", options.report);
+  if (options.quantize.dense_output && !options.quantize.output.has_filename()) options.quantize.output = options.quantize.output.parent_path();
+  check_request(options.checkpoint, recipe, options.quantize, group);
+  if (first && !options.report.empty()) check_report(options.report, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
@@ -151,6 +161,10 @@ void run(Options options) {
   if (recipe.tune_epochs > 0 || recipe.distill_epochs > 0) keep_freed_memory();
   const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+  std::signal(SIGINT, [](int) {  // the second one stops at once
+    request_interrupt();
+    std::signal(SIGINT, SIG_DFL);
+  });
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
   if (!first) return;
 
@@ -184,9 +198,7 @@ void run(Options options) {
     }
     if (!ledger_json.is_null()) report["ledger"] = ledger_json;
     report["stages"] = stages_json(profiled_stages());
-    std::ofstream file(options.report);
-    file << report.dump(1) << '\n';
-    if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the report", options.report);
+    write_text(options.report, report.dump(1) + '\n');
   }
   if (options.common.json) {
     std::cout << json.dump(1) << '\n';
@@ -223,7 +235,7 @@ void add_quantize(CLI::App& app) {
   command->add_option("--target-bpw", options->target_bits, "Choose the code of each linear so that they store at most so many bits per weight, everything counted")
       ->check(CLI::PositiveNumber)
       ->excludes("--nm");
-  command->add_option("--target-size", options->target_size, "The same for a file of at most so many bytes (90M, 2G)")
+  CLI::Option* target_size = command->add_option("--target-size", options->target_size, "The same for a file of at most so many bytes (90M, 2G)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->excludes("--target-bpw")
       ->excludes("--nm");
@@ -237,13 +249,15 @@ void add_quantize(CLI::App& app) {
       ->check(CLI::NonNegativeNumber);
   command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions; default 2048, best effort 512")->check(CLI::PositiveNumber);
   command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
-  command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks");
+  command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks")
+      ->check(CLI::PositiveNumber)
+      ->excludes(target_size);
   command
       ->add_option("--max-memory", options->quantize.max_memory,
                    "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command->add_option("--device", options->quantize.device, "Where forward passes and Hessians run: cpu or cuda")->capture_default_str();
-  command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead");
+  command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead")->excludes(target_size);
   command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
   command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");
   command->add_option("--report", options->report, "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");

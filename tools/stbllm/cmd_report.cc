@@ -31,13 +31,7 @@ void run(const Options& options) {
     fail(ErrorCode::kCorrupt, "{}: not a report of 'stbllm quantize --report' ({})", options.input,
          error.what());
   }
-  const std::string unfinished = options.output + ".tmp";
-  std::ofstream out(unfinished, std::ios::binary);
-  out << page;
-  out.close();
-  std::error_code error;
-  if (out) std::filesystem::rename(unfinished, options.output, error);
-  if (!out || error) fail(ErrorCode::kWriteFailed, "{}: cannot write the page", options.output);
+  write_text(options.output, page);
   fmt::print("{}\n", options.output);
 }
 

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -26,5 +27,7 @@ void apply(const CommonOptions& options);
 /// Highest resident memory of this process so far, in bytes.
 int64_t peak_memory_bytes();
 std::string human_bytes(double bytes);
+/// Writes a whole file: it appears by rename, complete or not at all. Throws Error(kWriteFailed).
+void write_text(const std::filesystem::path& path, const std::string& text);
 
 }  // namespace stbllm

@@ -4,14 +4,13 @@
 #include <omp.h>
 #include <sys/resource.h>
 
-#include <csignal>
 #include <cstdio>
 #include <exception>
+#include <fstream>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
-#include "stbllm/pipeline/quantize_model.h"
 
 namespace stbllm {
 
@@ -36,6 +35,16 @@ std::string human_bytes(double bytes) {
   if (bytes >= 1e9) return fmt::format("{:.2f} GB", bytes / 1e9);
   if (bytes >= 1e6) return fmt::format("{:.1f} MB", bytes / 1e6);
   return fmt::format("{:.1f} kB", bytes / 1e3);
+}
+
+void write_text(const std::filesystem::path& path, const std::string& text) {
+  const std::filesystem::path unfinished = path.string() + ".tmp";
+  std::ofstream file(unfinished, std::ios::binary);
+  file << text;
+  file.close();
+  std::error_code error;
+  if (file) std::filesystem::rename(unfinished, path, error);
+  if (!file || error) fail(ErrorCode::kWriteFailed, "{}: cannot be written; check the path and the disk", path.string());
 }
 
 namespace {
@@ -73,7 +82,6 @@ int run(int argc, char** argv) {
 }  // namespace stbllm
 
 int main(int argc, char** argv) {
-  std::signal(SIGINT, [](int) { stbllm::request_interrupt(); });
   try {
     return stbllm::run(argc, argv);
   } catch (const stbllm::Error& error) {

@@ -17,8 +17,6 @@ enum class Tap {
   kMlpMid,   ///< down reads it
 };
 inline constexpr int kTapCount = 4;
-/// "attn_in", "attn_out", "mlp_in", "mlp_mid"
-std::string_view tap_name(Tap tap);
 
 /// What a linear does in its block. A plain MLP has kUp and kDown (OPT's fc1 and fc2) and no kGate.
 enum class Role { kQ, kK, kV, kO, kGate, kUp, kDown };
@@ -69,8 +67,6 @@ struct Architecture {
   bool tied_by_default;             ///< value of "tie_word_embeddings" when it is absent
 };
 
-/// All rows.
-std::span<const Architecture> architectures();
 /// Throws Error(kUnsupported) naming the class and those that are known.
 const Architecture& find_architecture(std::string_view hf_class);
 

@@ -47,15 +47,15 @@ class PackedReader {
   /// layouts, plane sizes, column lists, code ranges. Throws Error(kNotFound | kCorrupt), or
   /// Error(kUnsupported) for a safetensors file that is no packed model or has another format version.
   static PackedReader open(const std::filesystem::path& path);
-  /// True when `path` is a regular file that says it is a packed model, even if it is damaged.
-  static bool is_packed(const std::filesystem::path& path);
-
   const std::map<std::string, StructuredBinaryMatrix>& linears() const { return linears_; }
   const std::map<std::string, QuantizedRows>& quantized_rows() const { return quantized_rows_; }
   bool has_dense(const std::string& name) const { return dense_.contains(name); }
   const TensorEntry& dense(const std::string& name) const;  ///< Throws Error(kMismatch) when missing
   const std::map<std::string, TensorEntry>& dense_tensors() const { return dense_; }
   const std::string& metadata(const std::string& key) const;  ///< Throws Error(kCorrupt) when missing
+  /// What the program that wrote the file said under a key that a model does not need: JSON, a string where it is none, null when
+  /// it said nothing.
+  nlohmann::json remark(const std::string& key) const;
   const std::shared_ptr<const SafetensorsFile>& file() const { return file_; }
   int64_t file_bytes() const;
   /// Recomputes every checksum. Throws Error(kCorrupt) naming the first tensor that differs.

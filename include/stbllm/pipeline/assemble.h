@@ -22,6 +22,9 @@ struct Assembly {
   std::function<QuantizedBlock(int64_t)> quantized;  ///< a finished block
 };
 
+/// How a tensor beside the linears' weights is stored.
+RowCoding row_coding(const ModelSpec& spec, const Recipe& recipe, const TensorSpec& tensor);
+
 /// Replaces the tables at both ends of a dense decoder by what the packed file will hold.
 void store_tables(Decoder& decoder, const Recipe& recipe);
 

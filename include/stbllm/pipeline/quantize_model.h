@@ -84,11 +84,11 @@ struct QuantizeResult {
 /// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is impossible.
 at::Device calibration_device(const QuantizeOptions& options);
 
-/// Refuses what can be refused without the checkpoint: Error(kUnsupported | kUsage | kExists).
-void check_request(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group);
+/// Refuses what can be refused before `checkpoint`, a directory, is read: Error(kUnsupported | kUsage | kExists).
+void check_request(const std::filesystem::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group);
 
 /// Throws before the first expensive step: as check_request and plan_memory, and Error(kMismatch); later Error(kWriteFailed | kVerifyFailed |
-/// kInterrupted). Deterministic, whatever the number of threads and after a resume.
+/// kInterrupted, see base/interrupt.h). Deterministic, whatever the number of threads and after a resume.
 ///
 /// Several processes, all called with the same arguments, calibrate on their part of the windows and quantize their part of the
 /// linears. Process 0 alone has the work directory and writes the output; the others return when their last block is done,
@@ -98,8 +98,5 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
 
 /// The windows of one process: its share of those that make H and of those held out. Throws Error(kUsage) when there are too few.
 Calibration share_of(const Calibration& calibration, const ProcessGroup& group);
-
-/// Asks a running quantize_model to stop after the current linear; safe to call from a signal handler.
-void request_interrupt();
 
 }  // namespace stbllm

@@ -9,11 +9,14 @@
 
 namespace stbllm {
 
+/// Where the work directory of an output is.
+std::filesystem::path work_path(const std::filesystem::path& output);
+
 class WorkDirectory {
  public:
-  /// `<output>.work` with a fingerprint of everything that decides the blocks. With `resume` the directory of an earlier run is
+  /// work_path(output) with a fingerprint of everything that decides the blocks. With `resume` the directory of an earlier run is
   /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
-  /// existing one is discarded with `force`, and Error(kExists) without.
+  /// existing one is discarded with `force`, and Error(kExists) without, or where it is not a work directory.
   WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
   /// A directory without a finished block is of no use and goes.
   ~WorkDirectory();
