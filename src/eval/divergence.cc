@@ -108,8 +108,8 @@ Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, c
   result.kl_error = kl_error;
   result.top1_agreement = mean_and_error(agreement).mean;
   result.positions = count * (seqlen - 1);
-  result.reference = summarize(std::move(left.window_nll), seqlen, left.seconds);
-  result.model = summarize(std::move(right.window_nll), seqlen, right.seconds);
+  result.reference = summarize(std::move(left.window_nll), seqlen, seqlen - 1, left.seconds);
+  result.model = summarize(std::move(right.window_nll), seqlen, seqlen - 1, right.seconds);
   return result;
 }
 

@@ -93,10 +93,12 @@ at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden) {
   return at::log_softmax(decoder.logits(hidden.unsqueeze(0)).squeeze(0), -1, at::kFloat);
 }
 
-at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window) {
+at::Tensor token_nll(const Decoder& decoder, const at::Tensor& window_hidden, const std::vector<int32_t>& window,
+                     int64_t first_token) {
   const at::NoGradGuard no_grad;
-  const int64_t predicted = hidden.size(0) - 1;
-  const at::Tensor targets = at::tensor(window, at::kLong).slice(0, 1).unsqueeze(1).to(decoder.device());
+  const at::Tensor hidden = window_hidden.slice(0, first_token - 1, -1);
+  const int64_t predicted = hidden.size(0);
+  const at::Tensor targets = at::tensor(window, at::kLong).slice(0, first_token).unsqueeze(1).to(decoder.device());
   const int64_t step = tokens_per_head_pass(decoder);
   at::Tensor nll = at::empty({predicted}, at::kDouble);
   for (int64_t first = 0; first < predicted; first += step) {
@@ -116,7 +118,7 @@ MeanAndError mean_and_error(const std::vector<double>& values) {
   return {mean, std::sqrt(squares / (count - 1) / count)};
 }
 
-Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seconds) {
+Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, int64_t scored, double seconds) {
   Perplexity result;
   const auto [mean, error] = mean_and_error(window_nll);
   result.mean_nll = mean;
@@ -125,7 +127,7 @@ Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seco
   result.perplexity_error = result.perplexity * error;
   result.windows = static_cast<int64_t>(window_nll.size());
   result.seqlen = seqlen;
-  result.tokens = result.windows * (seqlen - 1);
+  result.tokens = result.windows * scored;
   result.seconds = seconds;
   result.tokens_per_second = seconds > 0 ? static_cast<double>(result.windows * seqlen) / seconds : 0;
   result.window_nll = std::move(window_nll);
@@ -140,6 +142,8 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
   const auto seqlen = static_cast<int64_t>(windows.front().size());
   const int64_t chunk = windows_per_chunk(decoder, seqlen, options);
   const int64_t layers = decoder.spec().layers;
+  const int64_t first_token = options.second_half ? seqlen / 2 + 1 : 1;
+  if (first_token >= seqlen) fail(ErrorCode::kUsage, "windows of {} tokens have no second half to score; use longer ones", seqlen);
 
   log::Progress progress("perplexity", count * layers);  // in windows through one block
   std::vector<double> window_nll;
@@ -151,10 +155,10 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
     });
     for (size_t i = 0; i < part.size(); ++i)
       window_nll.push_back(
-          token_nll(decoder, hidden[static_cast<int64_t>(i)], part[i]).mean().item<double>());
+          token_nll(decoder, hidden[static_cast<int64_t>(i)], part[i], first_token).mean().item<double>());
   }
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  return summarize(std::move(window_nll), seqlen, elapsed.count());
+  return summarize(std::move(window_nll), seqlen, seqlen - first_token, elapsed.count());
 }
 
 }  // namespace stbllm

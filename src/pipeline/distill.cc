@@ -4,8 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
+#include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/spill.h"
@@ -14,6 +16,8 @@
 namespace stbllm {
 namespace {
 
+/// Seconds of training that an interruption may cost.
+constexpr double kKeepAfter = 600;
 /// Tokens whose logits exist at a time.
 constexpr int64_t kTokensPerHead = 256;
 
@@ -48,7 +52,8 @@ double divergence(const Head& student, const at::Tensor& x, const Head& teacher,
 }  // namespace
 
 DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks, const at::Tensor& ids,
-                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe) {
+                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe,
+                      const WorkDirectory& work, const nlohmann::json& inputs) {
   const at::NoGradGuard no_grad;
   const ModelSpec& spec = student.spec();
   const int64_t windows = ids.size(0), seqlen = ids.size(1), training = windows - holdout;
@@ -101,17 +106,46 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
                          [&](int64_t first, int64_t count) { return compare(forward(first, count, nullptr), first, nullptr); });
   };
 
+  const auto visit_state = [&](const StateVisitor& visit) {
+    for (TrainedBlock& block : trained) block.visit_state(visit);
+    outer.visit_state(visit);
+  };
   DistillReport report;
-  report.divergence_before = report.divergence_after = judge();
-  log::info("distill: divergence {:.4f} held out before", report.divergence_before);
+  int64_t done = 0, first = 0;  // steps; windows of this epoch
+  int epoch = 1;
+  double sum = 0;
+  if (const auto kept = work.load_training(inputs, blocks, visit_state)) {
+    report = distill_report_from_json(kept->at("report"));
+    done = kept->at("steps");
+    first = kept->at("windows");
+    epoch = kept->at("epoch");
+    sum = kept->at("sum");
+    for (TrainedBlock& block : trained) block.resume(done);
+    outer.resume(done);
+    log::info("distill: continued after {} steps", done);
+  } else {
+    report.divergence_before = report.divergence_after = judge();
+  }
+  auto last_kept = std::chrono::steady_clock::now();
+  const auto keep = [&] {
+    const nlohmann::json progress = {{"report", to_json(report)}, {"steps", done}, {"windows", first}, {"epoch", epoch}, {"sum", sum}};
+    work.save_training(inputs, progress, blocks, visit_state);
+    last_kept = std::chrono::steady_clock::now();
+  };
+  const char* judged = holdout > 0 ? "held-out" : "training";
+  log::info("distill: divergence {:.4f} on the {} windows before", report.divergence_before, judged);
   const int64_t steps_per_epoch = (training + step - 1) / step, total_steps = steps_per_epoch * recipe.distill_epochs;
   log::Progress progress("distill: step", total_steps);
-  int64_t done = 0;
-  for (int epoch = 1; epoch <= recipe.distill_epochs; ++epoch) {
-    double sum = 0;
-    for (int64_t first = 0; first < training; first += step) {
+  for (; epoch <= recipe.distill_epochs; ++epoch, first = 0, sum = 0) {
+    while (first < training) {
+      if (const std::chrono::duration<double> since = std::chrono::steady_clock::now() - last_kept; since.count() > kKeepAfter) keep();
+      try {
+        check_interrupt();
+      } catch (const Error&) {
+        keep();
+        throw;
+      }
       const TuneRates rates = decayed({recipe.distill_lr, recipe.distill_code_lr}, done, total_steps);
-      check_interrupt();
       const int64_t count = std::min(step, training - first);
       std::vector<Passed> tape;
       const at::Tensor hidden = forward(first, count, &tape);
@@ -124,11 +158,12 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
         tape.pop_back();
         if (i < static_cast<int64_t>(trained.size())) trained[i].step(rates);
       }
-      progress.update(++done, fmt::format("divergence {:.4f}", sum / static_cast<double>(first + count)));
+      first += step;
+      progress.update(++done, fmt::format("divergence {:.4f}", sum / static_cast<double>(std::min(first, training))));
     }
     const double divergence = judge();
-    log::info("distill: epoch {} of {}: divergence {:.4f} in training, {:.4f} held out", epoch, recipe.distill_epochs,
-              sum / static_cast<double>(training), divergence);
+    log::info("distill: epoch {} of {}: divergence {:.4f} in training, {:.4f} on the {} windows", epoch, recipe.distill_epochs,
+              sum / static_cast<double>(training), divergence, judged);
     if (divergence < report.divergence_after) {
       report.divergence_after = divergence;
       report.epochs = epoch;

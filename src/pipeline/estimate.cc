@@ -91,7 +91,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
                     const QuantizeOptions& options, bool spill) {
   const auto windows = static_cast<int64_t>(calibration.windows.size()), seqlen = static_cast<int64_t>(calibration.windows[0].size());
   const int64_t calibrating = windows - calibration.distill_only;
-  const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+  const int64_t quantized_blocks = options.quantized_blocks(spec);
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
   const int64_t stream = calibrating * seqlen * spec.hidden * 4;
   const int64_t dense_stream = with_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
@@ -185,7 +185,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   const Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
-  const int64_t quantized_blocks = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+  const int64_t quantized_blocks = options.quantized_blocks(spec);
 
   // One linear of the widest tap, on the inputs of a few windows.
   const auto block = decoder.block(0);

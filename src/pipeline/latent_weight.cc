@@ -277,6 +277,22 @@ void LatentWeight::step(const TuneRates& rates) {
   project();
 }
 
+void LatentWeight::visit_state(const std::string& name, const StateVisitor& visit) {
+  const auto visit_parameter = [&](const char* part, at::Tensor& value, Moments& moments) {
+    visit(name + part, value);
+    visit(name + part + ".mean", moments.mean);
+    visit(name + part + ".square", moments.square);
+  };
+  if (train_codes_) visit_parameter(".latent", latent_, latent_moments_);
+  visit_parameter(".row_gain", row_gain_, row_moments_);
+  visit_parameter(".level_gain", level_gain_, level_moments_);
+}
+
+void LatentWeight::resume(int64_t steps) {
+  steps_ = steps;
+  project();
+}
+
 int64_t LatentWeight::write_back() {
   const std::vector<float> now = levels_now();
   if (train_codes_) {

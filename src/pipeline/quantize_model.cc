@@ -156,7 +156,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const auto& [windows, distill_only, holdout, provenance] = share;
-  const int64_t block_count = options.blocks < 0 ? spec.layers : std::min(options.blocks, spec.layers);
+  const int64_t block_count = options.quantized_blocks(spec);
 
   nlohmann::json block_recipe = recipe.to_json();  // what follows the last block may change between runs
   for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
@@ -279,7 +279,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
     result.distill = work->load_distilled(distilled, inputs);
     if (!result.distill) {
       for (int64_t i = 0; i < block_count; ++i) distilled[i] = work->load(i).value();
-      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, all_dense, holdout, recipe);
+      result.distill = distill(decoder, Decoder::from_checkpoint(checkpoint), distilled, ids, all_dense, holdout, recipe, *work, inputs);
       work->save_distilled(distilled, inputs, *result.distill);
     }
   }

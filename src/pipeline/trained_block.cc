@@ -40,9 +40,27 @@ void TrainedVectors::step(double rate) {
     const at::Tensor gradient = (v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit)).contiguous();
     for (int64_t i = 0; i < gradient.numel(); ++i)
       v.moved.data_ptr<float>()[i] += adam(gradient.data_ptr<float>()[i], v.mean.data_ptr<float>()[i], v.square.data_ptr<float>()[i]);
-    v.leaf.detach().copy_(by_factors ? v.original * v.moved.exp() : v.original + v.unit * v.moved);
+    update_leaf(v);
     v.leaf.mutable_grad().reset();
   }
+}
+
+void TrainedVectors::update_leaf(Vector& v) {
+  v.leaf.detach().copy_(v.unit.defined() ? v.original + v.unit * v.moved : v.original * v.moved.exp());
+}
+
+void TrainedVectors::visit_state(const StateVisitor& visit) {
+  for (Vector& v : vectors_) {
+    visit(v.name + ".moved", v.moved);
+    visit(v.name + ".mean", v.mean);
+    visit(v.name + ".square", v.square);
+  }
+}
+
+void TrainedVectors::resume(int64_t steps) {
+  const at::NoGradGuard no_grad;
+  steps_ = steps;
+  for (Vector& v : vectors_) update_leaf(v);
 }
 
 void TrainedVectors::write_back(std::map<std::string, at::Tensor>& tensors) const {
@@ -59,6 +77,7 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
   for (size_t i = 0; i < linears.size(); ++i) {
     at::Tensor bias = dynamic_cast<const DenseLinear&>(block.linear(linears[i].role)).bias();
     vectors_.add_bias(bias, linears[i].name + ".bias");
+    names_.push_back(linears[i].name);
     weights_.emplace_back(quantized.linears.at(linears[i].name), originals[i], train_codes);
     block.set_linear(linears[i].role, std::make_unique<DenseLinear>(weights_.back().dense(), bias));
   }
@@ -69,6 +88,16 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
 void TrainedBlock::step(const TuneRates& rates) {
   for (LatentWeight& weight : weights_) weight.step(rates);
   vectors_.step(rates.gains);
+}
+
+void TrainedBlock::visit_state(const StateVisitor& visit) {
+  for (size_t i = 0; i < weights_.size(); ++i) weights_[i].visit_state(names_[i], visit);
+  vectors_.visit_state(visit);
+}
+
+void TrainedBlock::resume(int64_t steps) {
+  for (LatentWeight& weight : weights_) weight.resume(steps);
+  vectors_.resume(steps);
 }
 
 double TrainedBlock::write_back() {

@@ -27,6 +27,7 @@ nlohmann::json read_json(const fs::path& path) {
 }
 
 constexpr const char* kDistilled = "distilled.json";
+constexpr const char* kTraining = "training.safetensors";
 
 std::string block_file(int64_t block) { return fmt::format("block_{:03}.safetensors", block); }
 
@@ -84,6 +85,10 @@ nlohmann::json to_json(const DistillReport& report) {
           {"divergence_after", report.divergence_after},
           {"changed", report.changed},
           {"epochs", report.epochs}};
+}
+
+DistillReport distill_report_from_json(const nlohmann::json& json) {
+  return {json.at("divergence_before"), json.at("divergence_after"), json.at("changed"), json.at("epochs")};
 }
 
 TuneReport tune_report_from_json(const nlohmann::json& json) {
@@ -154,8 +159,41 @@ std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<Quantized
     if (!block) return std::nullopt;
     blocks[i] = std::move(*block);
   }
-  const nlohmann::json& report = found.at("report");
-  return DistillReport{report.at("divergence_before"), report.at("divergence_after"), report.at("changed"), report.at("epochs")};
+  return distill_report_from_json(found.at("report"));
+}
+
+void WorkDirectory::save_training(const nlohmann::json& inputs, const nlohmann::json& progress, const std::vector<QuantizedBlock>& best,
+                                  const VisitState& visit_state) const {
+  const fs::path directory = path_ / "training";
+  std::error_code error;
+  fs::create_directories(directory, error);
+  for (size_t i = 0; i < best.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), best[i]);
+  SafetensorsWriter file(directory / kTraining, /*force=*/true);
+  visit_state([&](const std::string& name, at::Tensor& tensor) { file.add(name, "F32", tensor.sizes().vec(), bytes_of(tensor)); });
+  file.set_metadata("inputs", inputs.dump());
+  file.set_metadata("progress", progress.dump());
+  file.finish();
+  file.commit();  // last: where it is, the blocks are
+}
+
+std::optional<nlohmann::json> WorkDirectory::load_training(const nlohmann::json& inputs, std::vector<QuantizedBlock>& best,
+                                                           const VisitState& visit_state) const {
+  const fs::path directory = path_ / "training";
+  if (!fs::exists(directory / kTraining)) return std::nullopt;
+  const auto file = SafetensorsFile::open(directory / kTraining);
+  if (nlohmann::json::parse(file->metadata().at("inputs")) != inputs) return std::nullopt;
+  visit_state([&](const std::string& name, at::Tensor& tensor) {
+    const std::span<const std::byte> kept = file->tensors().at(name).data;
+    STBLLM_CHECK(kept.size() == tensor.nbytes(), "{}: {} bytes were kept, {} are needed", name, kept.size(), tensor.nbytes());
+    std::memcpy(tensor.data_ptr(), kept.data(), kept.size());
+  });
+  for (size_t i = 0; i < best.size(); ++i) {  // in place: what is trained refers to them
+    auto block = load(directory / block_file(static_cast<int64_t>(i)));
+    if (!block) fail(ErrorCode::kCorrupt, "{}: a block is missing; start again with --force", directory.string());
+    for (auto& [name, weight] : block->linears) best[i].linears.at(name) = std::move(weight);
+    best[i].tensors = std::move(block->tensors);
+  }
+  return nlohmann::json::parse(file->metadata().at("progress"));
 }
 
 void WorkDirectory::save(const fs::path& path, const QuantizedBlock& quantized) const {

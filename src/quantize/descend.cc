@@ -54,10 +54,7 @@ STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, i
 double descend(LeanWeight& lean) {
   const int64_t rows = lean.rows(), cols = lean.cols();
   const int levels = static_cast<int>(lean.level_values.size()), group_size = lean.nm.group;
-  const bool enumerate = GroupCodebook::enumerable(lean.nm, levels);
-  const int tail = static_cast<int>(cols % group_size);
-  const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, group_size) : GroupCodebook({1, 4}, 1, 4);
-  const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
+  const GroupCodebooks codebooks(lean.nm, levels, cols);
   at::Tensor dense = lean.dense();
   at::Tensor gradient = [&] {
     const StageTimer timer("products", 2.0 * static_cast<double>(cols * cols) * static_cast<double>(rows));
@@ -76,7 +73,7 @@ double descend(LeanWeight& lean) {
       auto& metric = metrics.emplace_back();
       for (int i = 0; i < w; ++i)
         for (int j = 0; j < w; ++j) metric[i * w + j] = h[(start + first + i) * cols + start + first + j];
-      if (enumerate) tables.emplace_back(w == group_size ? full : partial, lean.level_values, metric.data(), w);
+      if (const GroupCodebook* book = codebooks.find(w)) tables.emplace_back(*book, lean.level_values, metric.data(), w);
     }
     at::Tensor change = at::zeros({width, rows}, at::kFloat);
     const float* q = dense.data_ptr<float>() + start * rows;
@@ -105,7 +102,7 @@ double descend(LeanWeight& lean) {
         for (size_t index = 0; index < metrics.size(); ++index) {
           const int first = static_cast<int>(index) * group_size, w = std::min(group_size, width - first);
           make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first, target);
-          if (enumerate) {
+          if (!tables.empty()) {
             best_codes(tables[index], target, scale, w, chosen);
           } else {
             for (int c = 0; c < w; ++c)

@@ -89,10 +89,7 @@ STBLLM_CLONES void push_error(const float* upper, int64_t stride, int width, int
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate) {
   const int64_t rows = lean.rows(), cols = lean.cols(), stride = cols;
   const int levels = static_cast<int>(lean.level_values.size());
-  const bool enumerate = GroupCodebook::enumerable(lean.nm, levels);
-  const int tail = static_cast<int>(cols % lean.nm.group);
-  const GroupCodebook full = enumerate ? GroupCodebook(lean.nm, levels, lean.nm.group) : GroupCodebook({1, 4}, 1, 4);
-  const GroupCodebook partial = enumerate && tail ? GroupCodebook(lean.nm, levels, tail) : GroupCodebook({1, 4}, 1, 4);
+  const GroupCodebooks codebooks(lean.nm, levels, cols);
   at::Tensor work = lean.target.clone();
   const float* u = compensate == Compensate::kNone ? nullptr : upper.const_data_ptr<float>();
   const float mean_level = std::accumulate(lean.level_values.begin(), lean.level_values.end(), 0.f) / static_cast<float>(levels);
@@ -121,8 +118,8 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           group.metric_f[i * group.width + j] = static_cast<float>(sum);
           group.transposed[j * group.width + i] = static_cast<float>(inverse[i * group.width + j]);
         }
-      if (enumerate)
-        tables.emplace_back(group.width == lean.nm.group ? full : partial, lean.level_values, group.metric.data(), group.width);
+      if (const GroupCodebook* book = codebooks.find(group.width))
+        tables.emplace_back(*book, lean.level_values, group.metric.data(), group.width);
     }
     at::Tensor errors = at::zeros({width, rows}, at::kFloat);
     float* w = work.data_ptr<float>() + start * rows;
@@ -141,7 +138,7 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
         const auto choose = [&](size_t g, const float* scale) {  // fills target, chosen and values
           const Group& group = groups[g];
           apply_matrix(group.metric_f.data(), weights + group.first, group.width, target);
-          if (enumerate) {
+          if (!tables.empty()) {
             best_codes(tables[g], target, scale, group.width, chosen);
           } else {
             for (int c = 0; c < group.width; ++c) std::fill_n(chosen[c], kTileRows, int8_t{0});

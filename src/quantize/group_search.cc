@@ -53,6 +53,21 @@ GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::m
   }
 }
 
+GroupCodebooks::GroupCodebooks(NmPattern nm, int levels, int64_t cols) {
+  if (!GroupCodebook::enumerable(nm, levels)) return;
+  for (const int width : {nm.group, static_cast<int>(cols % nm.group)}) {
+    if (width == 0) continue;
+    books_.emplace_back(nm, levels, width);
+    width_.push_back(width);
+  }
+}
+
+const GroupCodebook* GroupCodebooks::find(int width) const {
+  for (size_t i = 0; i < books_.size(); ++i)
+    if (width_[i] == width) return &books_[i];
+  return nullptr;
+}
+
 GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_values, const double* metric, int width)
     : codebook(&book) {
   const int kept = book.kept();

@@ -224,6 +224,13 @@ TEST_F(Cli, UsageFaults) {
   expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
 }
 
+TEST_F(Cli, OptionsThatDoNotGoTogether) {
+  expect_fault(quantize("packed", {"--blocks", "0"}), ErrorCode::kUsage, "--blocks");
+  expect_fault(quantize("packed", {"--blocks", "1", "--target-size", "60M"}), ErrorCode::kUsage, "--target-size");
+  expect_fault(quantize("packed", {"--dense", "--target-size", "60M"}), ErrorCode::kUsage, "--target-size");
+  expect_fault({"generate", checkpoint_.string(), "--prompt", "a", "--top-p", "0.5"}, ErrorCode::kUsage, "--temperature");
+}
+
 TEST_F(Cli, PathsThatAreNotThere) {
   const std::string nowhere = (scratch_ / "nowhere").string();
   Args args = quantize("packed");
@@ -294,6 +301,30 @@ TEST_F(Cli, AnOutputThatIsThere) {
 TEST_F(Cli, AnOutputInsideAFile) {
   write_text(results_ / "file", "mine");
   expect_fault(quantize("file/packed"), ErrorCode::kWriteFailed, "file/packed");
+}
+
+TEST_F(Cli, AnOutputWithoutAName) { expect_fault(quantize("new/"), ErrorCode::kUsage, "write its name"); }
+
+TEST_F(Cli, ADirectoryForADenseCheckpointMayEndInASlash) {
+  EXPECT_EQ(run_program(quantize("dense/", {"--dense"})).status, 0);
+  EXPECT_TRUE(fs::exists(results_ / "dense" / "model.safetensors"));
+  EXPECT_EQ(list(results_), Args{"dense"});
+}
+
+TEST_F(Cli, AReportThatCannotBeWrittenIsRefusedBeforeTheRun) {
+  expect_fault(quantize("packed", {"--report", (results_ / "nowhere" / "run.json").string()}), ErrorCode::kWriteFailed, "run.json");
+}
+
+TEST_F(Cli, ATextOnStdoutIsTheOneInJson) {
+  const auto generate = [&](const Args& more) {
+    Args args = {"generate", checkpoint_.string(), "--prompt", "a", "--tokens", "60", "--temperature", "3", "--seed", "4"};
+    args.insert(args.end(), more.begin(), more.end());
+    return run_program(args).out;
+  };
+  // Random weights give bytes in the middle of characters, too.
+  const auto text = nlohmann::json::parse(generate({"--json"}))["text"].get<std::string>();
+  EXPECT_THAT(text, HasSubstr("\uFFFD"));
+  EXPECT_THAT(generate({}), HasSubstr(text));
 }
 
 TEST_F(Cli, ARecipeWithoutPackedForm) {

@@ -82,13 +82,29 @@ TEST(Perplexity, IsTheMeanOverPredictedTokensOfEveryWindow) {
   EXPECT_EQ(result.tokens, 3 * 23);
 }
 
+TEST(Perplexity, OfTheSecondHalfIsThatOfItsTokensGivenTheWholeWindow) {
+  ScratchDirectory directory;
+  const Decoder decoder = open_decoder(directory.path(), test::tiny_llama());
+  for (const int64_t seqlen : {24, 25}) {
+    const Windows windows = some_windows(2, seqlen);
+    const Perplexity result = evaluate_perplexity(decoder, windows, {.second_half = true});
+    const at::Tensor hidden = final_hidden_states(decoder, windows);
+    for (int64_t w = 0; w < 2; ++w) {
+      const at::Tensor nll = token_nll(decoder, hidden[w], windows[w]);  // of the tokens 1, 2, ..
+      EXPECT_NEAR(result.window_nll[w], nll.slice(0, seqlen / 2).mean().item<double>(), 1e-6);  // other batches of logits
+    }
+    EXPECT_EQ(result.tokens, 2 * (seqlen - 1 - seqlen / 2));
+  }
+  EXPECT_EQ(code_of([&] { evaluate_perplexity(decoder, some_windows(2, 2), {.second_half = true}); }), ErrorCode::kUsage);
+}
+
 TEST(Perplexity, StandardErrorIsThatOfTheWindows) {
-  const Perplexity result = summarize({1.0, 2.0, 4.0, 5.0}, 10, 2.0);
+  const Perplexity result = summarize({1.0, 2.0, 4.0, 5.0}, 10, 9, 2.0);
   EXPECT_DOUBLE_EQ(result.mean_nll, 3.0);
   EXPECT_DOUBLE_EQ(result.nll_error, std::sqrt(10.0 / 3.0 / 4.0));
   EXPECT_DOUBLE_EQ(result.perplexity_error, std::exp(3.0) * result.nll_error);
   EXPECT_DOUBLE_EQ(result.tokens_per_second, 20.0);
-  EXPECT_EQ(summarize({1.0}, 10, 1.0).nll_error, 0.0);
+  EXPECT_EQ(summarize({1.0}, 10, 9, 1.0).nll_error, 0.0);
 }
 
 TEST(Perplexity, DoesNotDependOnTheChunk) {

@@ -94,6 +94,8 @@ std::vector<Refusal> refusals() {
        {"use_sliding_window", "true"}},
       {"MissingSize", no_key("hidden_size"), corrupt, {"hidden_size", "missing"}},
       {"NegativeSize", with(llama, "num_hidden_layers", -1), corrupt, {"num_hidden_layers", "-1"}},
+      {"HugeSize", with(llama, "hidden_size", int64_t{1} << 40), corrupt, {"hidden_size", "at most"}},
+      {"TooManyBlocks", with(llama, "num_hidden_layers", 1000000), corrupt, {"num_hidden_layers", "at most"}},
       {"TextForSize", with(llama, "vocab_size", "many"), corrupt, {"vocab_size", "many"}},
       {"NumberForFlag", with(llama, "attention_bias", 1), corrupt, {"attention_bias", "1"}},
       {"HeadsAndKeyHeads", with(llama, "num_key_value_heads", 3), corrupt, {"num_key_value_heads", "3"}},

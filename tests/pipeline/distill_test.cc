@@ -6,6 +6,11 @@
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
+#include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/pipeline/load_model.h"
 #include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_model.h"
@@ -28,12 +33,13 @@ Recipe distilled_recipe(double code_lr) {
 }
 
 struct Distilled {
+  int interrupted = 0;
   DistillReport report;
   std::vector<QuantizedBlock> blocks;
 };
 
-/// Quantizes all blocks of a tiny model and distils it.
-Distilled run(const test::TinyModel& model, const Recipe& recipe) {
+/// Quantizes all blocks of a tiny model and distils it; `interruptions` of the distillation come a few milliseconds apart.
+Distilled run(const test::TinyModel& model, const Recipe& recipe, int interruptions = 0) {
   const at::NoGradGuard no_grad;
   const test::ScratchDirectory scratch;
   test::write_checkpoint(scratch.path(), model);
@@ -52,7 +58,29 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe) {
     result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, uniform_plan(spec, recipe), [](const LinearResult&) {}));
     hidden = run_block(*block, spec, hidden);
   }
-  result.report = distill(student, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe);
+  const WorkDirectory work(scratch / "packed", {}, /*resume=*/false, /*force=*/false);
+  const std::vector<QuantizedBlock> quantized = result.blocks;
+  for (;; --interruptions) {
+    result.blocks = quantized;
+    Decoder fresh = Decoder::from_checkpoint(checkpoint);  // as another process would have it
+    std::jthread interrupter;
+    if (interruptions > 0)
+      interrupter = std::jthread([interruptions] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(7 * interruptions));
+        request_interrupt();
+      });
+    try {
+      result.report = distill(fresh, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe, work, {{"seed", 0}});
+      break;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInterrupted);
+      ++result.interrupted;
+    }
+  }
+  try {
+    check_interrupt();  // one that came too late
+  } catch (const Error&) {
+  }
   return result;
 }
 
@@ -87,6 +115,20 @@ TEST(Distill, DoesNotDependOnThreads) {
   for (size_t i = 0; i < runs[0].blocks.size(); ++i)
     for (const auto& [name, weight] : runs[0].blocks[i].linears)
       EXPECT_TRUE(weight.to_dense().equal(runs[1].blocks[i].linears.at(name).to_dense())) << name;
+}
+
+TEST(Distill, GoesOnToTheSameResultAfterInterruptions) {
+  const Recipe recipe = distilled_recipe(0.004);
+  const Distilled undisturbed = run(test::tiny_llama(), recipe), disturbed = run(test::tiny_llama(), recipe, /*interruptions=*/4);
+  EXPECT_GT(disturbed.interrupted, 0);
+  EXPECT_EQ(undisturbed.report.divergence_after, disturbed.report.divergence_after);
+  EXPECT_EQ(undisturbed.report.epochs, disturbed.report.epochs);
+  EXPECT_EQ(undisturbed.report.changed, disturbed.report.changed);
+  for (size_t i = 0; i < undisturbed.blocks.size(); ++i) {
+    for (const auto& [name, weight] : undisturbed.blocks[i].linears)
+      EXPECT_TRUE(weight.to_dense().equal(disturbed.blocks[i].linears.at(name).to_dense())) << name;
+    for (const auto& [name, tensor] : undisturbed.blocks[i].tensors) EXPECT_TRUE(tensor.equal(disturbed.blocks[i].tensors.at(name))) << name;
+  }
 }
 
 /// Windows for distillation only leave statistics, tuning and held-out text as they are.

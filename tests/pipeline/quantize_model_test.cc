@@ -81,6 +81,8 @@ class Workplace {
     fs::create_directory(results());
   }
 
+  void replace_checkpoint(const test::TinyModel& model) const { test::write_checkpoint(scratch_ / "checkpoint", model); }
+
   QuantizeResult quantize(const Recipe& recipe, QuantizeOptions options, uint64_t seed = 0) const {
     const Checkpoint checkpoint = Checkpoint::open(scratch_ / "checkpoint");
     return quantize_model(checkpoint, make_calibration(checkpoint, text_, kSamples, 0, kSeqlen, seed), recipe,
@@ -336,6 +338,12 @@ TEST(Resume, IsRefusedWithOtherInputs) {
   fewer.blocks = 1;
   expect_error(ErrorCode::kMismatch, "blocks: 2 there, 1 here", [&] { place.quantize(recipe, fewer); });
 
+  test::TinyModel tuned = test::tiny_llama();
+  tuned.seed = 1;
+  place.replace_checkpoint(tuned);  // of the same shapes
+  expect_error(ErrorCode::kMismatch, "weights: ", [&] { place.quantize(recipe, options); });
+  place.replace_checkpoint(test::tiny_llama());
+
   place.quantize(recipe, options);  // the refusals did not harm it
   EXPECT_TRUE(fs::exists(options.output));
 }
@@ -348,6 +356,30 @@ TEST(Resume, IsRefusedWhereNothingWasBegun) {
   expect_error(ErrorCode::kNotFound, "no unfinished run",
                [&] { place.quantize(Recipe::load("rtn"), options); });
   EXPECT_EQ(list(place.results()), std::vector<std::string>{});
+}
+
+TEST(Overwriting, TheCheckpointItselfIsRefusedEvenWithForce) {
+  const Workplace place(test::tiny_llama());
+  const std::string weights = read_bytes(place.checkpoint() / "model.safetensors");
+  QuantizeOptions options;
+  options.force = true;
+  options.output = place.checkpoint() / "model.safetensors";
+  expect_error(ErrorCode::kUsage, "the checkpoint itself", [&] { place.quantize(Recipe::load("rtn"), options); });
+  options.output = place.checkpoint();
+  options.dense_output = true;
+  expect_error(ErrorCode::kUsage, "the checkpoint itself", [&] { place.quantize(Recipe::load("rtn"), options); });
+  EXPECT_TRUE(read_bytes(place.checkpoint() / "model.safetensors") == weights);
+}
+
+TEST(Overwriting, WhatIsNoWorkDirectoryStaysEvenWithForce) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  options.force = true;
+  fs::create_directory(place.results() / "packed.work");
+  std::ofstream(place.results() / "packed.work" / "mine") << "mine";
+  expect_error(ErrorCode::kExists, "no work directory", [&] { place.quantize(Recipe::load("rtn"), options); });
+  EXPECT_EQ(read_bytes(place.results() / "packed.work" / "mine"), "mine");
 }
 
 TEST(Overwriting, AnUnfinishedRunNeedsForce) {

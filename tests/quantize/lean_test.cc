@@ -6,6 +6,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/quantize/compensate.h"
 #include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/nm_select.h"
 #include "stbllm/quantize/quantize_linear.h"
 
 namespace stbllm {
@@ -261,6 +262,31 @@ TEST(RecipeFile, RoundTripsAndRefusesUnknownFields) {
   EXPECT_THROW(Recipe::from_json({{"levels", 4}}), Error);
   EXPECT_THROW(Recipe::from_json({{"importance", "best"}}), Error);
   EXPECT_THROW(Recipe::load("no-such-preset"), Error);
+}
+
+TEST(ImportanceScore, OfSomeColumnsIsThatOfTheWholeLayer) {
+  at::manual_seed(8);
+  const at::Tensor layer = at::randn({48, 20}), norm_sq = at::rand({48}) + 0.1, inverse_diag = at::rand({48}) + 0.1;
+  for (const Importance metric : {Importance::kMagnitude, Importance::kWanda, Importance::kRia, Importance::kSi, Importance::kObs}) {
+    const ImportanceScore score(layer, metric);
+    EXPECT_TRUE(at::equal(score(layer.narrow(0, 16, 8), norm_sq.narrow(0, 16, 8), inverse_diag.narrow(0, 16, 8)),
+                          score(layer, norm_sq, inverse_diag).narrow(0, 16, 8)));
+  }
+}
+
+TEST(QuantizeLinear, SharesTheFactorOfATapWithoutAChangeInTheResult) {
+  const Layer layer = make_layer(40, 64, 8);
+  const Recipe first = lean_recipe({2, 4}, 3, 4), second = lean_recipe({3, 8}, 1, 4);
+  const InputStats shared = layer.stats;
+  quantize_linear(layer.weight, shared, first);
+  const CodeMetric* metric = shared.metric.get();
+  const BinarizedWeight after = quantize_linear(layer.weight, shared, second), alone = quantize_linear(layer.weight, layer.stats, second);
+  EXPECT_EQ(shared.metric.get(), metric);
+  EXPECT_TRUE(at::equal(after.symbols, alone.symbols));
+  Recipe other = second;
+  other.shrink = 0.5;
+  quantize_linear(layer.weight, shared, other);
+  EXPECT_NE(shared.metric.get(), metric);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using test::expect_error;
+using testing::AnyOf;
 using testing::HasSubstr;
 using Ids = std::vector<int32_t>;
 

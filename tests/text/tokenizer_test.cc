@@ -186,6 +186,18 @@ TEST(SpecialTokens, ComeFromThePostProcessorWhereThereIsOne) {
   EXPECT_EQ(tokenizer->eos_id(), 2);
 }
 
+TEST(SpecialTokens, FollowTheFlagsInLlamasClassesWhateverThePostProcessorSays) {
+  const auto encode = [&](const json& config) {
+    return tokenizer_of({{"tokenizer.json", sentencepiece_tokenizer()}, {"tokenizer_config.json", config}})->encode("hello");
+  };
+  const json llama = {{"tokenizer_class", "LlamaTokenizerFast"}, {"bos_token", "<s>"}, {"eos_token", "</s>"}};
+  EXPECT_EQ(encode(llama), (Ids{1, 274}));
+  json other = llama;
+  other["add_bos_token"] = false;
+  other["add_eos_token"] = true;
+  EXPECT_EQ(encode(other), (Ids{274, 2}));
+}
+
 TEST(SpecialTokens, MayFollowTheTextAndStandInASequence) {
   json definition = sentencepiece_tokenizer();
   json model_template = definition["post_processor"];

@@ -17,6 +17,7 @@ namespace {
 struct Options {
   std::string model, data = "wikitext2", backend = "auto", dtype = "float32", reference;
   int64_t seqlen = 0, windows = 0;
+  EvaluationOptions evaluation;
   CommonOptions common;
 };
 
@@ -34,7 +35,7 @@ void run(const Options& options) {
   Perplexity result;
   nlohmann::json json;
   if (options.reference.empty()) {
-    result = evaluate_perplexity(model.decoder, windows);
+    result = evaluate_perplexity(model.decoder, windows, options.evaluation);
   } else {
     const LoadedModel reference = load_model(options.reference, options.backend, options.dtype);
     const Divergence divergence = evaluate_divergence(reference.decoder, model.decoder, windows);
@@ -84,6 +85,8 @@ void add_eval_ppl(CLI::App& app) {
   command->add_option("--dtype", options->dtype, "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
       ->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
   command->add_option("--kl", options->reference, "Also the divergence from this model (the dense checkpoint)");
+  command->add_flag("--second-half", options->evaluation.second_half, "Score only the second half of each window, as llama.cpp's llama-perplexity does")
+      ->excludes("--kl");
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

@@ -210,8 +210,8 @@ void run(Options options) {
                json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
                human_bytes(json["file_bytes"].get<double>()));
   if (result.distill)
-    fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on held-out windows\n", result.distill->divergence_before,
-               result.distill->divergence_after);
+    fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on {} windows\n", result.distill->divergence_before,
+               result.distill->divergence_after, calibration.holdout > 0 ? "held-out" : "the training");
   fmt::print("  time                    {:.1f} s, peak memory {} (predicted {})\n", result.seconds,
              human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(memory.peak_bytes)));
   if (options.profile) print_stages(profiled_stages(), result.seconds);

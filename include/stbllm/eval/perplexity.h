@@ -20,7 +20,7 @@ struct Perplexity {
   double perplexity_error = 0;  ///< perplexity * nll_error
   int64_t windows = 0;
   int64_t seqlen = 0;
-  int64_t tokens = 0;  ///< predicted ones: windows * (seqlen - 1)
+  int64_t tokens = 0;  ///< those that were scored, of all windows
   double seconds = 0;
   double tokens_per_second = 0;    ///< windows * seqlen / seconds
   std::vector<double> window_nll;  ///< mean NLL of each window
@@ -29,6 +29,9 @@ struct Perplexity {
 struct EvaluationOptions {
   /// Bound on the hidden states of windows that go through the blocks together. Results do not depend on it.
   int64_t hidden_bytes = int64_t{1} << 30;
+  /// Score the second half of each window only, given the first, as llama.cpp's llama-perplexity does: it predicts the
+  /// tokens seqlen / 2 + 1 .. seqlen - 1.
+  bool second_half = false;
 };
 
 /// Runs chunks of windows block after block (each block is loaded once per chunk), the head over a few tokens
@@ -58,9 +61,8 @@ int64_t tokens_per_head_pass(const Decoder& decoder);
 /// Log-softmax in float32 (tokens, vocab) of the logits of hidden states (tokens, hidden).
 at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden);
 
-/// NLL (tokens - 1) of every token but the first, float64, from the hidden states (tokens, hidden) of one
-/// window.
-at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window);
+/// NLL of the tokens from `first_token` >= 1 on, float64, from the hidden states (tokens, hidden) of one window.
+at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window, int64_t first_token = 1);
 
 struct MeanAndError {
   double mean = 0;
@@ -68,7 +70,7 @@ struct MeanAndError {
 };
 MeanAndError mean_and_error(const std::vector<double>& values);
 
-/// The figures of windows whose mean NLLs are given.
-Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, double seconds);
+/// The figures of windows whose mean NLLs, over `scored` tokens each, are given.
+Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, int64_t scored, double seconds);
 
 }  // namespace stbllm

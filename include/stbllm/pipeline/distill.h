@@ -13,6 +13,7 @@
 
 #include "stbllm/model/decoder.h"
 #include "stbllm/pipeline/quantize_block.h"
+#include "stbllm/pipeline/work_directory.h"
 
 namespace stbllm {
 
@@ -20,7 +21,11 @@ namespace stbllm {
 /// these are optimised in place (the final norm becomes one of the last block's tensors). `teacher` is the dense model.
 /// ids (windows, seqlen); teacher_hidden (windows, seqlen, hidden): what leaves the teacher's last block. The last `holdout`
 /// windows only judge: the best epoch on them is kept. Deterministic.
+///
+/// Now and then, and before it throws Error(kInterrupted), the state is kept in `work`, from where the next call with the same
+/// `inputs` goes on.
 DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks, const at::Tensor& ids,
-                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe);
+                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe,
+                      const WorkDirectory& work, const nlohmann::json& inputs);
 
 }  // namespace stbllm

@@ -10,6 +10,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+#include <string>
 #include <vector>
 
 #include "stbllm/quantize/binarized_weight.h"
@@ -25,6 +27,9 @@ struct TuneRates {
 /// The rates at step `done` of `total`: a short warm-up (Adam's first steps have no variance to go by), then cosine decay.
 TuneRates decayed(const TuneRates& peak, int64_t done, int64_t total);
 
+/// Called with each tensor that steps change, under a name of its own: to keep its values, or to put kept ones there.
+using StateVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
+
 class LatentWeight {
  public:
   /// `weight` is lean (one level, or shared levels) and outlives this object; `original` (rows, cols) places pruned weights.
@@ -35,6 +40,9 @@ class LatentWeight {
   const at::Tensor& dense() const { return dense_; }
   /// One step of Adam from dense().grad(), which is dropped; dense() then holds the new weights.
   void step(const TuneRates& rates);
+  void visit_state(const std::string& name, const StateVisitor& visit);
+  /// Goes on as after `steps` steps, when visit_state() has put back what they left.
+  void resume(int64_t steps);
   /// Writes codes, row scales and levels, in the precision of the packed file, to the weight. Returns the number of symbols
   /// that differ from those at the start.
   int64_t write_back();

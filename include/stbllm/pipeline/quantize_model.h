@@ -42,6 +42,8 @@ struct QuantizeOptions {
   std::string device = "cpu";    ///< "cuda": forward passes and sums of x x^T run on the current CUDA device; all else on the CPU
   bool compare_blocks = false;   ///< run the dense model beside, for QuantizeResult::blocks
   int64_t max_memory = 0;        ///< bytes; hidden states go to a file where more would be needed. 0: no limit
+
+  int64_t quantized_blocks(const ModelSpec& spec) const { return blocks < 0 ? spec.layers : std::min(blocks, spec.layers); }
 };
 
 struct LinearResult {

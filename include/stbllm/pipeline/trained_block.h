@@ -25,6 +25,8 @@ class TrainedVectors {
   void add_bias(at::Tensor& bias, const std::string& name);
   /// One step of Adam from the gradients, which are dropped.
   void step(double rate);
+  void visit_state(const StateVisitor& visit);
+  void resume(int64_t steps);  ///< as LatentWeight::resume
   /// Copies of the trained values, by name.
   void write_back(std::map<std::string, at::Tensor>& tensors) const;
 
@@ -36,6 +38,7 @@ class TrainedVectors {
     at::Tensor moved, mean, square;
   };
   void add(at::Tensor& tensor, const std::string& name, bool by_factors);
+  static void update_leaf(Vector& v);
   std::vector<Vector> vectors_;
   int64_t steps_ = 0;
 };
@@ -65,12 +68,15 @@ class TrainedBlock {
 
   /// Adam on everything that the last backward pass reached.
   void step(const TuneRates& rates);
+  void visit_state(const StateVisitor& visit);
+  void resume(int64_t steps);  ///< as LatentWeight::resume
   /// Copies the values of now to the quantized block. Returns the share of weights whose symbol changed since the start.
   double write_back();
 
  private:
   QuantizedBlock& quantized_;
-  std::vector<LatentWeight> weights_;  // in the order of the block's linears
+  std::vector<std::string> names_;     // of the block's linears
+  std::vector<LatentWeight> weights_;  // in the same order
   TrainedVectors vectors_;
 };
 

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "stbllm/pipeline/latent_weight.h"
 #include "stbllm/pipeline/quantize_block.h"
 
 namespace stbllm {
@@ -32,6 +33,12 @@ class WorkDirectory {
   /// load_distilled gives nothing when they are not all there or others made them.
   void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs, const DistillReport& report) const;
   std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs) const;
+  /// The state of a training that goes on: the tensors that `visit_state` shows its visitor, what `progress` says, and the best
+  /// blocks so far. load_training puts the tensors and the blocks back, and gives nothing when none were kept for these inputs.
+  using VisitState = std::function<void(const StateVisitor&)>;
+  void save_training(const nlohmann::json& inputs, const nlohmann::json& progress, const std::vector<QuantizedBlock>& best,
+                     const VisitState& visit_state) const;
+  std::optional<nlohmann::json> load_training(const nlohmann::json& inputs, std::vector<QuantizedBlock>& best, const VisitState& visit_state) const;
   void remove() const;
 
  private:
@@ -48,5 +55,6 @@ LinearResult linear_result_from_json(const nlohmann::json& json);
 nlohmann::json to_json(const TuneReport& report);
 TuneReport tune_report_from_json(const nlohmann::json& json);
 nlohmann::json to_json(const DistillReport& report);
+DistillReport distill_report_from_json(const nlohmann::json& json);
 
 }  // namespace stbllm

@@ -35,6 +35,18 @@ class GroupCodebook {
   std::vector<int8_t> symbol_;
 };
 
+/// The codebooks of a matrix with `cols` columns: of whole groups, and of a narrower last one. None when there are too many states.
+class GroupCodebooks {
+ public:
+  GroupCodebooks(NmPattern nm, int levels, int64_t cols);
+  /// Of a group with `width` columns; null when its states are not enumerated.
+  const GroupCodebook* find(int width) const;
+
+ private:
+  std::vector<GroupCodebook> books_;
+  std::vector<int> width_;
+};
+
 /// `kTileRows` rows of a group, in lanes.
 inline constexpr int kTileRows = 64;
 
