@@ -134,10 +134,13 @@ if sys.argv[1].endswith(".raw"):  # rows, as GPTQ joins them
 with open(sys.argv[2], "w", encoding="utf-8", newline="") as file:
     file.write(text)
 PY
-for type in BF16 "${speed[@]}" "${quality[@]}"; do
-  say "llama.cpp $type"
+for type in BF16 IQ1_S "${quality[@]}"; do
+  say "llama.cpp $type: perplexity"
   llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$run/text" -c 512 --chunks "$windows" -t "$threads"
-  [[ $type == *-padded ]] || "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
+done
+for type in BF16 "${speed[@]}"; do
+  say "llama.cpp $type: speed"
+  "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
 prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8)  # about 512 tokens
@@ -177,23 +180,19 @@ def seconds_at(message, log, name):
     return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
-def llama_row(kind):
-    name = f"{kind}.perplexity.log"
-    log = read(name)
-    seconds = seconds_at("Final estimate", log, name) - seconds_at("calculating perplexity", log, name)
-    padded = kind.endswith("-padded")
-    speeds = {}
-    for test in json.loads("[]" if padded else read(f"{kind}.bench.json")):
-        speeds["prompt" if test["n_gen"] == 0 else "generate"] = max(test["samples_ts"])
-    return {
-        "program": "llama.cpp",
-        "model": kind,
-        "file_bytes": os.path.getsize(os.path.join(home, f"{kind}.gguf")),
-        "perplexity": find(r"PPL = ([0-9.]+)", log, name)[0],
-        "perplexity_tokens_per_second": None if padded else 512 * int(windows) / seconds,
-        "prompt_tokens_per_second": speeds.get("prompt"),
-        "generated_tokens_per_second": speeds.get("generate"),
-    }
+def llama_row(kind, perplexity, speed):
+    row = {"program": "llama.cpp", "model": kind, "file_bytes": os.path.getsize(os.path.join(home, f"{kind}.gguf"))}
+    if perplexity:
+        name = f"{kind}.perplexity.log"
+        log = read(name)
+        seconds = seconds_at("Final estimate", log, name) - seconds_at("calculating perplexity", log, name)
+        row["perplexity"] = find(r"PPL = ([0-9.]+)", log, name)[0]
+        if speed:
+            row["perplexity_tokens_per_second"] = 512 * int(windows) / seconds
+    if speed:
+        for test in json.loads(read(f"{kind}.bench.json")):
+            row["prompt_tokens_per_second" if test["n_gen"] == 0 else "generated_tokens_per_second"] = max(test["samples_ts"])
+    return row
 
 
 def stbllm_row(kind, path):
@@ -211,8 +210,8 @@ def stbllm_row(kind, path):
     }
 
 
-kinds = ["BF16", "IQ1_S", "TQ1_0", "Q4_0"] + [f"{kind}-padded" for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "Q2_K")]
-rows = [llama_row(kind) for kind in kinds]
+rows = [llama_row(kind, kind in ("BF16", "IQ1_S"), True) for kind in ("BF16", "IQ1_S", "TQ1_0", "Q4_0")]
+rows += [llama_row(f"{kind}-padded", True, False) for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "Q2_K")]
 rows += [stbllm_row("checkpoint", checkpoint), stbllm_row("packed", packed)]
 results = os.path.join(home, "results.jsonl")
 with open(results, "w", encoding="utf-8") as file:
@@ -222,10 +221,12 @@ with open(results, "w", encoding="utf-8") as file:
 print(f"\nSmolLM2-135M-Instruct, {threads} threads, tokens per second; {windows} windows of 512 tokens")
 print(f"{'':<42} {'MB':>7} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
 for row in rows:
-    speeds = [row[f"{which}_tokens_per_second"] for which in ("perplexity", "prompt", "generated")]
+    columns = [("perplexity", 12, ".2f"), ("perplexity_tokens_per_second", 10, ".0f"), ("prompt_tokens_per_second", 8, ".0f")]
+    columns.append(("generated_tokens_per_second", 9, ".1f"))
+    cells = [format(row[key], form) if key in row else "" for key, _, form in columns]
     print(
-        f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f} {row['perplexity']:>12.2f}"
-        + "".join(f" {'' if speed is None else format(speed, '.1f'):>{width}}" for speed, width in zip(speeds, (10, 8, 9)))
+        f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f}"
+        + "".join(f" {cell:>{width}}" for cell, (_, width, _) in zip(cells, columns))
     )
 print(f"""
 Both programs score the second half of each window and compute no other logits; the speeds of these runs are without

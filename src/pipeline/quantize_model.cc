@@ -33,8 +33,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// Windows whose logits are compared after packing.
-constexpr size_t kVerifiedWindows = 2;
+/// What is compared after packing: the logits of so many windows' first tokens.
+constexpr size_t kVerifiedWindows = 2, kVerifiedTokens = 512;
 
 /// Throws Error(kMismatch) in a process that was not started as process 0 was.
 void check_same_inputs(const nlohmann::json& fingerprint, const QuantizeOptions& options, const ProcessGroup& group) {
@@ -303,7 +303,9 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
     file.set_metadata("version", STBLLM_VERSION);
     const fs::path finished = file.finish();
     const StageTimer timer("verify");
-    result.verified_logits = verify_packed(finished, assembly, std::span(calibration.windows).first(std::min(kVerifiedWindows, calibration.windows.size())));
+    Windows verified(calibration.windows.begin(), calibration.windows.begin() + std::min(kVerifiedWindows, calibration.windows.size()));
+    for (auto& window : verified) window.resize(std::min(window.size(), kVerifiedTokens));
+    result.verified_logits = verify_packed(finished, assembly, verified);
     file.commit();
   }
   work->remove();
