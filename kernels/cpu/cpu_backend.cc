@@ -2,8 +2,9 @@
 //
 //  panels   for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all
 //  tokens.
-//           float32 activations always go this way and are used as they are; bfloat16 ones where codes have
-//           no lookup, and then weights are rounded to bfloat16 too if the machine multiplies that type.
+//           float32 activations always go this way and are used as they are; others where codes have no lookup
+//           or many tokens meet few rows. Weights are rounded to bfloat16 like the activations if the machine
+//           multiplies that type fast.
 //  lookups  for each chunk: tabulate what every state of a group contributes to the dot product with these
 //  activations,
 //           then add up one table entry per row and group. Activations become integers on a grid of a power
@@ -19,6 +20,7 @@
 #include "cpu_matrix.h"
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/builtin.h"
+#include "stbllm/base/cpu.h"
 
 namespace stbllm {
 namespace cpu {
@@ -64,8 +66,8 @@ int64_t tile_rows(const MatrixView& m, int64_t tile) {
 
 void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
                      const ActivationView& y) {
-  static const bool machine_has_bf16 = __builtin_cpu_supports("avx512bf16");
-  const bool bf16 = x.type == ElementType::kBFloat16 && kernels.multiply_bf16 != nullptr && machine_has_bf16;
+  static const bool fast_bf16 = multiplies_bfloat16_fast();
+  const bool bf16 = x.type == ElementType::kBFloat16 && kernels.multiply_bf16 != nullptr && fast_bf16;
   const int64_t tokens = x.tokens, width = m.chunk_columns;
   // Activations as (chunks, tokens, width): what one panel needs lies together.
   thread_local AlignedVector<float> float_scratch;
@@ -205,6 +207,14 @@ void multiply_lookups(const Kernels& kernels, const MatrixView& m, const Activat
   }
 }
 
+/// Whether decoded weights are cheaper than tables: there are enough tokens to share the decoding, and so few rows that making
+/// a table costs more than looking things up in it. The two met at 6 to 30 rows per entry of a table, as codes and processors
+/// were (stbllm-bench --models smollm2 --tokens 512).
+bool panels_pay(const MatrixView& m, int64_t tokens) {
+  constexpr int64_t kManyTokens = 64, kRowsPerEntry = 16;
+  return tokens >= kManyTokens && m.rows < kRowsPerEntry * m.entries;
+}
+
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const Kernels& kernels) : kernels_(kernels) {}
@@ -221,7 +231,7 @@ class CpuBackend : public Backend {
                  matrix.kernels().name, kernels_.name);
     const MatrixView& m = matrix.view();
     check_activations(m.rows, m.cols, x, y);
-    if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32)
+    if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32 || panels_pay(m, x.tokens))
       multiply_panels(kernels_, m, x, y);
     else
       multiply_lookups(kernels_, m, x, y);

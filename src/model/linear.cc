@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "stbllm/base/cpu.h"
 #include "stbllm/base/error.h"
 
 namespace stbllm {
@@ -35,11 +36,7 @@ ActivationView view_of(const at::Tensor& tensor) {
 }  // namespace
 
 at::ScalarType fast_product_dtype(at::Device device) {
-  if (device.is_cuda()) return at::kBFloat16;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16")) return at::kBFloat16;
-#endif
-  return at::kFloat;
+  return device.is_cuda() || multiplies_bfloat16_fast() ? at::kBFloat16 : at::kFloat;
 }
 
 DenseLinear::DenseLinear(at::Tensor weight, at::Tensor bias)

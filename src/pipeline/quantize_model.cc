@@ -62,15 +62,14 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
   return bits / weights;
 }
 
-/// Tells models of one shape apart: of the first kilobytes of all linears' weights.
+/// Tells models of one shape apart: of the first row of every linear's weight.
 std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
-  constexpr size_t kSampled = 4096;
   std::string sums;
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) {
       const TensorSpec weight = linear.weight();
-      const at::Tensor values = checkpoint.load(weight.name, weight.shape);
-      sums += checksum({static_cast<const std::byte*>(values.const_data_ptr()), std::min<size_t>(values.nbytes(), kSampled)});
+      const at::Tensor row = checkpoint.load(weight.name, weight.shape)[0].contiguous();
+      sums += checksum({static_cast<const std::byte*>(row.const_data_ptr()), row.nbytes()});
       checkpoint.release(weight.name);
     }
   return checksum(std::as_bytes(std::span(sums)));
