@@ -156,8 +156,13 @@ for name in checkpoint packed; do
   done
 done
 
+"$stbllm" inspect "$packed" --json >"$run/packed.inspect.json"
+
 python3 - "$home" "$packed" "$checkpoint" "$threads" "$windows" <<'PY'
-import glob, json, os, re, sys
+import glob, json, mmap, os, re, sys
+
+sys.path.insert(0, "scripts")
+import fetch_smollm2
 
 home, packed, checkpoint, threads, windows = sys.argv[1:]
 run = os.path.join(home, "run")
@@ -181,8 +186,22 @@ def seconds_at(message, log, name):
     return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
+def linear_bits(path):
+    """Stored bits per weight of the blocks' matrices in a GGUF file."""
+    with open(path, "rb") as file:
+        model = fetch_smollm2.Gguf(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    ends = sorted(offset for _, _, offset in model.tensors.values()) + [os.path.getsize(path) - model.start]
+    stored = weights = 0
+    for name, (shape, _, offset) in model.tensors.items():
+        if name.startswith("blk.") and len(shape) == 2:
+            stored += ends[ends.index(offset) + 1] - offset
+            weights += shape[0] * shape[1]
+    return 8 * stored / weights
+
+
 def llama_row(kind, perplexity, speed):
-    row = {"program": "llama.cpp", "model": kind, "file_bytes": os.path.getsize(os.path.join(home, f"{kind}.gguf"))}
+    path = os.path.join(home, f"{kind}.gguf")
+    row = {"program": "llama.cpp", "model": kind, "file_bytes": os.path.getsize(path), "linear_bits": linear_bits(path)}
     if perplexity:
         name = f"{kind}.perplexity.log"
         log = read(name)
@@ -204,6 +223,7 @@ def stbllm_row(kind, path):
         "program": "stbllm",
         "model": "bf16 checkpoint" if kind == "checkpoint" else os.path.basename(path),
         "file_bytes": sum(map(os.path.getsize, files)),
+        "linear_bits": 16 if kind == "checkpoint" else json.loads(read("packed.inspect.json"))["stored_bits"],
         "perplexity": perplexity["perplexity"],
         "perplexity_tokens_per_second": perplexity["tokens_per_second"],
         "prompt_tokens_per_second": max(g["prefill_tokens_per_second"] for g in generated),
@@ -220,13 +240,13 @@ with open(results, "w", encoding="utf-8") as file:
         file.write(json.dumps({**row, "threads": int(threads), "windows": int(windows)}) + "\n")
 
 print(f"\nSmolLM2-135M-Instruct, {threads} threads, tokens per second; {windows} windows of 512 tokens")
-print(f"{'':<42} {'MB':>7} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
+print(f"{'':<42} {'MB':>7} {'bits/weight':>12} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
 for row in rows:
     columns = [("perplexity", 12, ".2f"), ("perplexity_tokens_per_second", 10, ".0f"), ("prompt_tokens_per_second", 8, ".0f")]
     columns.append(("generated_tokens_per_second", 9, ".1f"))
     cells = [format(row[key], form) if key in row else "" for key, _, form in columns]
     print(
-        f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f}"
+        f"{row['program'] + ' ' + row['model']:<42} {row['file_bytes'] / 1e6:>7.1f} {row['linear_bits']:>12.2f}"
         + "".join(f" {cell:>{width}}" for cell, (_, width, _) in zip(cells, columns))
     )
 print(f"""
