@@ -110,7 +110,10 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 PY
 fi
 make_file "$home/BF16.gguf" llama-quantize --allow-requantize "$home/Q4_1.gguf" @ BF16
-[ -f "$home/BF16-padded.gguf" ] || python3 scripts/pad_gguf.py "$home/BF16.gguf" "$home/BF16-padded.gguf"
+if [ ! -f "$home/BF16-padded.gguf" ]; then
+  python3 scripts/pad_gguf.py "$home/BF16.gguf" "$home/BF16-padded.gguf.part"
+  mv "$home/BF16-padded.gguf.part" "$home/BF16-padded.gguf"
+fi
 for padded in '' -padded; do
   make_file "$home/imatrix$padded.gguf" llama-imatrix -m "$home/BF16$padded.gguf" -f "$calib" -c 512 --chunks 50 -t "$threads" -o @
 done
