@@ -140,10 +140,9 @@ std::optional<QuantizedBlock> WorkDirectory::load(int64_t block) const { return 
 
 void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs, const DistillReport& report) const {
   const fs::path directory = path_ / "distilled";
-  std::error_code error;
-  fs::remove_all(directory, error);
-  fs::create_directories(directory, error);
-  for (size_t i = 0; i < blocks.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), blocks[i]);
+  std::error_code ignored;
+  fs::remove_all(directory, ignored);
+  save_all(directory, blocks);
   std::ofstream file(directory / kDistilled);  // last: where it is, all blocks are
   file << nlohmann::json{{"inputs", inputs}, {"report", to_json(report)}}.dump(1) << '\n';
   file.close();
@@ -165,9 +164,7 @@ std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<Quantized
 void WorkDirectory::save_training(const nlohmann::json& inputs, const nlohmann::json& progress, const std::vector<QuantizedBlock>& best,
                                   const VisitState& visit_state) const {
   const fs::path directory = path_ / "training";
-  std::error_code error;
-  fs::create_directories(directory, error);
-  for (size_t i = 0; i < best.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), best[i]);
+  save_all(directory, best);
   SafetensorsWriter file(directory / kTraining, /*force=*/true);
   visit_state([&](const std::string& name, at::Tensor& tensor) { file.add(name, "F32", tensor.sizes().vec(), bytes_of(tensor)); });
   file.set_metadata("inputs", inputs.dump());
@@ -213,6 +210,12 @@ void WorkDirectory::save(const fs::path& path, const QuantizedBlock& quantized) 
   writer.set_metadata("tune", quantized.tune ? to_json(*quantized.tune).dump() : "null");
   writer.finish();
   writer.commit();
+}
+
+void WorkDirectory::save_all(const fs::path& directory, const std::vector<QuantizedBlock>& blocks) const {
+  std::error_code ignored;  // a directory that is not there shows when the first file is written
+  fs::create_directories(directory, ignored);
+  for (size_t i = 0; i < blocks.size(); ++i) save(directory / block_file(static_cast<int64_t>(i)), blocks[i]);
 }
 
 std::optional<QuantizedBlock> WorkDirectory::load(const fs::path& path) const {

@@ -15,9 +15,8 @@ namespace {
 
 float round_to_half(float x) { return half_to_float(float_to_half(x)); }
 
-}  // namespace
-
-at::Tensor LeanWeight::unit_values() const {
+/// Symbols as +-level value, float32 of the same shape.
+at::Tensor unit_values(const at::Tensor& symbols, const std::vector<float>& level_values) {
   const int levels = static_cast<int>(level_values.size());
   std::array<float, 7> table{};  // by symbol + levels
   for (int level = 0; level < levels; ++level) {
@@ -33,8 +32,10 @@ at::Tensor LeanWeight::unit_values() const {
   return values;
 }
 
+}  // namespace
+
 at::Tensor LeanWeight::dense() const {
-  at::Tensor values = unit_values();
+  at::Tensor values = unit_values(symbols, level_values);
   for (int64_t b = 0; b < column_blocks(); ++b) {
     const int64_t first = b * column_block, width = std::min<int64_t>(column_block, cols() - first);
     values.narrow(0, first, width).mul_(scales[b].unsqueeze(0));

@@ -10,10 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "stbllm/base/bits.h"
-#include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"

@@ -10,8 +10,8 @@ namespace stbllm {
 /// `hidden` (windows, seqlen, hidden) holds what the embedding gives, the last `holdout` windows held out; the allocation
 /// `outlier` uses it up. Every process of `group` gets the same plan.
 ///
-/// `budget` spends Recipe::target_bpw on the first `blocks`, which are those that will be quantized: it offers each linear a few codes, quantized without refit and descent
-/// on what a few of the windows give it in the dense model. The error of an offer is that of its block's outputs, relative to
+/// `budget` spends Recipe::target_bpw on the first `blocks`, which are those that will be quantized: it offers each linear a few
+/// codes, quantized without refit and descent on what a few of the windows give it in the dense model. The error of an offer is that of its block's outputs, relative to
 /// each token's norm, with that linear alone replaced: measured for one code, scaled by the relative output errors of the others.
 Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, int64_t blocks, const Recipe& recipe,
                 const ProcessGroup& group);

@@ -6,6 +6,7 @@
 // Every finished block is a file in a work directory beside the output, so that a run can be continued after any interruption;
 // the finished model is assembled there, verified against the quantizer's own result, and renamed into place.
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -15,6 +16,7 @@
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/eval/perplexity.h"
+#include "stbllm/model/model_spec.h"
 #include "stbllm/pipeline/process_group.h"
 #include "stbllm/quantize/quantize_linear.h"
 

@@ -44,6 +44,7 @@ class WorkDirectory {
  private:
   void save(const std::filesystem::path& path, const QuantizedBlock& quantized) const;
   std::optional<QuantizedBlock> load(const std::filesystem::path& path) const;
+  void save_all(const std::filesystem::path& directory, const std::vector<QuantizedBlock>& blocks) const;
   std::filesystem::path path_;
 };
 

@@ -32,8 +32,6 @@ struct LeanWeight {
   int64_t rows() const { return target.size(1); }
   int64_t column_blocks() const { return (cols() + column_block - 1) / column_block; }
 
-  /// Symbols as +-level value, float32 (cols, rows).
-  at::Tensor unit_values() const;
   /// Q, float32 (cols, rows).
   at::Tensor dense() const;
   /// tr(D H D^T).
