@@ -10,6 +10,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
+#include "stbllm/model/linear.h"
 #include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
 
@@ -21,11 +22,11 @@ constexpr double kKeepAfter = 600;
 /// Tokens whose logits exist at a time.
 constexpr int64_t kTokensPerHead = 256;
 
-/// One end of the comparison: normalised hidden states to logits, in bfloat16 products.
+/// One end of the comparison: normalised hidden states to logits.
 struct Head {
-  at::Tensor weight;  // bfloat16 (vocab, width)
-  explicit Head(const at::Tensor& table) : weight(table.to(at::kBFloat16)) {}
-  at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(at::kBFloat16), weight).to(at::kFloat); }
+  at::Tensor weight;  // (vocab, width) in the dtype of products
+  explicit Head(const at::Tensor& table) : weight(table.to(fast_product_dtype())) {}
+  at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(weight.scalar_type()), weight).to(at::kFloat); }
 };
 
 /// A block's inputs and outputs with what lies between them, for one step.
@@ -44,7 +45,7 @@ double divergence(const Head& student, const at::Tensor& x, const Head& teacher,
     const at::Tensor p = log_p.exp();
     sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble).item<double>();
     if (gradient != nullptr)
-      gradient->narrow(0, first, count).copy_(at::mm((log_q.exp() - p).to(at::kBFloat16), student.weight));
+      gradient->narrow(0, first, count).copy_(at::mm((log_q.exp() - p).to(student.weight.scalar_type()), student.weight));
   }
   return sum;
 }

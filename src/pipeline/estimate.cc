@@ -117,8 +117,9 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
   const int64_t dense_block = (fast_product_dtype() == at::kFloat ? 4 : 6) * weights;
   const int64_t quantized_block = weights + weights / 8;
-  // A latent weight with its two moments, what the forward pass uses and its gradient: float32 and bfloat16.
-  const auto trained_block = [&](bool codes) { return (codes ? 16 : 8) * weights; };
+  // A latent weight, its two moments, what the forward pass uses and its gradient; the last two are in the dtype of products.
+  const int64_t product_bytes = fast_product_dtype() == at::kFloat ? 4 : 2;
+  const auto trained_block = [&](bool codes) { return (4 + (codes ? 8 : 0) + 2 * product_bytes) * weights; };
   // What autograd keeps of one block between the forward and the backward pass of a step; measured on SmolLM2-135M.
   const int64_t kept_pass = std::max<int64_t>(seqlen, kTokensPerStep) * (5 * spec.ffn + 12 * spec.hidden) * 4 + mask;
 
@@ -126,7 +127,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   if (tuning)  // the quantized block and the one in training
     peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block + trained_block(recipe.tune_code_lr > 0) + 2 * kept_pass);
   if (distilling) {
-    const int64_t heads = 2 * 2 * spec.vocab * spec.embedding_width;  // bfloat16, of both models
+    const int64_t heads = product_bytes == 4 ? 0 : 2 * product_bytes * spec.vocab * spec.embedding_width;  // of both models, where not the tables themselves
     const int64_t logits = 6 * 256 * spec.vocab * 4;
     peak =
         std::max(peak, 2 * tables + heads + (resident ? dense_stream : 0) + spec.layers * kept_pass + std::max(logits, kept_pass) +

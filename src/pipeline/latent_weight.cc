@@ -10,8 +10,8 @@
 #include <limits>
 #include <numeric>
 
-#include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/model/linear.h"
 #include "stbllm/pipeline/adam.h"
 #include "stbllm/quantize/lanes.h"
 
@@ -95,11 +95,11 @@ STBLLM_INLINE IntLanes keep_largest(Lanes latent, int keep) {
 /// A row of a matrix in training.
 struct Row {
   float* latent;
-  float *mean, *square;      // null when codes stay
-  uint16_t* dense;
-  const uint16_t* gradient;  // null when only projecting
+  float *mean, *square;   // null when codes stay
+  float* dense;           // null when stepping
+  const float* gradient;  // null when projecting
   const float* unit_scales;
-  int8_t* symbols;           // null unless wanted
+  int8_t* symbols;  // null unless wanted
   int64_t cols;
   int column_block, keep;
   float gain;
@@ -123,7 +123,7 @@ STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
     const Lanes latent = load_lanes(row.latent + first, count);
     const IntLanes kept = keep_largest<M>(latent, row.keep);
     const Lanes value = (Lanes)((IntLanes)(levels.value(latent) * scale) & kept);
-    for (int j = 0; j < count; ++j) row.dense[first + j] = float_to_bfloat16(value[j]);
+    store_lanes(row.dense + first, value, count);
     if (row.symbols == nullptr) return;
     const IntLanes symbol = (1 + levels.level(latent)) & kept;
     for (int j = 0; j < count; ++j) row.symbols[first + j] = static_cast<int8_t>(std::signbit(latent[j]) ? -symbol[j] : symbol[j]);
@@ -135,11 +135,9 @@ template <int M>
 STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
   Lanes sums[kMaxLevels] = {};
   for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-    float gradient[kLanes] = {};
-    for (int j = 0; j < count; ++j) gradient[j] = bfloat16_to_float(row.gradient[first + j]) * scale;
-    const Lanes latent = load_lanes(row.latent + first, count);
+    const Lanes latent = load_lanes(row.latent + first, count), gradient = load_lanes(row.gradient + first, count) * scale;
     const IntLanes kept = keep_largest<M>(latent, row.keep), level = levels.level(latent);
-    const Lanes share = (Lanes)((IntLanes)(load_lanes(gradient) * levels.value(latent)) & kept);
+    const Lanes share = (Lanes)((IntLanes)(gradient * levels.value(latent)) & kept);
     for (int l = 0; l < levels.count; ++l) sums[l] += (Lanes)((IntLanes)share & (level == l));
     if (row.mean == nullptr) return;
     for (int j = 0; j < count; ++j) row.latent[first + j] += adam(gradient[j], row.mean[first + j], row.square[first + j]);
@@ -213,7 +211,7 @@ LatentWeight::LatentWeight(BinarizedWeight& weight, const at::Tensor& original, 
   if (train_codes_) latent_moments_ = moments(latent_);
   row_moments_ = moments(row_gain_);
   level_moments_ = moments(level_gain_);
-  dense_ = at::empty({rows, cols}, at::kBFloat16);
+  dense_ = at::empty({rows, cols}, fast_product_dtype());
   project();
   dense_.set_requires_grad(true);
 }
@@ -228,23 +226,25 @@ void LatentWeight::project(int8_t* symbols) {
   const std::vector<float> now = levels_now();
   const LevelSteps levels(now, train_codes_ ? now : levels_);
   const int64_t cols = latent_.size(1), blocks = unit_scales_.size(1), outliers = static_cast<int64_t>(outlier_columns_.size());
-  auto* dense = static_cast<uint16_t*>(dense_.data_ptr());
+  at::Tensor wide = dense_.detach();
+  if (wide.scalar_type() != at::kFloat) wide = at::empty_like(latent_);
   at::parallel_for(0, latent_.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float gain = std::exp(row_gain_.const_data_ptr<float>()[r]);
+      float* dense = wide.data_ptr<float>() + r * cols;
       project_row(weight_.nm.group,
-                  {latent_.data_ptr<float>() + r * cols, nullptr, nullptr, dense + r * cols, nullptr, unit_scales_.data_ptr<float>() + r * blocks,
+                  {latent_.data_ptr<float>() + r * cols, nullptr, nullptr, dense, nullptr, unit_scales_.data_ptr<float>() + r * blocks,
                    symbols == nullptr ? nullptr : symbols + r * cols, cols, weight_.column_block, weight_.nm.keep, gain},
                   levels);
       for (int64_t k = 0; k < outliers; ++k)
-        dense[r * cols + outlier_columns_[k]] = float_to_bfloat16(outlier_values_.data_ptr<float>()[r * outliers + k]);
+        dense[outlier_columns_[k]] = outlier_values_.data_ptr<float>()[r * outliers + k];
     }
   });
+  if (!wide.is_alias_of(dense_)) dense_.detach().copy_(wide);
 }
 
 void LatentWeight::step(const TuneRates& rates) {
-  const at::Tensor gradient = dense_.grad().contiguous();
-  STBLLM_CHECK(gradient.scalar_type() == at::kBFloat16, "the gradient of bfloat16 weights");
+  const at::Tensor gradient = dense_.grad().to(at::kFloat).contiguous();
   const int64_t rows = latent_.size(0), cols = latent_.size(1), blocks = unit_scales_.size(1), level_count = level_gain_.numel();
   for (const int32_t c : outlier_columns_) gradient.select(1, c).zero_();
   ++steps_;
@@ -260,7 +260,7 @@ void LatentWeight::step(const TuneRates& rates) {
       float* level_gradient = level_gradients.data_ptr<float>() + r * level_count;
       step_row({latent_.data_ptr<float>() + r * cols, codes ? latent_moments_.mean.data_ptr<float>() + r * cols : nullptr,
                 codes ? latent_moments_.square.data_ptr<float>() + r * cols : nullptr, nullptr,
-                static_cast<const uint16_t*>(gradient.data_ptr()) + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr, cols,
+                gradient.data_ptr<float>() + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr, cols,
                 weight_.column_block, weight_.nm.keep, std::exp(log_gain)},
                levels, code_adam, level_gradient);
       const float gain_gradient = std::accumulate(level_gradient, level_gradient + level_count, 0.f);

@@ -36,7 +36,7 @@ Layer make_layer(NmPattern nm, int levels, int64_t rows = 24, int64_t cols = 72)
 
 const std::vector<std::pair<NmPattern, int>> kCodes = {{{2, 4}, 1}, {{2, 4}, 3}, {{3, 8}, 1}, {{4, 8}, 2}, {{5, 16}, 1}};
 
-/// Largest difference relative to the largest value: bfloat16 keeps 8 bits, so half a unit is up to 2^-8 of a value.
+/// Largest difference relative to the largest value: where the forward pass is in bfloat16, it keeps 8 bits, so half a unit is up to 2^-8 of a value.
 constexpr double kBFloat16 = 1.0 / 256;
 
 void expect_exactly_n_kept(const BinarizedWeight& weight) {
@@ -69,7 +69,7 @@ TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
       at::manual_seed(11);
       const at::Tensor x = at::randn({256, layer.original.size(1)}), y = x.mm(layer.original.t());
       LatentWeight latent(layer.weight, layer.original, codes);
-      const auto loss = [&] { return (at::linear(x.to(at::kBFloat16), latent.dense()).to(at::kFloat) - y).square().mean(); };
+      const auto loss = [&] { return (at::linear(x.to(latent.dense().scalar_type()), latent.dense()).to(at::kFloat) - y).square().mean(); };
       const double before = loss().item<double>();
       for (int64_t step = 0; step < 60; ++step) {
         loss().backward();

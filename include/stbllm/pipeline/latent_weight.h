@@ -36,7 +36,7 @@ class LatentWeight {
   /// Without `train_codes` only the gains move.
   LatentWeight(BinarizedWeight& weight, const at::Tensor& original, bool train_codes);
 
-  /// The weights of the forward pass, bfloat16 (rows, cols), a leaf that requires a gradient.
+  /// The weights of the forward pass (rows, cols) in fast_product_dtype(), a leaf that requires a gradient.
   const at::Tensor& dense() const { return dense_; }
   /// One step of Adam from dense().grad(), which is dropped; dense() then holds the new weights.
   void step(const TuneRates& rates);

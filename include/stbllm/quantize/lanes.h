@@ -26,7 +26,7 @@ STBLLM_INLINE Lanes load_lanes(const float* from, int count = kLanes) {  // zero
   std::memcpy(&x, from, sizeof(float) * count);
   return x;
 }
-STBLLM_INLINE void store_lanes(float* to, Lanes x) { std::memcpy(to, &x, sizeof(x)); }
+STBLLM_INLINE void store_lanes(float* to, Lanes x, int count = kLanes) { std::memcpy(to, &x, sizeof(float) * count); }
 STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
 
 }  // namespace stbllm
