@@ -32,7 +32,7 @@ constexpr int64_t kTokenBatch = 16;
 constexpr int64_t kTableBudget = 512 * 1024;
 
 // A thread is worth its start from about this many products of weight and token on.
-constexpr int64_t kLookupsPerThread = 1 << 19;
+constexpr int64_t kLookupsPerThread = 1 << 17;
 constexpr int64_t kProductsPerThread = 1 << 17;
 
 int thread_count(int64_t work, int64_t work_per_thread, int64_t tiles) {
@@ -152,56 +152,122 @@ void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, cons
   kernels.multiply(panel.data(), m.outliers, values.data(), tokens, sums, stride);
 }
 
-void multiply_lookups(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
-                      const ActivationView& y) {
-  const int64_t batch = std::min(kTokenBatch, x.tokens), padded_rows = m.tiles * kTileRows;
-  const int64_t chunk_table_bytes = kChunkColumns / m.group * m.table_bytes;
-  const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * chunk_table_bytes), 1, m.chunks);
+// A matrix among those that are multiplied together, and its part of what they share.
+struct Lookup {
+  const MatrixView& m;
+  const ActivationView& y;
+  int64_t strips, first_strip;  // of all matrices in a row
+  int64_t padded_rows;
+  bool makes_tables = true;  // else another's serve
+  uint8_t* tables = nullptr;
+  float* steps = nullptr;
+  float* sums = nullptr;
+
+  int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
+};
+
+// Whether the tables of `a` are those of `b`, given the same activations. Several levels are part of them, one is not.
+bool share_tables(const MatrixView& a, const MatrixView& b) {
+  return a.levels == 1 && b.levels == 1 && a.form == b.form && a.keep == b.keep && a.group == b.group && a.code_bits == b.code_bits &&
+         a.signs == b.signs && a.entries == b.entries &&
+         std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
+}
+
+// The thread's tiles of a matrix: all strips are dealt out evenly.
+struct TileRange {
+  int64_t first, last;
+  TileRange(const Lookup& lookup, int64_t strips) {
+    const auto tiles_before = [&](int64_t thread) {
+      const int64_t strip = strips * thread / omp_get_num_threads() - lookup.first_strip;
+      return std::min(std::clamp<int64_t>(strip, 0, lookup.strips) * lookup.m.strip_tiles, lookup.m.tiles);
+    };
+    first = tiles_before(omp_get_thread_num());
+    last = tiles_before(omp_get_thread_num() + 1);
+  }
+};
+
+void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
+  const int64_t batch = std::min(kTokenBatch, x.tokens);
+  std::vector<Lookup> lookups;
+  int64_t strips = 0, tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
+  for (const Product& product : products) {
+    const MatrixView& m = static_cast<const CpuMatrix&>(*product.matrix).view();
+    Lookup lookup{m, product.y, ceil_div(m.tiles, m.strip_tiles), strips, m.tiles * kTileRows};
+    for (const Lookup& other : lookups) lookup.makes_tables = lookup.makes_tables && !(other.makes_tables && share_tables(other.m, m));
+    strips += lookup.strips;
+    tiles += m.tiles;
+    rows += m.rows;
+    padded_rows += lookup.padded_rows;
+    if (lookup.makes_tables) table_bytes += lookup.chunk_table_bytes();
+    lookups.push_back(lookup);
+  }
+  const int64_t cols = lookups[0].m.cols, all_chunks = lookups[0].m.chunks;
+  const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * table_bytes), 1, all_chunks);
   thread_local AlignedVector<uint8_t> table_scratch;
   thread_local AlignedVector<float> sum_scratch, step_scratch;
   const auto grow = [](auto& scratch, int64_t size) {
     scratch.resize(std::max(static_cast<size_t>(size), scratch.size()));
     return scratch.data();
   };
-  uint8_t* tables = grow(table_scratch, panel_chunks * batch * chunk_table_bytes);
-  float* steps = grow(step_scratch, panel_chunks * batch);
+  uint8_t* tables = grow(table_scratch, panel_chunks * batch * table_bytes);
+  float* steps = grow(step_scratch, panel_chunks * batch * std::ssize(lookups));
   float* sums = grow(sum_scratch, batch * padded_rows);
+  for (Lookup& lookup : lookups) {
+    lookup.sums = sums;
+    sums += batch * lookup.padded_rows;
+    if (!lookup.makes_tables) continue;
+    lookup.tables = tables;
+    lookup.steps = steps;
+    tables += panel_chunks * batch * lookup.chunk_table_bytes();
+    steps += panel_chunks * batch;
+    for (Lookup& other : lookups)
+      if (!other.makes_tables && share_tables(other.m, lookup.m)) {
+        other.tables = lookup.tables;
+        other.steps = lookup.steps;
+      }
+  }
 
-#pragma omp parallel num_threads(thread_count(x.tokens* m.rows* m.cols, kLookupsPerThread, m.tiles))
-  {
-    const auto strips_before = [&](int64_t thread) {
-      return std::min(ceil_div(m.tiles, m.strip_tiles) * thread / omp_get_num_threads() * m.strip_tiles,
-                      m.tiles);
-    };
-    const int64_t first_tile = strips_before(omp_get_thread_num()),
-                  last_tile = strips_before(omp_get_thread_num() + 1);
-    for (int64_t first = 0; first < x.tokens; first += batch) {
-      const int64_t tokens = std::min(batch, x.tokens - first);
+#pragma omp parallel num_threads(thread_count(x.tokens* rows* cols, kLookupsPerThread, tiles))
+  for (int64_t first = 0; first < x.tokens; first += batch) {
+    const int64_t tokens = std::min(batch, x.tokens - first);
+    for (const Lookup& lookup : lookups) {
+      const TileRange own(lookup, strips);
       for (int64_t t = 0; t < tokens; ++t)
-        std::fill(sums + t * padded_rows + first_tile * kTileRows,
-                  sums + t * padded_rows + last_tile * kTileRows, 0.0f);
+        std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows, lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
+    }
 
-      for (int64_t panel = 0; panel < m.chunks; panel += panel_chunks) {
-        const int64_t chunks = std::min(panel_chunks, m.chunks - panel);
-#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < all_chunks; panel += panel_chunks) {
+      const int64_t chunks = std::min(panel_chunks, all_chunks - panel);
+      for (const Lookup& lookup : lookups) {
+        if (!lookup.makes_tables) continue;
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < chunks * tokens; ++i) {
           alignas(64) float values[kChunkColumns];
-          load_chunk(kernels, m, x, first + i % tokens, panel + i / tokens, values);
-          kernels.tabulate(m, values, tables + i * chunk_table_bytes, steps + i);
+          load_chunk(kernels, lookup.m, x, first + i % tokens, panel + i / tokens, values);
+          kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(), lookup.steps + i);
         }
+      }
+#pragma omp barrier
+      for (const Lookup& lookup : lookups) {
+        const TileRange own(lookup, strips);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
-          kernels.look_up(m, panel + chunk, first_tile, last_tile,
-                          tables + chunk * tokens * chunk_table_bytes, steps + chunk * tokens, tokens, sums,
-                          padded_rows);
+          kernels.look_up(lookup.m, panel + chunk, own.first, own.last, lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
+                          lookup.steps + chunk * tokens, tokens, lookup.sums, lookup.padded_rows);
+      }
+      const bool tables_serve_again = panel + panel_chunks < all_chunks || first + batch < x.tokens;
+      if (tables_serve_again) {
 #pragma omp barrier
       }
+    }
 
-      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-        float* tile_sums = sums + tile * kTileRows;
-        finish_tile(kernels, m, tile, x, first, tokens, tile_sums, padded_rows);
+    for (const Lookup& lookup : lookups) {
+      const TileRange own(lookup, strips);
+      for (int64_t tile = own.first; tile < own.last; ++tile) {
+        float* tile_sums = lookup.sums + tile * kTileRows;
+        finish_tile(kernels, lookup.m, tile, x, first, tokens, tile_sums, lookup.padded_rows);
         for (int64_t t = 0; t < tokens; ++t)
-          store_result(kernels, tile_sums + t * padded_rows, tile_rows(m, tile), y,
-                       (first + t) * m.rows + tile * kTileRows);
+          store_result(kernels, tile_sums + t * lookup.padded_rows, tile_rows(lookup.m, tile), lookup.y,
+                       (first + t) * lookup.m.rows + tile * kTileRows);
       }
     }
   }
@@ -224,17 +290,24 @@ class CpuBackend : public Backend {
     return std::make_unique<CpuMatrix>(matrix, kernels_);
   }
 
-  void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y,
-              void*) const override {
-    const auto& matrix = dynamic_cast<const CpuMatrix&>(prepared);
-    STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
-                 matrix.kernels().name, kernels_.name);
-    const MatrixView& m = matrix.view();
-    check_activations(m.rows, m.cols, x, y);
-    if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32 || panels_pay(m, x.tokens))
-      multiply_panels(kernels_, m, x, y);
-    else
-      multiply_lookups(kernels_, m, x, y);
+  void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y, void*) const override {
+    const Product product{&prepared, y};
+    matmul_all({&product, 1}, x);
+  }
+
+  void matmul_all(std::span<const Product> products, const ActivationView& x, void* = nullptr) const override {
+    std::vector<Product> looked_up;
+    for (const Product& product : products) {
+      const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
+      STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}", matrix.kernels().name, kernels_.name);
+      const MatrixView& m = matrix.view();
+      check_activations(m.rows, m.cols, x, product.y);
+      if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32 || panels_pay(m, x.tokens))
+        multiply_panels(kernels_, m, x, product.y);
+      else
+        looked_up.push_back(product);
+    }
+    if (!looked_up.empty()) multiply_lookups(kernels_, looked_up, x);
   }
 
  private:

@@ -46,11 +46,17 @@ class PackedTensors {
   explicit PackedTensors(const PackedReader& packed)
       : packed_(packed), path_(packed.file()->file()->path().string()) {}
 
+  /// Null unless the tensor is rows of integers.
+  const QuantizedRows* find_rows(const TensorSpec& spec) const {
+    const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
+    if (!spec.name.ends_with(".weight") || rows == packed_.quantized_rows().end()) return nullptr;
+    check_shape(spec, {rows->second.layout().rows, rows->second.layout().cols});
+    return &rows->second;
+  }
+
   /// A view of the mapping where it can be.
   at::Tensor load(const TensorSpec& spec) const {
-    const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
-    if (spec.name.ends_with(".weight") && rows != packed_.quantized_rows().end())
-      return decode(spec, rows->second);
+    if (const QuantizedRows* rows = find_rows(spec)) return decode(*rows);
     if (!packed_.has_dense(spec.name))
       fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path_,
            spec.name);
@@ -73,9 +79,8 @@ class PackedTensors {
            spec.name, fmt::join(found, ", "), fmt::join(spec.shape, ", "));
   }
 
-  at::Tensor decode(const TensorSpec& spec, const QuantizedRows& matrix) const {
+  static at::Tensor decode(const QuantizedRows& matrix) {
     const auto& [rows, cols, bits] = matrix.layout();
-    check_shape(spec, {rows, cols});
     const at::Tensor dense = at::empty({rows, cols}, at::kFloat);
     float* out = dense.data_ptr<float>();
     at::parallel_for(0, rows, /*grain_size=*/64, [&, cols = cols](int64_t begin, int64_t end) {
@@ -90,9 +95,9 @@ class PackedTensors {
 
 }  // namespace
 
-void Decoder::load_outer(const TensorLoader& load) {
-  outer_.embedding = load(spec_.embedding());
-  outer_.head = spec_.tied_head ? outer_.embedding : load(spec_.head());
+void Decoder::load_outer(const TensorLoader& load, const TableLoader& load_table) {
+  outer_.embedding = load_table(spec_.embedding());
+  outer_.head = spec_.tied_head ? outer_.embedding : load_table(spec_.head());
   if (spec_.architecture->position == Position::kLearned)
     outer_.position_table = load(spec_.position_table());
   if (spec_.has_projections()) {
@@ -111,7 +116,7 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
     checkpoint.release(spec.name);
     return owned;
   };
-  decoder.load_outer(load);
+  decoder.load_outer(load, [&](const TensorSpec& table) { return Table(load(table)); });
   decoder.keep_blocks_ = options.keep_blocks;
   decoder.load_block_ = [spec = decoder.spec_, load, product = options.product_dtype.value_or(options.dtype)](int64_t index) {
     return load_block(spec, index, load, [&](const LinearSpec& linear, at::Tensor bias) {
@@ -137,7 +142,10 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
   const TensorLoader load = [&](const TensorSpec& tensor) {
     return tensors.load(tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
   };
-  decoder.load_outer(load);
+  decoder.load_outer(load, [&](const TensorSpec& table) {
+    const QuantizedRows* rows = backend.on_cuda() ? nullptr : tensors.find_rows(table);
+    return rows == nullptr ? Table(load(table)) : Table(*rows);
+  });
   const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {
     const auto found = packed.linears().find(linear.name);
     if (found == packed.linears().end())
@@ -154,8 +162,8 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
 }
 
 void Decoder::set_tables(at::Tensor embedding, at::Tensor head) {
-  outer_.embedding = std::move(embedding);
-  outer_.head = std::move(head);
+  outer_.embedding = Table(std::move(embedding));
+  outer_.head = Table(std::move(head));
 }
 
 int64_t Decoder::bytes() const {
@@ -167,12 +175,12 @@ int64_t Decoder::bytes() const {
     add(norm.weight);
     add(norm.bias);
   };
-  add(outer_.embedding);
+  total += outer_.embedding.bytes();
   add(outer_.position_table);
   add(outer_.project_in);
   add(outer_.project_out);
   add_norm(outer_.final_norm);
-  if (!spec_.tied_head) add(outer_.head);
+  if (!spec_.tied_head) total += outer_.head.bytes();
   for (const auto& block : blocks_) {
     if (block == nullptr) continue;
     add_norm(block->attn_norm());
@@ -183,7 +191,7 @@ int64_t Decoder::bytes() const {
 }
 
 at::Tensor Decoder::embed(const at::Tensor& ids, int64_t first_position) const {
-  at::Tensor hidden = at::embedding(outer_.embedding, ids.to(device_));
+  at::Tensor hidden = outer_.embedding.look_up(ids.to(device_), dtype_);
   if (outer_.project_in.defined()) hidden = at::linear(hidden, outer_.project_in);
   if (outer_.position_table.defined()) {
     const int64_t first = spec_.position_offset + first_position;
@@ -208,7 +216,7 @@ at::Tensor Decoder::before_head(const at::Tensor& hidden) const {
   return outer_.project_out.defined() ? at::linear(x, outer_.project_out) : x;
 }
 
-at::Tensor Decoder::logits(const at::Tensor& hidden) const { return at::linear(before_head(hidden), outer_.head); }
+at::Tensor Decoder::logits(const at::Tensor& hidden) const { return outer_.head.multiply(before_head(hidden)); }
 
 at::Tensor Decoder::forward(const at::Tensor& ids, KeyValueCache* cache) const {
   const int64_t first = cache == nullptr ? 0 : cache->length();

@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "stbllm/base/error.h"
+#include "stbllm/model/fused.h"
 
 namespace stbllm {
 namespace {
@@ -38,7 +39,8 @@ at::Tensor rope_frequencies(const ModelSpec& spec) {
 }
 
 /// x (batch, heads, tokens, head_dim): pairs (i, i + head_dim / 2) turn by their angle.
-at::Tensor rotate(const at::Tensor& x, const Positions& positions) {
+at::Tensor turn(const at::Tensor& x, const Positions& positions) {
+  if (can_fuse(x)) return rotate(x, positions.cos, positions.sin);
   const std::vector<at::Tensor> half = x.chunk(2, -1);
   return x * positions.cos + at::cat({-half[1], half[0]}, -1) * positions.sin;
 }
@@ -113,6 +115,7 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
     const at::Tensor scaled = at::layer_norm(x, {x.size(-1)}, {}, {}, spec.norm_eps) * norm.weight;
     return norm.bias.defined() ? scaled + norm.bias : scaled;
   }
+  if (can_fuse(x)) return rms_norm(x, norm.weight, spec.norm_eps);
   const at::Tensor wide = x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + spec.norm_eps);
   const at::Tensor normalized = (wide * scale).to(x.scalar_type());
@@ -151,15 +154,17 @@ at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& posi
 at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positions,
                                    const TapObserver& observer, KeyValueCache* cache) const {
   observe(observer, Tap::kAttnIn, x);
-  const auto project = [&](Role role, int64_t heads) {  // -> (batch, heads, tokens, head_dim)
-    return linear(role).forward(x).view({x.size(0), x.size(1), heads, spec_.head_dim}).transpose(1, 2);
+  const auto by_head = [&](const at::Tensor& y, int64_t heads) {  // -> (batch, heads, tokens, head_dim)
+    return y.view({x.size(0), x.size(1), heads, spec_.head_dim}).transpose(1, 2);
   };
-  at::Tensor queries = project(Role::kQ, spec_.heads);
-  at::Tensor keys = project(Role::kK, spec_.kv_heads);
-  at::Tensor values = project(Role::kV, spec_.kv_heads);
+  const std::array projections = {&linear(Role::kQ), &linear(Role::kK), &linear(Role::kV)};
+  const std::vector<at::Tensor> projected = forward_all(projections, x);
+  at::Tensor queries = by_head(projected[0], spec_.heads);
+  at::Tensor keys = by_head(projected[1], spec_.kv_heads);
+  at::Tensor values = by_head(projected[2], spec_.kv_heads);
   if (spec_.architecture->position == Position::kRotary) {
-    queries = rotate(queries, positions);
-    keys = rotate(keys, positions);
+    queries = turn(queries, positions);
+    keys = turn(keys, positions);
   }
   if (cache != nullptr) {
     STBLLM_CHECK(cache->length() == positions.first, "the cache holds {} tokens, positions start at {}",
@@ -187,9 +192,12 @@ at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) c
   observe(observer, Tap::kMlpIn, x);
   at::Tensor middle;
   switch (spec_.architecture->mlp) {
-    case Mlp::kGated:
-      middle = activate(linear(Role::kGate).forward(x), spec_.activation) * linear(Role::kUp).forward(x);
+    case Mlp::kGated: {
+      const std::array inputs = {&linear(Role::kGate), &linear(Role::kUp)};
+      const std::vector<at::Tensor> gate_up = forward_all(inputs, x);
+      middle = activate(gate_up[0], spec_.activation) * gate_up[1];
       break;
+    }
     case Mlp::kPlain:
       middle = activate(linear(Role::kUp).forward(x), spec_.activation);
       break;

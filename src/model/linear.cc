@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
+
 #include "stbllm/base/cpu.h"
 #include "stbllm/base/error.h"
 
@@ -66,15 +68,34 @@ PackedLinear::PackedLinear(const Backend& backend, const StructuredBinaryMatrix&
       bias_(std::move(bias)) {}
 
 at::Tensor PackedLinear::forward(const at::Tensor& x) const {
-  STBLLM_CHECK(x.size(-1) == cols_, "input width {}, matrix has {} columns", x.size(-1), cols_);
+  const Linear* const self = this;
+  return forward_all({&self, 1}, x)[0];
+}
+
+std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, const at::Tensor& x) {
+  std::vector<at::Tensor> outputs;
+  std::vector<const PackedLinear*> packed;
+  for (const Linear* linear : linears) packed.push_back(dynamic_cast<const PackedLinear*>(linear));
+  if (std::ranges::find(packed, nullptr) != packed.end()) {
+    for (const Linear* linear : linears) outputs.push_back(linear->forward(x));
+    return outputs;
+  }
   const at::Tensor input = x.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = rows_;
-  const at::Tensor output = at::empty(shape, x.options());
+  std::vector<Product> products;
+  for (const PackedLinear* linear : packed) {
+    STBLLM_CHECK(x.size(-1) == linear->cols_, "input width {}, matrix has {} columns", x.size(-1), linear->cols_);
+    STBLLM_CHECK(&linear->backend_ == &packed[0]->backend_, "linears of {} and {}", linear->backend_.name(), packed[0]->backend_.name());
+    shape.back() = linear->rows_;
+    outputs.push_back(at::empty(shape, x.options()));
+    products.push_back({linear->matrix_.get(), view_of(outputs.back())});
+  }
   void* stream = nullptr;
   if (x.is_cuda()) stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
-  backend_.matmul(*matrix_, view_of(input), view_of(output), stream);
-  return bias_.defined() ? output.add_(bias_) : output;
+  packed[0]->backend_.matmul_all(products, view_of(input), stream);
+  for (size_t i = 0; i < packed.size(); ++i)
+    if (packed[i]->bias_.defined()) outputs[i].add_(packed[i]->bias_);
+  return outputs;
 }
 
 int64_t PackedLinear::bytes() const { return matrix_->bytes() + tensor_bytes(bias_); }

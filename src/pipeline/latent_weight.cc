@@ -11,9 +11,9 @@
 #include <numeric>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/lanes.h"
 #include "stbllm/model/linear.h"
 #include "stbllm/pipeline/adam.h"
-#include "stbllm/quantize/lanes.h"
 
 namespace stbllm {
 namespace {
@@ -53,7 +53,7 @@ struct LevelSteps {
 /// an earlier one.
 template <int M>
 struct Rotations {
-  std::array<std::array<int32_t, kLanes>, M> partner{}, wrapped{};
+  std::array<LaneIndex, M> partner{}, wrapped{};
   constexpr Rotations() {
     for (int r = 1; r < M; ++r)
       for (int j = 0; j < kLanes; ++j) {
@@ -64,18 +64,6 @@ struct Rotations {
 };
 template <int M>
 constexpr Rotations<M> kRotations;
-
-STBLLM_INLINE Lanes shuffle(Lanes x, const std::array<int32_t, kLanes>& from) {
-#if defined(__clang__)
-  Lanes y;
-  for (int j = 0; j < kLanes; ++j) y[j] = x[from[j]];
-  return y;
-#else
-  IntLanes index;
-  std::memcpy(&index, from.data(), sizeof(index));
-  return __builtin_shuffle(x, index);
-#endif
-}
 
 /// -1 for the `keep` largest magnitudes of each group of M, the earlier column first among equals, else 0. The last group of a
 /// row may be narrower than M: what lies behind it counts as zeros.

@@ -9,7 +9,7 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
-#include "stbllm/quantize/lanes.h"
+#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 namespace {

@@ -10,8 +10,8 @@
 #include <cstring>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/lanes.h"
 #include "stbllm/base/profile.h"
-#include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"
 
 namespace stbllm {

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "stbllm/base/bits.h"
-#include "stbllm/quantize/lanes.h"
+#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 

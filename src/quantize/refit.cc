@@ -12,8 +12,8 @@
 #include <cmath>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/lanes.h"
 #include "stbllm/base/profile.h"
-#include "stbllm/quantize/lanes.h"
 #include "stbllm/quantize/lean_weight.h"
 
 namespace stbllm {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,6 +30,12 @@ class PreparedMatrix {
   virtual int64_t bytes() const = 0;  ///< memory held, in host or device bytes
 };
 
+/// One of several products with the same activations.
+struct Product {
+  const PreparedMatrix* matrix = nullptr;
+  ActivationView y;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -39,6 +46,10 @@ class Backend {
   /// that the backend lists. `stream` is a cudaStream_t for CUDA, ignored elsewhere.
   virtual void matmul(const PreparedMatrix& matrix, const ActivationView& x, const ActivationView& y,
                       void* stream = nullptr) const = 0;
+  /// The same for every product, whose matrices have equally many columns. One by one, unless a backend does better.
+  virtual void matmul_all(std::span<const Product> products, const ActivationView& x, void* stream = nullptr) const {
+    for (const Product& product : products) matmul(*product.matrix, x, product.y, stream);
+  }
 };
 
 /// The backend of that name; "auto" is the fastest this machine can run, "cpu" the fastest on the CPU. Environment

@@ -12,6 +12,7 @@
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/model/decoder_block.h"
+#include "stbllm/model/table.h"
 #include "stbllm/pack/packed_file.h"
 
 namespace stbllm {
@@ -43,10 +44,10 @@ class Decoder {
   /// Memory of all that stays resident (embedding, head, kept or packed blocks).
   int64_t bytes() const;
 
-  /// The tables (vocab, embedding_width) at both ends; the same tensor when tied. The quantizer replaces them by what their
-  /// packed coding gives.
-  const at::Tensor& embedding() const { return outer_.embedding; }
-  const at::Tensor& head() const { return outer_.head; }
+  /// The tables (vocab, embedding_width) at both ends of a dense decoder; the same tensor when tied. The quantizer replaces them
+  /// by what their packed coding gives.
+  const at::Tensor& embedding() const { return outer_.embedding.dense(); }
+  const at::Tensor& head() const { return outer_.head.dense(); }
   void set_tables(at::Tensor embedding, at::Tensor head);
 
   /// Mutable for the quantizer, which may train it.
@@ -59,7 +60,8 @@ class Decoder {
   std::shared_ptr<DecoderBlock> block(int64_t index) const;
   /// hidden (batch, tokens, hidden) that leaves the last block -> what the head multiplies (batch, tokens, embedding_width).
   at::Tensor before_head(const at::Tensor& hidden) const;
-  /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab) in dtype().
+  /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab), in dtype() or float32 as
+  /// Table::multiply gives them.
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// embed, all blocks -> hidden states that leave the last block. With a cache, ids continue it, and it is
@@ -72,19 +74,20 @@ class Decoder {
  private:
   using BlockSource = std::function<std::shared_ptr<DecoderBlock>(int64_t index)>;
   using TensorLoader = std::function<at::Tensor(const TensorSpec&)>;
+  using TableLoader = std::function<Table(const TensorSpec&)>;
   struct Outer {                // all that stands outside the blocks; undefined where the model has none
-    at::Tensor embedding;       // (vocab, embedding_width)
+    Table embedding;            // (vocab, embedding_width)
     at::Tensor position_table;  // (position_offset + max_positions, hidden)
     at::Tensor project_in;      // (hidden, embedding_width)
     at::Tensor project_out;     // (embedding_width, hidden)
     NormWeights final_norm;
-    at::Tensor head;  // (vocab, embedding_width)
+    Table head;  // (vocab, embedding_width)
   };
 
   Decoder(ModelSpec spec, at::ScalarType dtype, at::Device device)
       : spec_(std::move(spec)), dtype_(dtype), device_(device) {}
 
-  void load_outer(const TensorLoader& load);
+  void load_outer(const TensorLoader& load, const TableLoader& load_table);
 
   ModelSpec spec_;
   at::ScalarType dtype_;

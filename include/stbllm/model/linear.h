@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
+#include <vector>
 
 #include "stbllm/backend/backend.h"
 
@@ -50,11 +52,16 @@ class PackedLinear : public Linear {
   int64_t bytes() const override;
 
  private:
+  friend std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, const at::Tensor& x);
+
   const Backend& backend_;
   std::unique_ptr<PreparedMatrix> matrix_;
   int64_t rows_;
   int64_t cols_;
   at::Tensor bias_;
 };
+
+/// linear(x) of each: in one go of the backend where all of them are packed.
+std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, const at::Tensor& x);
 
 }  // namespace stbllm

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "stbllm/quantize/lanes.h"
+#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 

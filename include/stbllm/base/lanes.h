@@ -1,7 +1,8 @@
 #pragma once
-// Sixteen rows side by side: the inner loops of the quantizer run over this many rows in lockstep, so that the compiler
-// turns them into vector code for each instruction set and no result depends on how rows are split over threads.
+// Sixteen numbers side by side, so that the compiler turns inner loops into vector code for each instruction set. The
+// quantizer runs over this many rows in lockstep: no result depends on how rows are split over threads.
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +28,29 @@ STBLLM_INLINE Lanes load_lanes(const float* from, int count = kLanes) {  // zero
   return x;
 }
 STBLLM_INLINE void store_lanes(float* to, Lanes x, int count = kLanes) { std::memcpy(to, &x, sizeof(float) * count); }
+using LaneIndex = std::array<int32_t, kLanes>;
+STBLLM_INLINE Lanes shuffle(Lanes x, const LaneIndex& from) {
+#if defined(__clang__)
+  Lanes y;
+  for (int j = 0; j < kLanes; ++j) y[j] = x[from[j]];
+  return y;
+#else
+  IntLanes index;
+  std::memcpy(&index, from.data(), sizeof(index));
+  return __builtin_shuffle(x, index);
+#endif
+}
+STBLLM_INLINE float sum_of(Lanes x) {
+  constexpr LaneIndex kEights = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
+  constexpr LaneIndex kFours = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
+  constexpr LaneIndex kTwos = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
+  constexpr LaneIndex kOnes = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+  x += shuffle(x, kEights);
+  x += shuffle(x, kFours);
+  x += shuffle(x, kTwos);
+  x += shuffle(x, kOnes);
+  return x[0];
+}
 STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
 
 }  // namespace stbllm

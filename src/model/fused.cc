@@ -1,0 +1,156 @@
+#include "stbllm/model/fused.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "stbllm/base/error.h"
+#include "stbllm/base/lanes.h"
+
+namespace stbllm {
+namespace {
+
+/// Elements that are worth a second thread.
+constexpr int64_t kGrain = 1 << 14;
+
+using Words = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from, count); }
+STBLLM_INLINE Lanes load(const uint16_t* from, int count) {
+  Words words = {};
+  std::memcpy(&words, from, sizeof(uint16_t) * count);
+  return (Lanes)(__builtin_convertvector(words, IntLanes) << 16);
+}
+
+/// Rounded to what T holds: float32, or bfloat16 (to nearest even; NaN stays NaN).
+template <typename T>
+STBLLM_INLINE Lanes rounded(Lanes x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  const IntLanes bits = (IntLanes)x, up = (bits + 0x7fff + (bits >> 16 & 1)) & INT32_C(-0x10000), nan = bits | 0x400000;
+  return (Lanes)(x == x ? up : nan);
+}
+STBLLM_INLINE void store(float* to, Lanes x, int count) { store_lanes(to, x, count); }
+STBLLM_INLINE void store(uint16_t* to, Lanes rounded_x, int count) {
+  const Words words = __builtin_convertvector((IntLanes)rounded_x >> 16 & 0xffff, Words);
+  std::memcpy(to, &words, sizeof(uint16_t) * count);
+}
+
+/// visit(first, count) with constant counts of kLanes, then the rest.
+template <typename Visit>
+STBLLM_INLINE void for_each_lanes(int64_t size, const Visit& visit) {
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) visit(first, kLanes);
+  if (first < size) visit(first, static_cast<int>(size - first));
+}
+
+/// Rows of `width`; `weight` may be null.
+template <typename T>
+struct NormRows {
+  const T* x;
+  const T* weight;
+  T* y;
+  int64_t width;
+  float eps;
+};
+template <typename T>
+STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = rows.x + row * rows.width;
+    T* y = rows.y + row * rows.width;
+    Lanes squares = {};
+    for_each_lanes(rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+      const Lanes v = load(x + at, count);
+      squares += v * v;
+    });
+    const float scale = 1 / std::sqrt(sum_of(squares) / static_cast<float>(rows.width) + rows.eps);
+    for_each_lanes(rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+      Lanes v = rounded<T>(load(x + at, count) * scale);
+      if (rows.weight != nullptr) v = rounded<T>(v * load(rows.weight + at, count));
+      store(y + at, v, count);
+    });
+  }
+}
+STBLLM_CLONES void norm_rows(const NormRows<float>& rows, int64_t begin, int64_t end) { norm_rows_of(rows, begin, end); }
+STBLLM_CLONES void norm_rows(const NormRows<uint16_t>& rows, int64_t begin, int64_t end) { norm_rows_of(rows, begin, end); }
+
+/// Rows of (tokens, heads) of one sequence after the other; x and y have the same strides.
+template <typename T>
+struct RotateRows {
+  const T* x;
+  T* y;
+  const T* cos;
+  const T* sin;
+  int64_t batch, heads, tokens, width;
+  int64_t batch_stride, head_stride, token_stride;
+};
+template <typename T>
+STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int64_t end) {
+  const int64_t half = rows.width / 2;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t head = row % rows.heads, token = row / rows.heads % rows.tokens, batch = row / rows.heads / rows.tokens;
+    const int64_t offset = batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride;
+    const T *x = rows.x + offset, *cos = rows.cos + token * rows.width, *sin = rows.sin + token * rows.width;
+    T* y = rows.y + offset;
+    for_each_lanes(half, [&](int64_t at, int count) __attribute__((always_inline)) {
+      const Lanes low = load(x + at, count), high = load(x + half + at, count);
+      const auto turned = [&](Lanes straight, Lanes crossed, int64_t column) __attribute__((always_inline)) {
+        return rounded<T>(rounded<T>(straight * load(cos + column, count)) + rounded<T>(crossed * load(sin + column, count)));
+      };
+      store(y + at, turned(low, -high, at), count);
+      store(y + half + at, turned(high, low, half + at), count);
+    });
+  }
+}
+STBLLM_CLONES void rotate_rows(const RotateRows<float>& rows, int64_t begin, int64_t end) { rotate_rows_of(rows, begin, end); }
+STBLLM_CLONES void rotate_rows(const RotateRows<uint16_t>& rows, int64_t begin, int64_t end) { rotate_rows_of(rows, begin, end); }
+
+/// Calls f with a null pointer of the type that holds x's elements.
+template <typename F>
+void with_elements(const at::Tensor& x, const F& f) {
+  if (x.scalar_type() == at::kFloat)
+    f(static_cast<float*>(nullptr));
+  else
+    f(static_cast<uint16_t*>(nullptr));
+}
+
+}  // namespace
+
+bool can_fuse(const at::Tensor& x) {
+  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) && x.stride(-1) == 1 && !at::GradMode::is_enabled();
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const at::Tensor input = x.contiguous(), output = at::empty_like(input);
+  const int64_t width = x.size(-1), count = x.numel() / width;
+  STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.numel() == width),
+               "the weight of a norm of {}", width);
+  with_elements(x, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const NormRows<T> rows{static_cast<const T*>(input.const_data_ptr()), weight.defined() ? static_cast<const T*>(weight.const_data_ptr()) : nullptr,
+                           static_cast<T*>(output.data_ptr()), width, static_cast<float>(eps)};
+    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
+  });
+  return output;
+}
+
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const at::Tensor output = at::empty_strided(x.sizes(), x.strides(), x.options());
+  const int64_t width = x.size(3);
+  STBLLM_CHECK(width % 2 == 0 && cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == x.scalar_type() && cos.size(0) == x.size(2),
+               "rotary tables of {} positions for {} tokens of width {}", cos.size(0), x.size(2), width);
+  with_elements(x, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const RotateRows<T> rows{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(output.data_ptr()),
+                             static_cast<const T*>(cos.const_data_ptr()), static_cast<const T*>(sin.const_data_ptr()),
+                             x.size(0), x.size(1), x.size(2), width, x.stride(0), x.stride(1), x.stride(2)};
+    at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { rotate_rows(rows, begin, end); });
+  });
+  return output;
+}
+
+}  // namespace stbllm
