@@ -1,14 +1,12 @@
-// y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of two ways:
+// y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of three ways:
 //
-//  panels   for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all
-//  tokens.
-//           float32 activations always go this way and are used as they are; others where codes have no lookup
-//           or many tokens meet few rows. Weights are rounded to bfloat16 like the activations if the machine
-//           multiplies that type fast.
-//  lookups  for each chunk: tabulate what every state of a group contributes to the dot product with these
-//  activations,
-//           then add up one table entry per row and group. Activations become integers on a grid of a power
-//           of two per token and chunk, fine enough that sums just fit 16 bits; the sums are exact.
+//  panels    for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all tokens.
+//            float32 activations always go this way and are used as they are; others where codes have no lookup.
+//  integers  the same with weights as integer levels and activations on a grid of a power of two per token and chunk:
+//            where there are many tokens.
+//  lookups   for each chunk: tabulate what every state of a group contributes to the dot product with these
+//            activations, then add up one table entry per row and group. Activations are on such a grid too, fine
+//            enough that sums just fit 16 bits; the sums are exact.
 //
 // No result depends on the number of threads: a row belongs to one thread and its chunks are added in order.
 
@@ -64,21 +62,12 @@ int64_t tile_rows(const MatrixView& m, int64_t tile) {
 
 // --- panels ---
 
-void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
-                     const ActivationView& y) {
-  static const bool fast_bf16 = multiplies_bfloat16_fast();
-  const bool bf16 = x.type == ElementType::kBFloat16 && kernels.multiply_bf16 != nullptr && fast_bf16;
+void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
   const int64_t tokens = x.tokens, width = m.chunk_columns;
   // Activations as (chunks, tokens, width): what one panel needs lies together.
-  thread_local AlignedVector<float> float_scratch;
-  thread_local AlignedVector<uint16_t> bf16_scratch;
-  const auto elements = static_cast<size_t>(m.chunks * tokens * width);
-  if (bf16)
-    bf16_scratch.resize(std::max(elements, bf16_scratch.size()));
-  else
-    float_scratch.resize(std::max(elements, float_scratch.size()));
-  float* floats = float_scratch.data();
-  uint16_t* halves = bf16_scratch.data();
+  thread_local AlignedVector<float> scratch;
+  scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens * width), scratch.size()));
+  float* floats = scratch.data();
 
 #pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
   {
@@ -86,41 +75,26 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
     for (int64_t token = 0; token < tokens; ++token)
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         const int64_t first = chunk * width, count = std::min(width, m.cols - first);
-        const int64_t to = (chunk * tokens + token) * width;
-        if (bf16) {
-          std::copy_n(static_cast<const uint16_t*>(x.data) + token * m.cols + first, count, halves + to);
-          std::fill_n(halves + to + count, width - count, uint16_t{0});
-        } else {
-          load_activations(kernels, x, token * m.cols + first, count, floats + to);
-          std::fill_n(floats + to + count, width - count, 0.0f);
-        }
+        float* to = floats + (chunk * tokens + token) * width;
+        load_activations(kernels, x, token * m.cols + first, count, to);
+        std::fill_n(to + count, width - count, 0.0f);
       }
 
-    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)),
-        sums(static_cast<size_t>(tokens * kTileRows));
-    AlignedVector<uint16_t> rounded(bf16 ? panel.size() : 0);
+    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)), sums(static_cast<size_t>(tokens * kTileRows));
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < m.tiles; ++tile) {
       std::ranges::fill(sums, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode(m, tile, chunk, panel.data());
-        if (bf16) {
-          kernels.round_panel(panel.data(), width, rounded.data());
-          kernels.multiply_bf16(rounded.data(), width, halves + chunk * tokens * width, tokens, sums.data(),
-                                kTileRows);
-        } else {
-          kernels.multiply(panel.data(), width, floats + chunk * tokens * width, tokens, sums.data(),
-                           kTileRows);
-        }
+        kernels.multiply(panel.data(), width, floats + chunk * tokens * width, tokens, sums.data(), kTileRows);
       }
       for (int64_t token = 0; token < tokens; ++token)
-        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y,
-                     token * m.rows + tile * kTileRows);
+        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
     }
   }
 }
 
-// --- lookups ---
+// --- integers and lookups ---
 
 // The activations of one token's chunk, without outlier columns and with zeros after the last column.
 void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
@@ -134,7 +108,7 @@ void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationVie
     to[*col - first] = 0.0f;
 }
 
-// What the tables leave out: row scales and outlier columns.
+// What integers and tables leave out: row scales and outlier columns.
 void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x,
                  int64_t first_token, int64_t tokens, float* sums, int64_t stride) {
   if (m.row_scales != nullptr) {
@@ -150,6 +124,43 @@ void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, cons
     for (int64_t i = 0; i < m.outliers; ++i)
       values[t * m.outliers + i] = load_element(x, (first_token + t) * m.cols + m.outlier_columns[i]);
   kernels.multiply(panel.data(), m.outliers, values.data(), tokens, sums, stride);
+}
+
+void multiply_integers(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
+  const int64_t tokens = x.tokens;
+  // (chunks, tokens, 128) and (chunks, tokens): what one panel needs lies together.
+  thread_local AlignedVector<int16_t> integer_scratch;
+  thread_local AlignedVector<float> step_scratch;
+  integer_scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens * kChunkColumns), integer_scratch.size()));
+  step_scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens), step_scratch.size()));
+  int16_t* integers = integer_scratch.data();
+  float* steps = step_scratch.data();
+
+#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+  {
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < tokens; ++token)
+      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+        alignas(64) float values[kChunkColumns];
+        load_chunk(kernels, m, x, token, chunk, values);
+        kernels.to_integers(m, values, integers + (chunk * tokens + token) * kChunkColumns, steps + chunk * tokens + token);
+      }
+
+    AlignedVector<int16_t> panel(kChunkColumns * kTileRows);
+    AlignedVector<float> scales(kTileRows), sums(static_cast<size_t>(tokens * kTileRows));
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < m.tiles; ++tile) {
+      std::ranges::fill(sums, 0.0f);
+      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+        kernels.decode_integers(m, tile, chunk, panel.data(), scales.data());
+        kernels.multiply_integers(panel.data(), scales.data(), integers + chunk * tokens * kChunkColumns, steps + chunk * tokens,
+                                  tokens, sums.data(), kTileRows);
+      }
+      finish_tile(kernels, m, tile, x, 0, tokens, sums.data(), kTileRows);
+      for (int64_t token = 0; token < tokens; ++token)
+        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
+    }
+  }
 }
 
 // A matrix among those that are multiplied together, and its part of what they share.
@@ -168,7 +179,8 @@ struct Lookup {
 
 // Whether the tables of `a` are those of `b`, given the same activations. Several levels are part of them, one is not.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
-  return a.levels == 1 && b.levels == 1 && a.form == b.form && a.keep == b.keep && a.group == b.group && a.code_bits == b.code_bits &&
+  return a.levels == 1 && b.levels == 1 && a.form == b.form && a.keep == b.keep && a.group == b.group && a.file_keep == b.file_keep &&
+         a.file_group == b.file_group && a.code_bits == b.code_bits &&
          a.signs == b.signs && a.entries == b.entries &&
          std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
 }
@@ -273,12 +285,22 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   }
 }
 
-/// Whether decoded weights are cheaper than tables: there are enough tokens to share the decoding, and so few rows that making
-/// a table costs more than looking things up in it. The two met at 6 to 30 rows per entry of a table, as codes and processors
-/// were (stbllm-bench --models smollm2 --tokens 512).
-bool panels_pay(const MatrixView& m, int64_t tokens) {
-  constexpr int64_t kManyTokens = 64, kRowsPerEntry = 16;
-  return tokens >= kManyTokens && m.rows < kRowsPerEntry * m.entries;
+enum class Way { kPanels, kIntegers, kLookups };
+
+/// From so many tokens on, the decoding of a weight is shared by enough of them.
+constexpr int64_t kManyTokens = 32;
+
+Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x) {
+  if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
+  if (x.tokens < kManyTokens) return Way::kLookups;
+  const bool integers = kernels.multiply_integers != nullptr;
+  static const bool fast_lookups = permutes_fast();
+  if (integers && !fast_lookups) return Way::kIntegers;
+  // Few rows make a table that costs more than looking things up in it. The two met at 6 to 30 rows per entry, as codes and
+  // processors were (stbllm-bench --models smollm2 --tokens 512).
+  constexpr int64_t kRowsPerEntry = 16;
+  if (m.rows >= kRowsPerEntry * m.entries) return Way::kLookups;
+  return integers ? Way::kIntegers : Way::kPanels;
 }
 
 class CpuBackend : public Backend {
@@ -302,10 +324,17 @@ class CpuBackend : public Backend {
       STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}", matrix.kernels().name, kernels_.name);
       const MatrixView& m = matrix.view();
       check_activations(m.rows, m.cols, x, product.y);
-      if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32 || panels_pay(m, x.tokens))
-        multiply_panels(kernels_, m, x, product.y);
-      else
-        looked_up.push_back(product);
+      switch (way_of(kernels_, m, x)) {
+        case Way::kPanels:
+          multiply_panels(kernels_, m, x, product.y);
+          break;
+        case Way::kIntegers:
+          multiply_integers(kernels_, m, x, product.y);
+          break;
+        case Way::kLookups:
+          looked_up.push_back(product);
+          break;
+      }
     }
     if (!looked_up.empty()) multiply_lookups(kernels_, looked_up, x);
   }
@@ -346,6 +375,7 @@ std::string_view missing_cpu_feature(CpuIsa isa) {
     STBLLM_NEED("avx512dq");
     STBLLM_NEED("avx512vbmi");
     STBLLM_NEED("avx512vbmi2");
+    STBLLM_NEED("avx512vnni");
   }
 #undef STBLLM_NEED
   return {};

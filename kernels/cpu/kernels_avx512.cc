@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2; BF16 for one of the products).
+// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI).
 //
 // Lookups. A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction; a group of codes costs,
 // for 64 rows and one token, this many 512-bit instructions (Zen 4 starts two per cycle, permutations one):
@@ -494,29 +494,31 @@ void decode_plane_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk,
   }
 }
 
+// The weight of a column is the dot product with its unit vector.
+void decode_by_lookups(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+  const __m256i lane_of_row = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
+                                              18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  Strip strip = strip_of(m, chunk, tile - tile % m.strip_tiles);
+  strip.first = tile % m.strip_tiles;
+  with_form(m, [&](const auto& form, auto, auto) {
+    form.template for_each_group<1>(strip, kChunkColumns / m.group, [&](int g, const auto& index) {
+      for (int c = 0; c < m.group; ++c) {
+        __m512i sums[2] = {};
+        form.add(index[0], form.load_table(m.unit_tables + c * m.table_bytes), sums);
+        auto* out = reinterpret_cast<__m256i*>(symbols[g * m.group + c]);
+        for (int half = 0; half < 2; ++half)
+          _mm256_store_si256(out + half, _mm256_permutexvar_epi8(lane_of_row, _mm512_cvtepi16_epi8(sums[half])));
+      }
+    });
+  });
+}
+
 void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   alignas(64) int8_t symbols[kChunkColumns][kTileRows];
-  if (m.form == CodeForm::kPlane) {
+  if (m.form == CodeForm::kPlane)
     decode_plane_by_shuffles(m, tile, chunk, symbols);
-  } else {
-    // The weight of a column is the dot product with its unit vector.
-    const __m256i lane_of_row = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30,
-                                                28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    Strip strip = strip_of(m, chunk, tile - tile % m.strip_tiles);
-    strip.first = tile % m.strip_tiles;
-    with_form(m, [&](const auto& form, auto, auto) {
-      form.template for_each_group<1>(strip, kChunkColumns / m.group, [&](int g, const auto& index) {
-        for (int c = 0; c < m.group; ++c) {
-          __m512i sums[2] = {};
-          form.add(index[0], form.load_table(m.unit_tables + c * m.table_bytes), sums);
-          auto* out = reinterpret_cast<__m256i*>(symbols[g * m.group + c]);
-          for (int half = 0; half < 2; ++half)
-            _mm256_store_si256(out + half,
-                               _mm256_permutexvar_epi8(lane_of_row, _mm512_cvtepi16_epi8(sums[half])));
-        }
-      });
-    });
-  }
+  else
+    decode_by_lookups(m, tile, chunk, symbols);
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
@@ -540,25 +542,34 @@ void multiply_tokens(const float* panel, int64_t columns, const float* x, float*
     for (int v = 0; v < 4; ++v) _mm512_storeu_ps(y + t * y_stride + 16 * v, sums[t][v]);
 }
 
+// sum + pairs of 16-bit products. From the intrinsic g++ 12 makes a copy and a spill of every sum.
+STBLLM_INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+
 template <int Tokens>
-void multiply_tokens_bf16(const uint16_t* panel, int64_t columns, const uint16_t* x, float* y,
-                          int64_t y_stride) {
-  __m512 sums[Tokens][4];
+void multiply_tokens_integers(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, float* y,
+                              int64_t y_stride) {
+  __m512i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
-    for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_loadu_ps(y + t * y_stride + 16 * v);
-  for (int64_t c = 0; c < columns; c += 2) {
+    for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_setzero_si512();
+  for (int64_t c = 0; c < kChunkColumns; c += 2) {
     __m512i weights[4];
     for (int v = 0; v < 4; ++v) weights[v] = load(panel + c * kTileRows + 32 * v);
     for (int t = 0; t < Tokens; ++t) {
       int32_t pair;
-      std::memcpy(&pair, x + t * columns + c, sizeof pair);
-      const auto activations = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-      for (int v = 0; v < 4; ++v)
-        sums[t][v] = _mm512_dpbf16_ps(sums[t][v], activations, reinterpret_cast<__m512bh>(weights[v]));
+      std::memcpy(&pair, x + t * kChunkColumns + c, sizeof pair);
+      const __m512i activations = _mm512_set1_epi32(pair);
+      for (int v = 0; v < 4; ++v) sums[t][v] = add_products(sums[t][v], activations, weights[v]);
     }
   }
   for (int t = 0; t < Tokens; ++t)
-    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(y + t * y_stride + 16 * v, sums[t][v]);
+    for (int v = 0; v < 4; ++v) {
+      float* to = y + t * y_stride + 16 * v;
+      const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(steps[t]), _mm512_load_ps(scales + 16 * v));
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), scaled, _mm512_loadu_ps(to)));
+    }
 }
 
 // Calls f with the number of tokens as a constant, 6 at a time and then the rest.
@@ -579,23 +590,63 @@ void multiply(const float* panel, int64_t columns, const float* x, int64_t token
   });
 }
 
-void multiply_bf16(const uint16_t* rounded, int64_t columns, const uint16_t* x, int64_t tokens, float* y,
-                   int64_t y_stride) {
+void multiply_integers(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, int64_t tokens, float* y,
+                       int64_t y_stride) {
   in_token_passes(tokens, [&](int64_t t, auto count) {
-    multiply_tokens_bf16<count>(rounded, columns, x + t * columns, y + t * y_stride, y_stride);
+    multiply_tokens_integers<count>(panel, scales, x + t * kChunkColumns, steps + t, y + t * y_stride, y_stride);
   });
 }
 
-void round_panel(const float* panel, int64_t columns, uint16_t* rounded) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t c = 0; c < columns; c += 2)
+// Sums of 128 products fit 31 bits: a single level is 1, the largest of several has at most 11 bits (which is all of an fp16
+// number), and activations are then at most 2^20 together. 32639 is what step_of() leaves of 2^15.
+void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) {
+  __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+  for (int c = 0; c < kChunkColumns; c += 16) {
+    const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
+    largest = _mm512_max_ps(largest, magnitude);
+    sum = _mm512_add_ps(sum, magnitude);
+  }
+  const float all = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
+  const float bound = m.levels > 1 && all / 32 > most ? all / 32 : most;
+  *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
+  const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f);
+  for (int c = 0; c < kChunkColumns; c += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c),
+                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
+}
+
+// What an integer level is worth: a power of two of which the largest level is at most 2047 multiples.
+float level_unit(const MatrixView& m) {
+  float largest = 0;
+  for (int l = 0; l < m.levels; ++l) largest = m.level[l] > largest ? m.level[l] : largest;
+  return float_of_bits((bits_of_float(largest > 0 ? largest : 1.0f) & 0x7f800000u)) * 0x1p-10f;
+}
+
+void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* panel, float* scales) {
+  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
+  decode_by_lookups(m, tile, chunk, symbols);
+  const float unit = m.levels == 1 ? 1.0f : level_unit(m);
+  alignas(64) int16_t level[32] = {};  // by the five low bits of a symbol
+  for (int l = 0; l < m.levels; ++l) {
+    level[1 + l] = m.levels == 1 ? int16_t{1} : static_cast<int16_t>(__builtin_rintf(m.level[l] / unit));
+    level[31 - l] = static_cast<int16_t>(-level[1 + l]);
+  }
+  const __m512i levels = load(level);
+  for (int64_t c = 0; c < kChunkColumns; c += 2)
     for (int v = 0; v < 4; ++v) {
-      const float* from = panel + c * kTileRows + 16 * v;
-      const auto pair = reinterpret_cast<__m512i>(
-          _mm512_cvtne2ps_pbh(_mm512_load_ps(from + kTileRows), _mm512_load_ps(from)));
-      _mm512_store_si512(rounded + c * kTileRows + 32 * v, _mm512_permutexvar_epi16(interleave, pair));
+      const __m128i even = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c] + 16 * v));
+      const __m128i odd = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c + 1] + 16 * v));
+      const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+      _mm512_store_si512(panel + c * kTileRows + 32 * v, _mm512_permutexvar_epi16(_mm512_cvtepi8_epi16(pairs), levels));
     }
+  // Exact columns are added afterwards.
+  const int64_t first = chunk * kChunkColumns;
+  for (int64_t i = 0; i < m.outliers; ++i)
+    if (const int64_t c = m.outlier_columns[i] - first; c >= 0 && c < kChunkColumns)
+      for (int r = 0; r < kTileRows; ++r) panel[c / 2 * 2 * kTileRows + 2 * r + c % 2] = 0;
+  for (int v = 0; v < 4; ++v)
+    _mm512_store_ps(scales + 16 * v, _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, tile * kTileRows + 16 * v),
+                                                   _mm512_set1_ps(unit)));
 }
 
 }  // namespace
@@ -606,8 +657,9 @@ constinit const Kernels kAvx512Kernels = {
     .decode = decode,
     .decode_outliers = decode_outliers,
     .multiply = multiply,
-    .round_panel = round_panel,
-    .multiply_bf16 = multiply_bf16,
+    .to_integers = to_integers,
+    .decode_integers = decode_integers,
+    .multiply_integers = multiply_integers,
     .tabulate = tabulate,
     .look_up = look_up,
     .load_floats = load_floats,

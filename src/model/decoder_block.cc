@@ -176,14 +176,14 @@ at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positio
         keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
-  const std::optional<at::Tensor> mask =
-      positions.mask.defined() ? std::optional(positions.mask) : std::nullopt;
+  // Many tokens multiply in the dtype the processor is fast at.
+  const at::ScalarType dtype = positions.count > 1 && x.scalar_type() == at::kBFloat16 ? fast_product_dtype(x.device()) : x.scalar_type();
+  const std::optional<at::Tensor> mask = positions.mask.defined() ? std::optional(positions.mask.to(dtype)) : std::nullopt;
   const bool causal = !mask && positions.count > 1;
-  const at::Tensor mixed = at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0,
-                                                            causal, /*scale=*/std::nullopt,
-                                                            /*enable_gqa=*/spec_.heads != spec_.kv_heads);
-  const at::Tensor joined =
-      mixed.transpose(1, 2).reshape({x.size(0), x.size(1), spec_.heads * spec_.head_dim});
+  const at::Tensor mixed =
+      at::scaled_dot_product_attention(queries.to(dtype), keys.to(dtype), values.to(dtype), mask, /*dropout_p=*/0.0, causal,
+                                       /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);
+  const at::Tensor joined = mixed.transpose(1, 2).reshape({x.size(0), x.size(1), spec_.heads * spec_.head_dim}).to(x.scalar_type());
   observe(observer, Tap::kAttnOut, joined);
   return linear(Role::kO).forward(joined);
 }

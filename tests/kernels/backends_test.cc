@@ -6,6 +6,7 @@
 #include <cmath>
 #include <random>
 #include <string>
+#include <tuple>
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/backend.h"
@@ -48,6 +49,14 @@ Buffer run(std::string_view backend, const StructuredBinaryMatrix& matrix, Buffe
   b.matmul(*b.prepare(matrix), x.view(), y.view());
   return y;
 }
+
+// The same tokens over and over: as many as it takes to multiply in another way.
+Buffer repeated(const Buffer& x, int64_t times) {
+  Buffer y(x.type, x.tokens * times, x.width);
+  for (int64_t i = 0; i < times; ++i) std::ranges::copy(x.bytes, y.bytes.begin() + i * std::ssize(x.bytes));
+  return y;
+}
+constexpr int64_t kTimes = 35;
 
 // How far every result may be from the reference.
 std::vector<float> tolerances(const StructuredBinaryMatrix& matrix, Buffer& x) {
@@ -157,6 +166,10 @@ TEST_P(EveryBackend, IsBitEqualToTheReferenceWhereSumsAreExact) {
       backend.matmul(*prepared, x.view(), y.view());
       ASSERT_TRUE(y.bytes == c.expected.bytes)
           << describe(c.layout) << ", element type " << static_cast<int>(type);
+      Buffer many_x = repeated(x, kTimes), many_y(ElementType::kFloat32, many_x.tokens, c.layout.rows);
+      backend.matmul(*prepared, many_x.view(), many_y.view());
+      ASSERT_TRUE(many_y.bytes == repeated(c.expected, kTimes).bytes)
+          << describe(c.layout) << ", many tokens, element type " << static_cast<int>(type);
     }
   }
 }
@@ -176,7 +189,8 @@ TEST_P(EveryBackend, IsBitEqualForAnyNumberOfRowsColumnsAndTokens) {
       for (const int64_t rows : {127, 128, 129, 192, 321}) check(rows, 128, 2);
       for (const int64_t cols : {1, 3, 4, 7, 8, 9, 127, 128, 129, 255, 256, 257, 640}) check(5, cols, 2);
       for (int64_t tokens = 1; tokens <= 18; ++tokens) check(65, 132, tokens);
-      for (const int64_t tokens : {31, 33, 50}) check(65, 132, tokens);
+      for (const int64_t tokens : {31, 33, 50, 64, 67, 131}) check(65, 132, tokens);
+      for (const int64_t cols : {1, 7, 127, 128, 129, 257}) check(70, cols, 65);
     }
 }
 
@@ -192,11 +206,35 @@ TEST_P(EveryBackend, StaysWithinFloat32RoundingOnFloat32Activations) {
 
 TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
   static std::vector<Case> cases = make_cases(Content::kReal, ElementType::kBFloat16);
-  for (Case& c : cases) {
-    Buffer y = run(GetParam(), c.matrix, c.x);
-    for (size_t i = 0; i < c.tolerance.size(); ++i)
-      ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), c.tolerance[i])
-          << describe(c.layout) << ", result " << i;
+  for (Case& c : cases)
+    for (const int64_t times : {int64_t{1}, kTimes}) {
+      Buffer x = repeated(c.x, times), y = run(GetParam(), c.matrix, x);
+      for (size_t i = 0; i < c.tolerance.size(); ++i)
+        ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), c.tolerance[i])
+            << describe(c.layout) << ", result " << i << ", tokens " << x.tokens;
+    }
+}
+
+TEST_P(EveryBackend, MultipliesSeveralMatricesLikeEachAlone) {
+  // Of different codes, sizes and exact columns, some with equal tables.
+  std::vector<StructuredBinaryMatrix> matrices;
+  for (const auto& [rows, nm, levels, outliers] : std::vector<std::tuple<int64_t, NmPattern, int, int64_t>>{
+           {70, {3, 8}, 1, 0}, {700, {3, 8}, 1, 0}, {65, {2, 4}, 3, 2}, {130, {3, 8}, 1, 2}, {64, {4, 8}, 1, 0}, {9, {2, 4}, 1, 0}})
+    matrices.push_back(test::random_matrix({.rows = rows, .cols = 300, .nm = nm, .levels = levels, .scale_bits = 4, .outliers = outliers}, 21 + rows));
+  const Backend& backend = find_backend(GetParam());
+  for (const int64_t tokens : {1, 5, 40, 70}) {
+    Buffer x = random_activations(ElementType::kBFloat16, tokens, 300, Content::kReal, 22);
+    std::vector<std::unique_ptr<PreparedMatrix>> prepared;
+    std::vector<Buffer> together;
+    for (const auto& matrix : matrices) {
+      prepared.push_back(backend.prepare(matrix));
+      together.emplace_back(ElementType::kFloat32, tokens, matrix.layout().rows);
+    }
+    std::vector<Product> products;
+    for (size_t i = 0; i < matrices.size(); ++i) products.push_back({prepared[i].get(), together[i].view()});
+    backend.matmul_all(products, x.view());
+    for (size_t i = 0; i < matrices.size(); ++i)
+      EXPECT_TRUE(together[i].bytes == run(GetParam(), matrices[i], x).bytes) << describe(matrices[i].layout()) << ", tokens " << tokens;
   }
 }
 
@@ -220,7 +258,7 @@ TEST_P(EveryBackend, GivesATokenTheSameResultInAnyCompany) {
   for (const NmPattern nm : {NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{6, 8}, NmPattern{3, 16}}) {
     const Layout layout = {.rows = 200, .cols = 500, .nm = nm, .scale_bits = 5};
     const auto matrix = test::random_matrix(layout, 11);
-    Buffer x = random_activations(ElementType::kBFloat16, 37, layout.cols, Content::kReal, 12);
+    Buffer x = random_activations(ElementType::kBFloat16, 31, layout.cols, Content::kReal, 12);
     const Buffer all = run(GetParam(), matrix, x);
     Buffer last(ElementType::kBFloat16, 1, layout.cols);
     std::copy(x.bytes.end() - std::ssize(last.bytes), x.bytes.end(), last.bytes.begin());

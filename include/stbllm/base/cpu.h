@@ -13,4 +13,13 @@ inline bool multiplies_bfloat16_fast() {
 #endif
 }
 
+/// Whether a permutation of two registers of bytes or words (vpermi2b, vpermi2w) is one operation of AVX-512 rather than three.
+inline bool permutes_fast() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace stbllm

@@ -1,0 +1,88 @@
+// The tables at both ends: rows of integers give what their decoded rows give.
+
+#include "stbllm/model/table.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "support/threads.h"
+
+namespace stbllm {
+namespace {
+
+struct Rows {
+  QuantizedRows coded;
+  at::Tensor decoded;
+};
+
+/// 1500 rows: more than are decoded at a time.
+Rows make_rows(int bits, int64_t cols, int64_t rows = 1500) {
+  at::manual_seed(3);
+  const at::Tensor weight = at::randn({rows, cols});
+  const auto load = [&](int64_t row, float* out) { std::memcpy(out, weight[row].data_ptr<float>(), static_cast<size_t>(cols) * sizeof(float)); };
+  Rows result{QuantizedRows::encode({.rows = rows, .cols = cols, .bits = bits}, load, "rows"), at::empty({rows, cols})};
+  for (int64_t row = 0; row < rows; ++row) result.coded.decode_row(row, result.decoded[row].data_ptr<float>());
+  return result;
+}
+
+/// Columns that fill blocks of 64, half a block, and end in the middle of a byte of 4-bit codes.
+const std::vector<int64_t> kWidths = {128, 96, 75};
+
+TEST(Table, LooksUpDecodedRows) {
+  for (const int bits : {8, 4})
+    for (const int64_t cols : kWidths) {
+      const Rows rows = make_rows(bits, cols);
+      const Table table(rows.coded);
+      const at::Tensor ids = at::tensor({7, 0, 1499, 7, 64, 3}, at::kInt).view({2, 3});
+      EXPECT_TRUE(table.look_up(ids, at::kFloat).equal(at::embedding(rows.decoded, ids)));
+      EXPECT_TRUE(table.look_up(ids, at::kBFloat16).equal(at::embedding(rows.decoded, ids).to(at::kBFloat16)));
+      EXPECT_THROW(table.look_up(at::tensor({1500}, at::kInt), at::kFloat), std::logic_error);
+    }
+}
+
+TEST(Table, MultipliesByDecodedRows) {
+  const at::NoGradGuard no_grad;
+  for (const int bits : {8, 4})
+    for (const int64_t cols : kWidths)
+      for (const int64_t tokens : {1, 2, 8, 9, 40})
+        for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+          const Rows rows = make_rows(bits, cols);
+          const Table table(rows.coded);
+          at::manual_seed(5);
+          const at::Tensor x = at::randn({tokens, cols}).to(dtype), exact = at::mm(x.to(at::kDouble), rows.decoded.to(at::kDouble).t());
+          const at::Tensor y = table.multiply(x.unsqueeze(0)).squeeze(0);
+          // float32 sums of `cols` products in some order; where the processor multiplies bfloat16 faster, decoded rows are rounded
+          // to 8 bits for many tokens.
+          const double unit = dtype == at::kBFloat16 && tokens > 8 ? 0x1p-8 : static_cast<double>(cols + 2) * 0x1p-24;
+          const at::Tensor bound = at::mm(x.to(at::kDouble).abs(), rows.decoded.to(at::kDouble).abs().t()) * unit;
+          EXPECT_TRUE((y.to(at::kDouble) - exact).abs().le(bound).all().item<bool>())
+              << bits << " bits, " << cols << " columns, " << tokens << " tokens, " << at::toString(dtype);
+        }
+}
+
+TEST(Table, GivesTheSameBytesForAnyNumberOfThreads) {
+  const at::NoGradGuard no_grad;
+  for (const int64_t tokens : {1, 6, 20}) {
+    std::vector<at::Tensor> results;
+    for (const int threads : {1, 3}) {
+      const test::Threads scope(threads);
+      const Rows rows = make_rows(8, 96);
+      at::manual_seed(6);
+      results.push_back(Table(rows.coded).multiply(at::randn({tokens, 96})));
+    }
+    EXPECT_TRUE(results[0].equal(results[1])) << tokens << " tokens";
+  }
+}
+
+TEST(Table, HoldsNoMoreThanTheFileAndItsScales) {
+  const Rows rows = make_rows(8, 128);
+  EXPECT_EQ(Table(rows.coded).bytes(), rows.coded.bytes() + 4 * 1500 * 2);
+  EXPECT_FALSE(Table(rows.coded).dense().defined());
+}
+
+}  // namespace
+}  // namespace stbllm
