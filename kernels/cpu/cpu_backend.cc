@@ -167,9 +167,9 @@ void multiply_integers(const Kernels& kernels, const MatrixView& m, const Activa
 struct Lookup {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t strips, first_strip;  // of all matrices in a row
+  int64_t first_tile;  // of all matrices in a row
   int64_t padded_rows;
-  bool makes_tables = true;  // else another's serve
+  bool makes_tables = true;  // else an earlier one's serve
   uint8_t* tables = nullptr;
   float* steps = nullptr;
   float* sums = nullptr;
@@ -177,21 +177,20 @@ struct Lookup {
   int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
 };
 
-// Whether the tables of `a` are those of `b`, given the same activations. Several levels are part of them, one is not.
+// Whether two matrices have the same tables, given the same activations: those of a code, with one level (several are part of
+// the tables), without the same columns.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
-  return a.levels == 1 && b.levels == 1 && a.form == b.form && a.keep == b.keep && a.group == b.group && a.file_keep == b.file_keep &&
-         a.file_group == b.file_group && a.code_bits == b.code_bits &&
-         a.signs == b.signs && a.entries == b.entries &&
+  return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group &&
          std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
 }
 
-// The thread's tiles of a matrix: all strips are dealt out evenly.
+// The thread's tiles of a matrix: those of all matrices are dealt out, in whole strips.
 struct TileRange {
   int64_t first, last;
-  TileRange(const Lookup& lookup, int64_t strips) {
+  TileRange(const Lookup& lookup, int64_t all_tiles) {
     const auto tiles_before = [&](int64_t thread) {
-      const int64_t strip = strips * thread / omp_get_num_threads() - lookup.first_strip;
-      return std::min(std::clamp<int64_t>(strip, 0, lookup.strips) * lookup.m.strip_tiles, lookup.m.tiles);
+      const int64_t tile = std::clamp<int64_t>(all_tiles * thread / omp_get_num_threads() - lookup.first_tile, 0, lookup.m.tiles);
+      return tile == lookup.m.tiles ? tile : tile - tile % lookup.m.strip_tiles;
     };
     first = tiles_before(omp_get_thread_num());
     last = tiles_before(omp_get_thread_num() + 1);
@@ -201,12 +200,11 @@ struct TileRange {
 void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
   const int64_t batch = std::min(kTokenBatch, x.tokens);
   std::vector<Lookup> lookups;
-  int64_t strips = 0, tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
+  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
   for (const Product& product : products) {
     const MatrixView& m = static_cast<const CpuMatrix&>(*product.matrix).view();
-    Lookup lookup{m, product.y, ceil_div(m.tiles, m.strip_tiles), strips, m.tiles * kTileRows};
-    for (const Lookup& other : lookups) lookup.makes_tables = lookup.makes_tables && !(other.makes_tables && share_tables(other.m, m));
-    strips += lookup.strips;
+    Lookup lookup{m, product.y, tiles, m.tiles * kTileRows};
+    lookup.makes_tables = std::ranges::none_of(lookups, [&](const Lookup& other) { return share_tables(other.m, m); });
     tiles += m.tiles;
     rows += m.rows;
     padded_rows += lookup.padded_rows;
@@ -227,23 +225,23 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   for (Lookup& lookup : lookups) {
     lookup.sums = sums;
     sums += batch * lookup.padded_rows;
-    if (!lookup.makes_tables) continue;
-    lookup.tables = tables;
-    lookup.steps = steps;
-    tables += panel_chunks * batch * lookup.chunk_table_bytes();
-    steps += panel_chunks * batch;
-    for (Lookup& other : lookups)
-      if (!other.makes_tables && share_tables(other.m, lookup.m)) {
-        other.tables = lookup.tables;
-        other.steps = lookup.steps;
-      }
+    if (lookup.makes_tables) {
+      lookup.tables = tables;
+      lookup.steps = steps;
+      tables += panel_chunks * batch * lookup.chunk_table_bytes();
+      steps += panel_chunks * batch;
+    } else {
+      const Lookup& maker = *std::ranges::find_if(lookups, [&](const Lookup& other) { return share_tables(other.m, lookup.m); });
+      lookup.tables = maker.tables;
+      lookup.steps = maker.steps;
+    }
   }
 
 #pragma omp parallel num_threads(thread_count(x.tokens* rows* cols, kLookupsPerThread, tiles))
   for (int64_t first = 0; first < x.tokens; first += batch) {
     const int64_t tokens = std::min(batch, x.tokens - first);
     for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, strips);
+      const TileRange own(lookup, tiles);
       for (int64_t t = 0; t < tokens; ++t)
         std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows, lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
     }
@@ -261,7 +259,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
       }
 #pragma omp barrier
       for (const Lookup& lookup : lookups) {
-        const TileRange own(lookup, strips);
+        const TileRange own(lookup, tiles);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           kernels.look_up(lookup.m, panel + chunk, own.first, own.last, lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
                           lookup.steps + chunk * tokens, tokens, lookup.sums, lookup.padded_rows);
@@ -273,7 +271,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
     }
 
     for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, strips);
+      const TileRange own(lookup, tiles);
       for (int64_t tile = own.first; tile < own.last; ++tile) {
         float* tile_sums = lookup.sums + tile * kTileRows;
         finish_tile(kernels, lookup.m, tile, x, first, tokens, tile_sums, lookup.padded_rows);

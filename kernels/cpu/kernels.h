@@ -106,12 +106,12 @@ struct Kernels {
   void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
                    int64_t y_stride);
 
-  /// The same with integers, for all forms but kPlane; null where the machine has no such product. What the products leave out
-  /// is what lookups leave out.
-  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows: x and to hold 128, x is zero at
-  /// outlier columns.
+  // The same with integers, for all forms but kPlane; null where the machine has no such product. The products leave out what
+  // lookups leave out.
+  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x and to hold 128; x is zero at
+  /// outlier columns, whose weights therefore do not matter.
   void (*to_integers)(const MatrixView&, const float* x, int16_t* to, float* step);
-  /// panel (64 columns, 64 rows, 2 columns): levels as integers with their signs; scales (64): what they are to be multiplied by.
+  /// panel (64 pairs of columns, 64 rows, 2): levels as integers with their signs; scales (64): what they are to be multiplied by.
   void (*decode_integers)(const MatrixView&, int64_t tile, int64_t chunk, int16_t* panel, float* scales);
   /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63].
   void (*multiply_integers)(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, int64_t tokens,

@@ -349,6 +349,12 @@ void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, co
 
 // --- tables ---
 
+float largest_level(const MatrixView& m) {
+  float largest = m.level[0];
+  for (int l = 1; l < m.levels; ++l) largest = m.level[l] > largest ? m.level[l] : largest;
+  return largest;
+}
+
 // An upper bound of the sum over groups of the largest contribution of any state to a dot product with x: the
 // `keep` largest magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and
 // infinity propagate.
@@ -372,11 +378,7 @@ float bound_of(const MatrixView& m, const float* x) {
     bound = _mm512_add_ps(bound, _mm512_min_ps(sum, _mm512_mul_ps(keep, largest)));
   }
   const float total = _mm512_reduce_add_ps(all);
-  float level = 1.0f;
-  if (m.levels > 1) {
-    level = m.level[0];
-    for (int l = 1; l < m.levels; ++l) level = m.level[l] > level ? m.level[l] : level;
-  }
+  const float level = m.levels > 1 ? largest_level(m) : 1.0f;
   // A sum that is not finite must not look like a small one; 0 * total is NaN then.
   return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.file_group) + 0.0f * total;
 }
@@ -597,8 +599,8 @@ void multiply_integers(const int16_t* panel, const float* scales, const int16_t*
   });
 }
 
-// Sums of 128 products fit 31 bits: a single level is 1, the largest of several has at most 11 bits (which is all of an fp16
-// number), and activations are then at most 2^20 together. 32639 is what step_of() leaves of 2^15.
+// Sums of 128 products fit 31 bits: a single level is 1, the largest of several has at most 13 bits, and activations are then at
+// most 2^18 together. 32639 is what step_of() leaves of 2^15.
 void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) {
   __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
   for (int c = 0; c < kChunkColumns; c += 16) {
@@ -607,7 +609,7 @@ void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) 
     sum = _mm512_add_ps(sum, magnitude);
   }
   const float all = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
-  const float bound = m.levels > 1 && all / 32 > most ? all / 32 : most;
+  const float bound = m.levels > 1 && all / 8 > most ? all / 8 : most;
   *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
   const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f);
   for (int c = 0; c < kChunkColumns; c += 16)
@@ -615,11 +617,11 @@ void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) 
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
 }
 
-// What an integer level is worth: a power of two of which the largest level is at most 2047 multiples.
+// What an integer level is worth: a power of two of which the largest level is 4096 .. 8191 multiples, so that an fp16 number
+// is one of them.
 float level_unit(const MatrixView& m) {
-  float largest = 0;
-  for (int l = 0; l < m.levels; ++l) largest = m.level[l] > largest ? m.level[l] : largest;
-  return float_of_bits((bits_of_float(largest > 0 ? largest : 1.0f) & 0x7f800000u)) * 0x1p-10f;
+  const float largest = largest_level(m);
+  return float_of_bits(bits_of_float(largest > 0 ? largest : 1.0f) & 0x7f800000u) * 0x1p-12f;
 }
 
 void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* panel, float* scales) {
@@ -639,11 +641,6 @@ void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* 
       const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
       _mm512_store_si512(panel + c * kTileRows + 32 * v, _mm512_permutexvar_epi16(_mm512_cvtepi8_epi16(pairs), levels));
     }
-  // Exact columns are added afterwards.
-  const int64_t first = chunk * kChunkColumns;
-  for (int64_t i = 0; i < m.outliers; ++i)
-    if (const int64_t c = m.outlier_columns[i] - first; c >= 0 && c < kChunkColumns)
-      for (int r = 0; r < kTileRows; ++r) panel[c / 2 * 2 * kTileRows + 2 * r + c % 2] = 0;
   for (int v = 0; v < 4; ++v)
     _mm512_store_ps(scales + 16 * v, _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, tile * kTileRows + 16 * v),
                                                    _mm512_set1_ps(unit)));

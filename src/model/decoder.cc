@@ -40,7 +40,7 @@ std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, c
 }
 
 /// Tensors of a packed file that are not packed linears: dense ones, or rows of integers (the embedding and
-/// the head, under their name without ".weight"), which are widened.
+/// the head, under their name without ".weight"), which load() widens.
 class PackedTensors {
  public:
   explicit PackedTensors(const PackedReader& packed)

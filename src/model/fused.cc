@@ -18,26 +18,14 @@ namespace {
 /// Elements that are worth a second thread.
 constexpr int64_t kGrain = 1 << 14;
 
-using Words = uint16_t __attribute__((vector_size(2 * kLanes)));
-
+/// Elements are float, or uint16_t for bfloat16.
 STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from, count); }
-STBLLM_INLINE Lanes load(const uint16_t* from, int count) {
-  Words words = {};
-  std::memcpy(&words, from, sizeof(uint16_t) * count);
-  return (Lanes)(__builtin_convertvector(words, IntLanes) << 16);
-}
-
-/// Rounded to what T holds: float32, or bfloat16 (to nearest even; NaN stays NaN).
+STBLLM_INLINE Lanes load(const uint16_t* from, int count) { return load_bfloat16_lanes(from, count); }
+STBLLM_INLINE void store(float* to, Lanes x, int count) { store_lanes(to, x, count); }
+STBLLM_INLINE void store(uint16_t* to, Lanes rounded, int count) { store_bfloat16_lanes(to, rounded, count); }
 template <typename T>
 STBLLM_INLINE Lanes rounded(Lanes x) {
-  if constexpr (sizeof(T) == sizeof(float)) return x;
-  const IntLanes bits = (IntLanes)x, up = (bits + 0x7fff + (bits >> 16 & 1)) & INT32_C(-0x10000), nan = bits | 0x400000;
-  return (Lanes)(x == x ? up : nan);
-}
-STBLLM_INLINE void store(float* to, Lanes x, int count) { store_lanes(to, x, count); }
-STBLLM_INLINE void store(uint16_t* to, Lanes rounded_x, int count) {
-  const Words words = __builtin_convertvector((IntLanes)rounded_x >> 16 & 0xffff, Words);
-  std::memcpy(to, &words, sizeof(uint16_t) * count);
+  return std::is_same_v<T, float> ? x : round_to_bfloat16(x);
 }
 
 /// visit(first, count) with constant counts of kLanes, then the rest.
@@ -109,13 +97,28 @@ STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int6
 STBLLM_CLONES void rotate_rows(const RotateRows<float>& rows, int64_t begin, int64_t end) { rotate_rows_of(rows, begin, end); }
 STBLLM_CLONES void rotate_rows(const RotateRows<uint16_t>& rows, int64_t begin, int64_t end) { rotate_rows_of(rows, begin, end); }
 
-/// Calls f with a null pointer of the type that holds x's elements.
-template <typename F>
-void with_elements(const at::Tensor& x, const F& f) {
-  if (x.scalar_type() == at::kFloat)
-    f(static_cast<float*>(nullptr));
-  else
-    f(static_cast<uint16_t*>(nullptr));
+template <typename T>
+const T* elements(const at::Tensor& x) {
+  return x.defined() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const at::Tensor input = x.contiguous(), output = at::empty_like(input);
+  const int64_t width = x.size(-1);
+  const NormRows<T> rows{elements<T>(input), elements<T>(weight), static_cast<T*>(output.data_ptr()), width, static_cast<float>(eps)};
+  at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
+  return output;
+}
+
+template <typename T>
+at::Tensor rotate_of(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const at::Tensor output = at::empty_strided(x.sizes(), x.strides(), x.options());
+  const int64_t width = x.size(3);
+  const RotateRows<T> rows{elements<T>(x), static_cast<T*>(output.data_ptr()), elements<T>(cos), elements<T>(sin), x.size(0), x.size(1),
+                           x.size(2),      width, x.stride(0), x.stride(1), x.stride(2)};
+  at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { rotate_rows(rows, begin, end); });
+  return output;
 }
 
 }  // namespace
@@ -125,32 +128,16 @@ bool can_fuse(const at::Tensor& x) {
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  const at::Tensor input = x.contiguous(), output = at::empty_like(input);
-  const int64_t width = x.size(-1), count = x.numel() / width;
-  STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.numel() == width),
-               "the weight of a norm of {}", width);
-  with_elements(x, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    const NormRows<T> rows{static_cast<const T*>(input.const_data_ptr()), weight.defined() ? static_cast<const T*>(weight.const_data_ptr()) : nullptr,
-                           static_cast<T*>(output.data_ptr()), width, static_cast<float>(eps)};
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
-  });
-  return output;
+  STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.numel() == x.size(-1)),
+               "the weight of a norm of {}", x.size(-1));
+  return x.scalar_type() == at::kFloat ? rms_norm_of<float>(x, weight, eps) : rms_norm_of<uint16_t>(x, weight, eps);
 }
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  const at::Tensor output = at::empty_strided(x.sizes(), x.strides(), x.options());
-  const int64_t width = x.size(3);
-  STBLLM_CHECK(width % 2 == 0 && cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == x.scalar_type() && cos.size(0) == x.size(2),
-               "rotary tables of {} positions for {} tokens of width {}", cos.size(0), x.size(2), width);
-  with_elements(x, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    const RotateRows<T> rows{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(output.data_ptr()),
-                             static_cast<const T*>(cos.const_data_ptr()), static_cast<const T*>(sin.const_data_ptr()),
-                             x.size(0), x.size(1), x.size(2), width, x.stride(0), x.stride(1), x.stride(2)};
-    at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) { rotate_rows(rows, begin, end); });
-  });
-  return output;
+  for (const at::Tensor& table : {cos, sin})
+    STBLLM_CHECK(table.is_contiguous() && table.scalar_type() == x.scalar_type() && table.size(0) == x.size(2) && table.size(1) == x.size(3) && x.size(3) % 2 == 0,
+                 "rotary tables of {} positions for {} tokens of width {}", table.size(0), x.size(2), x.size(3));
+  return x.scalar_type() == at::kFloat ? rotate_of<float>(x, cos, sin) : rotate_of<uint16_t>(x, cos, sin);
 }
 
 }  // namespace stbllm

@@ -27,13 +27,11 @@ STBLLM_INLINE void load_block(const std::byte* codes, Lanes (&q)[kVectors]) {
   if constexpr (Bits == 8) {
     IntLanes bytes;
     std::memcpy(&bytes, codes, sizeof bytes);
-    for (int k = 0; k < kVectors; ++k) q[k] = __builtin_convertvector(bytes << (24 - 8 * k) >> 24, Lanes);
+    for (int k = 0; k < kVectors; ++k) q[k] = __builtin_convertvector(signed_bytes_of(bytes, k), Lanes);
   } else {
-    using Words = uint16_t __attribute__((vector_size(2 * kLanes)));
-    Words words;
+    WordLanes words;
     std::memcpy(&words, codes, sizeof words);
-    const IntLanes nibbles = __builtin_convertvector(words, IntLanes);
-    for (int k = 0; k < kVectors; ++k) q[k] = __builtin_convertvector((nibbles >> 4 * k & 15) - 8, Lanes);
+    for (int k = 0; k < kVectors; ++k) q[k] = __builtin_convertvector(nibbles_of(words, k) - 8, Lanes);
   }
 }
 
@@ -122,6 +120,7 @@ at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
 
 at::Tensor Table::multiply(const at::Tensor& x) const {
   if (dense_.defined()) return at::linear(x, dense_);
+  STBLLM_CHECK(x.size(-1) == rows_.layout().cols, "input width {}, rows of {}", x.size(-1), rows_.layout().cols);
   const at::Tensor flat = x.reshape({-1, x.size(-1)});
   const at::Tensor y = flat.size(0) <= kFewTokens ? multiply_few(flat.to(at::kFloat).contiguous())
                                                   : multiply_many(flat, x.scalar_type() == at::kFloat ? at::kFloat : fast_product_dtype());

@@ -115,10 +115,10 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   }
   const int64_t hessians = std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0});
   // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
-  const int64_t dense_block = (fast_product_dtype() == at::kFloat ? 4 : 6) * weights;
+  const bool copies = fast_product_dtype() != at::kFloat;
+  const int64_t product_bytes = copies ? 2 : 4, dense_block = (copies ? 6 : 4) * weights;
   const int64_t quantized_block = weights + weights / 8;
   // A latent weight, its two moments, what the forward pass uses and its gradient; the last two are in the dtype of products.
-  const int64_t product_bytes = fast_product_dtype() == at::kFloat ? 4 : 2;
   const auto trained_block = [&](bool codes) { return (4 + (codes ? 8 : 0) + 2 * product_bytes) * weights; };
   // What autograd keeps of one block between the forward and the backward pass of a step; measured on SmolLM2-135M.
   const int64_t kept_pass = std::max<int64_t>(seqlen, kTokensPerStep) * (5 * spec.ffn + 12 * spec.hidden) * 4 + mask;
@@ -127,7 +127,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   if (tuning)  // the quantized block and the one in training
     peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block + trained_block(recipe.tune_code_lr > 0) + 2 * kept_pass);
   if (distilling) {
-    const int64_t heads = product_bytes == 4 ? 0 : 2 * product_bytes * spec.vocab * spec.embedding_width;  // of both models, where not the tables themselves
+    const int64_t heads = copies ? 2 * product_bytes * spec.vocab * spec.embedding_width : 0;  // of both models
     const int64_t logits = 6 * 256 * spec.vocab * 4;
     peak =
         std::max(peak, 2 * tables + heads + (resident ? dense_stream : 0) + spec.layers * kept_pass + std::max(logits, kept_pass) +
@@ -140,7 +140,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     const int64_t file =
         quantized_blocks * weights / 4 + (spec.layers - quantized_blocks) * 2 * weights + tables / 2;
     const int64_t logits = 4 * 128 * spec.vocab * 4;
-    peak = std::max(peak, 3 * tables + packed + file + dense_block + quantized_block + pass + logits +
+    peak = std::max(peak, 2 * tables + packed + file + dense_block + quantized_block + pass + logits +
                               (distilling ? quantized_blocks * quantized_block : 0));
   }
   return resident_bytes() + peak;

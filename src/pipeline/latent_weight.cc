@@ -214,8 +214,8 @@ void LatentWeight::project(int8_t* symbols) {
   const std::vector<float> now = levels_now();
   const LevelSteps levels(now, train_codes_ ? now : levels_);
   const int64_t cols = latent_.size(1), blocks = unit_scales_.size(1), outliers = static_cast<int64_t>(outlier_columns_.size());
-  at::Tensor wide = dense_.detach();
-  if (wide.scalar_type() != at::kFloat) wide = at::empty_like(latent_);
+  const bool in_place = dense_.scalar_type() == at::kFloat;
+  const at::Tensor wide = in_place ? dense_.detach() : at::empty_like(latent_);
   at::parallel_for(0, latent_.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float gain = std::exp(row_gain_.const_data_ptr<float>()[r]);
@@ -228,7 +228,7 @@ void LatentWeight::project(int8_t* symbols) {
         dense[outlier_columns_[k]] = outlier_values_.data_ptr<float>()[r * outliers + k];
     }
   });
-  if (!wide.is_alias_of(dense_)) dense_.detach().copy_(wide);
+  if (!in_place) dense_.detach().copy_(wide);
 }
 
 void LatentWeight::step(const TuneRates& rates) {

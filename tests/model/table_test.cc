@@ -39,8 +39,10 @@ TEST(Table, LooksUpDecodedRows) {
       const Table table(rows.coded);
       const at::Tensor ids = at::tensor({7, 0, 1499, 7, 64, 3}, at::kInt).view({2, 3});
       EXPECT_TRUE(table.look_up(ids, at::kFloat).equal(at::embedding(rows.decoded, ids)));
+      EXPECT_TRUE(table.look_up(ids.to(at::kLong), at::kFloat).equal(at::embedding(rows.decoded, ids)));
       EXPECT_TRUE(table.look_up(ids, at::kBFloat16).equal(at::embedding(rows.decoded, ids).to(at::kBFloat16)));
-      EXPECT_THROW(table.look_up(at::tensor({1500}, at::kInt), at::kFloat), std::logic_error);
+      for (const int id : {1500, -1}) EXPECT_THROW(table.look_up(at::tensor({id}, at::kInt), at::kFloat), std::logic_error);
+      EXPECT_THROW(table.multiply(at::zeros({1, cols + 1})), std::logic_error);
     }
 }
 
@@ -66,16 +68,17 @@ TEST(Table, MultipliesByDecodedRows) {
 
 TEST(Table, GivesTheSameBytesForAnyNumberOfThreads) {
   const at::NoGradGuard no_grad;
-  for (const int64_t tokens : {1, 6, 20}) {
-    std::vector<at::Tensor> results;
-    for (const int threads : {1, 3}) {
-      const test::Threads scope(threads);
-      const Rows rows = make_rows(8, 96);
-      at::manual_seed(6);
-      results.push_back(Table(rows.coded).multiply(at::randn({tokens, 96})));
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t tokens : {1, 6, 20}) {
+      std::vector<at::Tensor> results;
+      for (const int threads : {1, 3}) {
+        const test::Threads scope(threads);
+        const Rows rows = make_rows(8, 96);
+        at::manual_seed(6);
+        results.push_back(Table(rows.coded).multiply(at::randn({tokens, 96}).to(dtype)));
+      }
+      EXPECT_TRUE(results[0].equal(results[1])) << tokens << " tokens, " << at::toString(dtype);
     }
-    EXPECT_TRUE(results[0].equal(results[1])) << tokens << " tokens";
-  }
 }
 
 TEST(Table, HoldsNoMoreThanTheFileAndItsScales) {

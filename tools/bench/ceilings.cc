@@ -46,24 +46,29 @@ constexpr int kRounds = 1 << 16;
 // Runs one instruction on twelve independent registers over and over, with zeros: what lies in a register may be denormal, which
 // takes the processor a hundred times as long. Returns operations per second.
 #define STBLLM_TWELVE(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
+#define STBLLM_SIXTEEN                                                                                     \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
+      "xmm13", "xmm14", "xmm15"
 #define STBLLM_RATE(name, features, line)                                                                  \
   __attribute__((target(features))) double name(double operations) {                                       \
     const double seconds = best_seconds(1, 0.05, 1, [](int) {                                              \
+      asm volatile("vzeroall" ::: STBLLM_SIXTEEN);                                                         \
       for (int round = 0; round < kRounds; ++round)                                                        \
-        asm volatile("vpxor %%xmm15, %%xmm15, %%xmm15\n\t" STBLLM_TWELVE(line)::                              \
-                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
-                           "xmm10", "xmm11", "xmm15");                                                     \
+        asm volatile(STBLLM_TWELVE(line)::                                                                 \
+                         : STBLLM_SIXTEEN);                                                                \
     });                                                                                                    \
     return operations * kChains * kRounds / seconds;                                                       \
   }
 
 #define STBLLM_FMA(i) "vfmadd231ps %%zmm15, %%zmm15, %%zmm" #i "\n\t"
 #define STBLLM_VNNI(i) "vpdpbusd %%zmm15, %%zmm15, %%zmm" #i "\n\t"
+#define STBLLM_WORD_PRODUCTS(i) "vpdpwssd %%zmm15, %%zmm15, %%zmm" #i "\n\t"
 #define STBLLM_BF16(i) "vdpbf16ps %%zmm15, %%zmm15, %%zmm" #i "\n\t"
 #define STBLLM_WORDS(i) "vpermw %%zmm15, %%zmm14, %%zmm" #i "\n\t"
 #define STBLLM_BYTES(i) "vpermi2b %%zmm15, %%zmm14, %%zmm" #i "\n\t"
 STBLLM_RATE(fma_rate, "avx512f", STBLLM_FMA)
 STBLLM_RATE(vnni_rate, "avx512f", STBLLM_VNNI)
+STBLLM_RATE(word_product_rate, "avx512f", STBLLM_WORD_PRODUCTS)
 STBLLM_RATE(bf16_rate, "avx512f", STBLLM_BF16)
 STBLLM_RATE(word_lookup_rate, "avx512f", STBLLM_WORDS)
 STBLLM_RATE(byte_lookup_rate, "avx512f", STBLLM_BYTES)
@@ -77,7 +82,10 @@ Ceilings measure_ceilings(int threads) {
     ceilings.per_core["fp32 fma"] = fma_rate(32);
     ceilings.per_core["vpermw lookups"] = word_lookup_rate(32);
   }
-  if (__builtin_cpu_supports("avx512vnni")) ceilings.per_core["int8 vpdpbusd"] = vnni_rate(128);
+  if (__builtin_cpu_supports("avx512vnni")) {
+    ceilings.per_core["int8 vpdpbusd"] = vnni_rate(128);
+    ceilings.per_core["int16 vpdpwssd"] = word_product_rate(64);
+  }
   if (__builtin_cpu_supports("avx512bf16")) ceilings.per_core["bf16 vdpbf16ps"] = bf16_rate(64);
   if (__builtin_cpu_supports("avx512vbmi")) ceilings.per_core["vpermi2b lookups"] = byte_lookup_rate(64);
   return ceilings;

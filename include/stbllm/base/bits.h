@@ -1,5 +1,5 @@
 #pragma once
-// The only place outside kernels/ that shifts bits: little-endian bit streams, half precision, binomials.
+// Little-endian bit streams, half precision, binomials. Outside kernels/, bits are shifted here and in lanes.h.
 
 #include <bit>
 #include <cstddef>

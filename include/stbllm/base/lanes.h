@@ -28,6 +28,28 @@ STBLLM_INLINE Lanes load_lanes(const float* from, int count = kLanes) {  // zero
   return x;
 }
 STBLLM_INLINE void store_lanes(float* to, Lanes x, int count = kLanes) { std::memcpy(to, &x, sizeof(float) * count); }
+/// Sixteen words, as bfloat16 numbers or nibbles come.
+using WordLanes = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+STBLLM_INLINE Lanes load_bfloat16_lanes(const uint16_t* from, int count = kLanes) {  // zeros behind `count`
+  WordLanes words = {};
+  std::memcpy(&words, from, sizeof(uint16_t) * count);
+  return (Lanes)(__builtin_convertvector(words, IntLanes) << 16);
+}
+/// To nearest even; NaN stays NaN.
+STBLLM_INLINE Lanes round_to_bfloat16(Lanes x) {
+  const IntLanes bits = (IntLanes)x, up = (bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff, nan = bits | 0x400000;
+  return (Lanes)(x == x ? up : nan);
+}
+STBLLM_INLINE void store_bfloat16_lanes(uint16_t* to, Lanes rounded, int count = kLanes) {
+  const WordLanes words = __builtin_convertvector((IntLanes)rounded >> 16 & 0xffff, WordLanes);
+  std::memcpy(to, &words, sizeof(uint16_t) * count);
+}
+/// The four bits of each word from bit 4 * k on.
+STBLLM_INLINE IntLanes nibbles_of(WordLanes words, int k) { return __builtin_convertvector(words, IntLanes) >> 4 * k & 15; }
+/// Byte k of each number, with its sign.
+STBLLM_INLINE IntLanes signed_bytes_of(IntLanes x, int k) { return x << (24 - 8 * k) >> 24; }
+
 using LaneIndex = std::array<int32_t, kLanes>;
 STBLLM_INLINE Lanes shuffle(Lanes x, const LaneIndex& from) {
 #if defined(__clang__)

@@ -18,7 +18,8 @@ class Table {
 
   /// ids, any shape, int32 or int64 on the table's device -> (ids.., width) in `dtype`, which is the table's if dense.
   at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype) const;
-  /// x (.., width) -> (.., vocab): in x's dtype if dense, else float32. A result does not depend on the number of threads.
+  /// x (.., width) -> (.., vocab): in x's dtype if dense. Else float32, without autograd; of many tokens in bfloat16 it has the
+  /// precision of fast_product_dtype(). A result does not depend on the number of threads.
   at::Tensor multiply(const at::Tensor& x) const;
   /// (vocab, width); undefined where the table is rows of integers.
   const at::Tensor& dense() const { return dense_; }
