@@ -131,7 +131,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     const int64_t logits = 6 * 256 * spec.vocab * 4;
     peak =
         std::max(peak, 2 * tables + heads + (resident ? dense_stream : 0) + spec.layers * kept_pass + std::max(logits, kept_pass) +
-                           quantized_blocks * (quantized_block + trained_block(recipe.distill_code_lr > 0)) +
+                           quantized_blocks * (quantized_block + weights + trained_block(recipe.distill_code_lr > 0)) +  // first symbols too
                            (spec.layers - quantized_blocks) * dense_block);
   }
   if (!options.dense_output) {
