@@ -316,15 +316,19 @@ TEST_F(Cli, AReportThatCannotBeWrittenIsRefusedBeforeTheRun) {
 }
 
 TEST_F(Cli, ATextOnStdoutIsTheOneInJson) {
-  const auto generate = [&](const Args& more) {
-    Args args = {"generate", checkpoint_.string(), "--prompt", "a", "--tokens", "60", "--temperature", "3", "--seed", "4"};
+  const auto generate = [&](int seed, const Args& more) {
+    Args args = {"generate", checkpoint_.string(), "--prompt", "a", "--tokens", "60", "--temperature", "3", "--seed", std::to_string(seed)};
     args.insert(args.end(), more.begin(), more.end());
     return run_program(args).out;
   };
-  // Random weights give bytes in the middle of characters, too.
-  const auto text = nlohmann::json::parse(generate({"--json"}))["text"].get<std::string>();
-  EXPECT_THAT(text, HasSubstr("\uFFFD"));
-  EXPECT_THAT(generate({}), HasSubstr(text));
+  // Random weights give bytes in the middle of characters, too, unless the text ends early.
+  int seed = 0;
+  std::string text;
+  while (text.find("\uFFFD") == std::string::npos) {
+    ASSERT_LT(++seed, 20);
+    text = nlohmann::json::parse(generate(seed, {"--json"}))["text"].get<std::string>();
+  }
+  EXPECT_THAT(generate(seed, {}), HasSubstr(text));
 }
 
 TEST_F(Cli, ARecipeWithoutPackedForm) {
