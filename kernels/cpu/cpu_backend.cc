@@ -56,6 +56,13 @@ void store_result(const Kernels& kernels, const float* from, int64_t count, cons
                          static_cast<uint16_t*>(y.data) + first);
 }
 
+/// `size` elements of scratch, which keeps what it once had.
+template <typename T>
+T* grow(AlignedVector<T>& scratch, int64_t size) {
+  scratch.resize(std::max(static_cast<size_t>(size), scratch.size()));
+  return scratch.data();
+}
+
 int64_t tile_rows(const MatrixView& m, int64_t tile) {
   return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
 }
@@ -66,8 +73,7 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
   const int64_t tokens = x.tokens, width = m.chunk_columns;
   // Activations as (chunks, tokens, width): what one panel needs lies together.
   thread_local AlignedVector<float> scratch;
-  scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens * width), scratch.size()));
-  float* floats = scratch.data();
+  float* floats = grow(scratch, m.chunks * tokens * width);
 
 #pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
   {
@@ -131,10 +137,8 @@ void multiply_integers(const Kernels& kernels, const MatrixView& m, const Activa
   // (chunks, tokens, 128) and (chunks, tokens): what one panel needs lies together.
   thread_local AlignedVector<int16_t> integer_scratch;
   thread_local AlignedVector<float> step_scratch;
-  integer_scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens * kChunkColumns), integer_scratch.size()));
-  step_scratch.resize(std::max(static_cast<size_t>(m.chunks * tokens), step_scratch.size()));
-  int16_t* integers = integer_scratch.data();
-  float* steps = step_scratch.data();
+  int16_t* integers = grow(integer_scratch, m.chunks * tokens * kChunkColumns);
+  float* steps = grow(step_scratch, m.chunks * tokens);
 
 #pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
   {
@@ -177,8 +181,8 @@ struct Lookup {
   int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
 };
 
-// Whether two matrices have the same tables, given the same activations: those of a code, with one level (several are part of
-// the tables), without the same columns.
+// Whether two matrices have the same tables, given the same activations: those of one code with one level (several are part of
+// the tables) and of the same exact columns (which are left out).
 bool share_tables(const MatrixView& a, const MatrixView& b) {
   return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group &&
          std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
@@ -215,10 +219,6 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * table_bytes), 1, all_chunks);
   thread_local AlignedVector<uint8_t> table_scratch;
   thread_local AlignedVector<float> sum_scratch, step_scratch;
-  const auto grow = [](auto& scratch, int64_t size) {
-    scratch.resize(std::max(static_cast<size_t>(size), scratch.size()));
-    return scratch.data();
-  };
   uint8_t* tables = grow(table_scratch, panel_chunks * batch * table_bytes);
   float* steps = grow(step_scratch, panel_chunks * batch * std::ssize(lookups));
   float* sums = grow(sum_scratch, batch * padded_rows);

@@ -67,7 +67,7 @@ void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
 
 Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
                      at::Device device)
-    : first(first), count(count) {
+    : first(first), count(count), attention_dtype(count > 1 && dtype == at::kBFloat16 ? fast_product_dtype(device) : dtype) {
   if (spec.architecture->position == Position::kRotary) {
     const at::Tensor position = at::arange(first, first + count, at::kFloat);
     const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
@@ -82,7 +82,7 @@ Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::Sc
   if (windowed) hidden = hidden.logical_or(distance >= spec.sliding_window);
   mask = at::zeros({count, total})
              .masked_fill(hidden, -std::numeric_limits<float>::infinity())
-             .to(device, dtype);
+             .to(device, attention_dtype);
 }
 
 KeyValueCache::KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
@@ -176,9 +176,8 @@ at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positio
         keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
-  // Many tokens multiply in the dtype the processor is fast at.
-  const at::ScalarType dtype = positions.count > 1 && x.scalar_type() == at::kBFloat16 ? fast_product_dtype(x.device()) : x.scalar_type();
-  const std::optional<at::Tensor> mask = positions.mask.defined() ? std::optional(positions.mask.to(dtype)) : std::nullopt;
+  const at::ScalarType dtype = positions.attention_dtype;
+  const std::optional<at::Tensor> mask = positions.mask.defined() ? std::optional(positions.mask) : std::nullopt;
   const bool causal = !mask && positions.count > 1;
   const at::Tensor mixed =
       at::scaled_dot_product_attention(queries.to(dtype), keys.to(dtype), values.to(dtype), mask, /*dropout_p=*/0.0, causal,

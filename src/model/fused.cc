@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
 #include "stbllm/base/error.h"
@@ -28,14 +27,6 @@ STBLLM_INLINE Lanes rounded(Lanes x) {
   return std::is_same_v<T, float> ? x : round_to_bfloat16(x);
 }
 
-/// visit(first, count) with constant counts of kLanes, then the rest.
-template <typename Visit>
-STBLLM_INLINE void for_each_lanes(int64_t size, const Visit& visit) {
-  int64_t first = 0;
-  for (; first + kLanes <= size; first += kLanes) visit(first, kLanes);
-  if (first < size) visit(first, static_cast<int>(size - first));
-}
-
 /// Rows of `width`; `weight` may be null.
 template <typename T>
 struct NormRows {
@@ -51,12 +42,12 @@ STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t 
     const T* x = rows.x + row * rows.width;
     T* y = rows.y + row * rows.width;
     Lanes squares = {};
-    for_each_lanes(rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
       const Lanes v = load(x + at, count);
       squares += v * v;
     });
     const float scale = 1 / std::sqrt(sum_of(squares) / static_cast<float>(rows.width) + rows.eps);
-    for_each_lanes(rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
       Lanes v = rounded<T>(load(x + at, count) * scale);
       if (rows.weight != nullptr) v = rounded<T>(v * load(rows.weight + at, count));
       store(y + at, v, count);
@@ -84,7 +75,7 @@ STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int6
     const int64_t offset = batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride;
     const T *x = rows.x + offset, *cos = rows.cos + token * rows.width, *sin = rows.sin + token * rows.width;
     T* y = rows.y + offset;
-    for_each_lanes(half, [&](int64_t at, int count) __attribute__((always_inline)) {
+    for_each_lanes(0, half, [&](int64_t at, int count) __attribute__((always_inline)) {
       const Lanes low = load(x + at, count), high = load(x + half + at, count);
       const auto turned = [&](Lanes straight, Lanes crossed, int64_t column) __attribute__((always_inline)) {
         return rounded<T>(rounded<T>(straight * load(cos + column, count)) + rounded<T>(crossed * load(sin + column, count)));

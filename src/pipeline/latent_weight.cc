@@ -95,19 +95,17 @@ struct Row {
 
 /// Calls visit(first column, columns, scale) for at most kLanes columns under one scale at a time.
 template <typename Visit>
-STBLLM_INLINE void for_each_lanes(const Row& row, const Visit& visit) {
+STBLLM_INLINE void for_each_scaled_lanes(const Row& row, const Visit& visit) {
   for (int64_t block = 0, begin = 0; begin < row.cols; ++block, begin += row.column_block) {
     const int64_t end = std::min(row.cols, begin + row.column_block);
     const float scale = row.unit_scales[block] * row.gain;
-    int64_t first = begin;
-    for (; first + kLanes <= end; first += kLanes) visit(first, kLanes, scale);
-    if (first < end) visit(first, static_cast<int>(end - first), scale);
+    for_each_lanes(begin, end, [&](int64_t first, int count) __attribute__((always_inline)) { visit(first, count, scale); });
   }
 }
 
 template <int M>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
-  for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
+  for_each_scaled_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
     const Lanes latent = load_lanes(row.latent + first, count);
     const IntLanes kept = keep_largest<M>(latent, row.keep);
     const Lanes value = (Lanes)((IntLanes)(levels.value(latent) * scale) & kept);
@@ -122,7 +120,7 @@ STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
 template <int M>
 STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const AdamStep& adam, float* level_gradient) {
   Lanes sums[kMaxLevels] = {};
-  for_each_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
+  for_each_scaled_lanes(row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
     const Lanes latent = load_lanes(row.latent + first, count), gradient = load_lanes(row.gradient + first, count) * scale;
     const IntLanes kept = keep_largest<M>(latent, row.keep), level = levels.level(latent);
     const Lanes share = (Lanes)((IntLanes)(gradient * levels.value(latent)) & kept);

@@ -134,11 +134,8 @@ STBLLM_SCAN(8)
 #undef STBLLM_SCAN
 
 STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale, float* values) {
-  using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
   for (int first = 0; first < kTileRows; first += kLanes) {
-    ByteLanes bytes;
-    std::memcpy(&bytes, symbols + first, sizeof(bytes));
-    const IntLanes symbol = __builtin_convertvector(bytes, IntLanes), sign = symbol & INT32_MIN, index = symbol < 0 ? -symbol : symbol;
+    const IntLanes symbol = load_byte_lanes(symbols + first), sign = symbol & INT32_MIN, index = symbol < 0 ? -symbol : symbol;
     Lanes value = index == 1 ? level[0] + Lanes{} : Lanes{};
     value = index == 2 ? level[1] + Lanes{} : value;
     value = index == 3 ? level[2] + Lanes{} : value;

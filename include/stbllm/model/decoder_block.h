@@ -29,7 +29,8 @@ struct Positions {
   int64_t count;
   at::Tensor cos;  ///< (count, head_dim), rotary only
   at::Tensor sin;  ///< (count, head_dim), rotary only
-  /// (count, first + count), 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
+  at::ScalarType attention_dtype;  ///< in which queries meet keys: many tokens multiply in the one that is fast
+  /// In that dtype (count, first + count), 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
   /// first of their sequence and no window matters (plain causal) or when there is just one.
   at::Tensor mask;
 };
