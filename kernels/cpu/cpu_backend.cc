@@ -1,9 +1,10 @@
-// y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of three ways:
+// y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of four ways:
 //
 //  panels    for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all tokens.
 //            float32 activations always go this way and are used as they are; others where codes have no lookup.
 //  integers  the same with weights as integer levels and activations on a grid of a power of two per token and chunk:
 //            where there are many tokens.
+//  rows      dot products with rows of integers (embedding and head), for few tokens.
 //  lookups   for each chunk: tabulate what every state of a group contributes to the dot product with these
 //            activations, then add up one table entry per row and group. Activations are on such a grid too, fine
 //            enough that sums just fit 16 bits; the sums are exact.
@@ -13,6 +14,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu_matrix.h"
@@ -32,6 +34,9 @@ constexpr int64_t kTableBudget = 512 * 1024;
 // A thread is worth its start from about this many products of weight and token on.
 constexpr int64_t kLookupsPerThread = 1 << 17;
 constexpr int64_t kProductsPerThread = 1 << 17;
+
+// Threads share a tile at multiples of so many tokens: whole passes of a kernel, and enough to be worth decoding the tile twice.
+constexpr int64_t kShareTokens = 24;
 
 int thread_count(int64_t work, int64_t work_per_thread, int64_t tiles) {
   const int64_t useful = std::min(std::max<int64_t>(work / work_per_thread, 1), tiles);
@@ -67,7 +72,26 @@ int64_t tile_rows(const MatrixView& m, int64_t tile) {
   return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
 }
 
+const MatrixView& view_of(const Product& product) { return static_cast<const CpuMatrix&>(*product.matrix).view(); }
+
+bool same_outliers(const MatrixView& a, const MatrixView& b) {
+  return std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
+}
+
 // --- panels ---
+
+// What a thread multiplies: tiles times tokens are dealt out in equal shares, so that nobody waits. Where two threads share a
+// tile, both decode it. Calls visit(tile, first token, last token).
+template <typename Visit>
+void for_each_share(int64_t tiles, int64_t tokens, const Visit& visit) {
+  const int64_t parts = ceil_div(tokens, kShareTokens), all = tiles * parts;
+  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), last = all * (thread + 1) / threads;
+  for (int64_t at = all * thread / threads, next; at < last; at = next) {
+    const int64_t tile = at / parts;
+    next = std::min(last, (tile + 1) * parts);
+    visit(tile, at % parts * kShareTokens, std::min(tokens, (next - tile * parts) * kShareTokens));
+  }
+}
 
 void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
   const int64_t tokens = x.tokens, width = m.chunk_columns;
@@ -87,16 +111,36 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
       }
 
     AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)), sums(static_cast<size_t>(tokens * kTileRows));
-#pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < m.tiles; ++tile) {
-      std::ranges::fill(sums, 0.0f);
+    for_each_share(m.tiles, tokens, [&](int64_t tile, int64_t first, int64_t last) {
+      std::fill_n(sums.data(), (last - first) * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode(m, tile, chunk, panel.data());
-        kernels.multiply(panel.data(), width, floats + chunk * tokens * width, tokens, sums.data(), kTileRows);
+        kernels.multiply(panel.data(), width, floats + (chunk * tokens + first) * width, last - first, sums.data(), kTileRows);
       }
-      for (int64_t token = 0; token < tokens; ++token)
-        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
-    }
+      for (int64_t token = first; token < last; ++token)
+        store_result(kernels, &sums[(token - first) * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
+    });
+  }
+}
+
+// --- rows of integers, few tokens ---
+
+void multiply_rows(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
+  const int64_t width = m.chunks * m.chunk_columns;
+  thread_local AlignedVector<float> scratch;
+  float* arranged = grow(scratch, x.tokens * (width + m.cols));
+  float* values = arranged + x.tokens * width;
+  load_activations(kernels, x, 0, x.tokens * m.cols, values);
+  std::fill_n(arranged, x.tokens * width, 0.0f);
+  for (int64_t t = 0; t < x.tokens; ++t)
+    for (int64_t c = 0; c < m.cols; ++c)
+      arranged[t * width + c / 64 * 64 + c % 4 * 16 + c % 64 / 4] = values[t * m.cols + c];
+
+#pragma omp parallel for schedule(static) num_threads(thread_count(x.tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+  for (int64_t tile = 0; tile < m.tiles; ++tile) {
+    float sums[kFewTokens * kTileRows];
+    kernels.multiply_rows(m, tile, arranged, x.tokens, sums);
+    for (int64_t t = 0; t < x.tokens; ++t) store_result(kernels, sums + t * kTileRows, tile_rows(m, tile), y, t * m.rows + tile * kTileRows);
   }
 }
 
@@ -105,23 +149,18 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
 // The activations of one token's chunk, without outlier columns and with zeros after the last column.
 void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
                 int64_t chunk, float* to) {
-  const int64_t first = chunk * kChunkColumns, count = std::min<int64_t>(kChunkColumns, m.cols - first);
+  const int64_t first = chunk * m.chunk_columns, count = std::min(m.chunk_columns, m.cols - first);
   load_activations(kernels, x, token * m.cols + first, count, to);
-  std::fill(to + count, to + kChunkColumns, 0.0f);
+  std::fill(to + count, to + m.chunk_columns, 0.0f);
   const int32_t* end = m.outlier_columns + m.outliers;
   for (const int32_t* col = std::lower_bound(m.outlier_columns, end, first);
        col != end && *col < first + count; ++col)
     to[*col - first] = 0.0f;
 }
 
-// What integers and tables leave out: row scales and outlier columns.
-void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x,
-                 int64_t first_token, int64_t tokens, float* sums, int64_t stride) {
-  if (m.row_scales != nullptr) {
-    const float level = m.levels == 1 ? m.level[0] : 1.0f;
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int r = 0; r < kTileRows; ++r) sums[t * stride + r] *= m.row_scales[tile * kTileRows + r] * level;
-  }
+// Adds the outlier columns, which integers and tables leave out.
+void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x, int64_t first_token,
+                  int64_t tokens, float* sums, int64_t stride) {
   if (m.outliers == 0) return;
   AlignedVector<float> panel(static_cast<size_t>(m.outliers * kTileRows)),
       values(static_cast<size_t>(tokens * m.outliers));
@@ -132,39 +171,85 @@ void finish_tile(const Kernels& kernels, const MatrixView& m, int64_t tile, cons
   kernels.multiply(panel.data(), m.outliers, values.data(), tokens, sums, stride);
 }
 
-void multiply_integers(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
+// A matrix among those that are multiplied together, and the activations it shares with others.
+struct IntegerProduct {
+  const MatrixView& m;
+  const ActivationView& y;
+  int64_t first_tile;  // of all matrices in a row
+  bool makes_integers = true;  // else an earlier one's serve
+  // (chunks, tokens, chunk_columns) and (chunks, tokens): what one panel needs lies together.
+  int16_t* integers = nullptr;
+  float* steps = nullptr;
+};
+
+// Whether two matrices take the same activations as the same integers.
+bool share_integers(const MatrixView& a, const MatrixView& b) {
+  return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
+}
+
+void multiply_integers(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
   const int64_t tokens = x.tokens;
-  // (chunks, tokens, 128) and (chunks, tokens): what one panel needs lies together.
+  std::vector<IntegerProduct> all;
+  int64_t tiles = 0, rows = 0, integer_count = 0, step_count = 0;
+  for (const Product& product : products) {
+    const MatrixView& m = view_of(product);
+    all.push_back({m, product.y, tiles});
+    all.back().makes_integers = std::none_of(all.begin(), all.end() - 1, [&](const IntegerProduct& other) { return share_integers(other.m, m); });
+    tiles += m.tiles;
+    rows += m.rows;
+    if (!all.back().makes_integers) continue;
+    integer_count += tokens * m.chunks * m.chunk_columns;
+    step_count += tokens * m.chunks;
+  }
   thread_local AlignedVector<int16_t> integer_scratch;
   thread_local AlignedVector<float> step_scratch;
-  int16_t* integers = grow(integer_scratch, m.chunks * tokens * kChunkColumns);
-  float* steps = grow(step_scratch, m.chunks * tokens);
+  int16_t* integers = grow(integer_scratch, integer_count);
+  float* steps = grow(step_scratch, step_count);
+  for (IntegerProduct& own : all) {
+    const IntegerProduct& maker = *std::ranges::find_if(all, [&](const IntegerProduct& other) { return share_integers(other.m, own.m); });
+    own.integers = own.makes_integers ? std::exchange(integers, integers + tokens * own.m.chunks * own.m.chunk_columns) : maker.integers;
+    own.steps = own.makes_integers ? std::exchange(steps, steps + tokens * own.m.chunks) : maker.steps;
+  }
 
-#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+#pragma omp parallel num_threads(thread_count(tokens* rows* x.width, kProductsPerThread, tiles))
   {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < tokens; ++token)
-      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
-        alignas(64) float values[kChunkColumns];
-        load_chunk(kernels, m, x, token, chunk, values);
-        kernels.to_integers(m, values, integers + (chunk * tokens + token) * kChunkColumns, steps + chunk * tokens + token);
-      }
+    for (const IntegerProduct& own : all) {
+      if (!own.makes_integers) continue;
+#pragma omp for schedule(static) nowait
+      for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t chunk = 0; chunk < own.m.chunks; ++chunk) {
+          alignas(64) float values[kChunkColumns];
+          load_chunk(kernels, own.m, x, token, chunk, values);
+          kernels.to_integers(own.m, values, own.integers + (chunk * tokens + token) * own.m.chunk_columns, own.steps + chunk * tokens + token);
+        }
+    }
+#pragma omp barrier
 
     AlignedVector<int16_t> panel(kChunkColumns * kTileRows);
     AlignedVector<float> scales(kTileRows), sums(static_cast<size_t>(tokens * kTileRows));
-#pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < m.tiles; ++tile) {
-      std::ranges::fill(sums, 0.0f);
+    for_each_share(tiles, tokens, [&](int64_t at, int64_t first, int64_t last) {
+      const IntegerProduct& own = *std::find_if(all.rbegin(), all.rend(), [&](const IntegerProduct& each) { return each.first_tile <= at; });
+      const MatrixView& m = own.m;
+      const int64_t tile = at - own.first_tile, count = last - first;
+      std::fill_n(sums.data(), count * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode_integers(m, tile, chunk, panel.data(), scales.data());
-        kernels.multiply_integers(panel.data(), scales.data(), integers + chunk * tokens * kChunkColumns, steps + chunk * tokens,
-                                  tokens, sums.data(), kTileRows);
+        kernels.multiply_integers(panel.data(), scales.data(), m.chunk_columns, own.integers + (chunk * tokens + first) * m.chunk_columns,
+                                  own.steps + chunk * tokens + first, count, sums.data(), kTileRows);
       }
-      finish_tile(kernels, m, tile, x, 0, tokens, sums.data(), kTileRows);
-      for (int64_t token = 0; token < tokens; ++token)
-        store_result(kernels, &sums[token * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
-    }
+      add_outliers(kernels, m, tile, x, first, count, sums.data(), kTileRows);
+      for (int64_t t = 0; t < count; ++t)
+        store_result(kernels, &sums[t * kTileRows], tile_rows(m, tile), own.y, (first + t) * m.rows + tile * kTileRows);
+    });
   }
+}
+
+// The row scales, which look_up() leaves out.
+void scale_rows(const MatrixView& m, int64_t tile, int64_t tokens, float* sums, int64_t stride) {
+  if (m.row_scales == nullptr) return;
+  const float level = m.levels == 1 ? m.level[0] : 1.0f;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int r = 0; r < kTileRows; ++r) sums[t * stride + r] *= m.row_scales[tile * kTileRows + r] * level;
 }
 
 // A matrix among those that are multiplied together, and its part of what they share.
@@ -184,8 +269,7 @@ struct Lookup {
 // Whether two matrices have the same tables, given the same activations: those of one code with one level (several are part of
 // the tables) and of the same exact columns (which are left out).
 bool share_tables(const MatrixView& a, const MatrixView& b) {
-  return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group &&
-         std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
+  return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group && same_outliers(a, b);
 }
 
 // The thread's tiles of a matrix: those of all matrices are dealt out, in whole strips.
@@ -206,7 +290,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   std::vector<Lookup> lookups;
   int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
   for (const Product& product : products) {
-    const MatrixView& m = static_cast<const CpuMatrix&>(*product.matrix).view();
+    const MatrixView& m = view_of(product);
     Lookup lookup{m, product.y, tiles, m.tiles * kTileRows};
     lookup.makes_tables = std::ranges::none_of(lookups, [&](const Lookup& other) { return share_tables(other.m, m); });
     tiles += m.tiles;
@@ -274,7 +358,8 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
       const TileRange own(lookup, tiles);
       for (int64_t tile = own.first; tile < own.last; ++tile) {
         float* tile_sums = lookup.sums + tile * kTileRows;
-        finish_tile(kernels, lookup.m, tile, x, first, tokens, tile_sums, lookup.padded_rows);
+        scale_rows(lookup.m, tile, tokens, tile_sums, lookup.padded_rows);
+        add_outliers(kernels, lookup.m, tile, x, first, tokens, tile_sums, lookup.padded_rows);
         for (int64_t t = 0; t < tokens; ++t)
           store_result(kernels, tile_sums + t * lookup.padded_rows, tile_rows(lookup.m, tile), lookup.y,
                        (first + t) * lookup.m.rows + tile * kTileRows);
@@ -283,15 +368,17 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   }
 }
 
-enum class Way { kPanels, kIntegers, kLookups };
+enum class Way { kPanels, kRows, kIntegers, kLookups };
 
 /// From so many tokens on, the decoding of a weight is shared by enough of them.
 constexpr int64_t kManyTokens = 32;
 
 Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x) {
-  if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
-  if (x.tokens < kManyTokens) return Way::kLookups;
   const bool integers = kernels.multiply_integers != nullptr;
+  if (m.form == CodeForm::kRows && x.tokens <= kFewTokens) return Way::kRows;
+  if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
+  if (m.form == CodeForm::kRows) return integers ? Way::kIntegers : Way::kPanels;
+  if (x.tokens < kManyTokens) return Way::kLookups;
   static const bool fast_lookups = permutes_fast();
   if (integers && !fast_lookups) return Way::kIntegers;
   // Few rows make a table that costs more than looking things up in it. The two met at 6 to 30 rows per entry, as codes and
@@ -309,6 +396,9 @@ class CpuBackend : public Backend {
   std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const override {
     return std::make_unique<CpuMatrix>(matrix, kernels_);
   }
+  std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows& rows) const override {
+    return std::make_unique<CpuMatrix>(rows, kernels_);
+  }
 
   void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y, void*) const override {
     const Product product{&prepared, y};
@@ -316,7 +406,7 @@ class CpuBackend : public Backend {
   }
 
   void matmul_all(std::span<const Product> products, const ActivationView& x, void* = nullptr) const override {
-    std::vector<Product> looked_up;
+    std::vector<Product> looked_up, as_integers;
     for (const Product& product : products) {
       const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
       STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}", matrix.kernels().name, kernels_.name);
@@ -326,14 +416,18 @@ class CpuBackend : public Backend {
         case Way::kPanels:
           multiply_panels(kernels_, m, x, product.y);
           break;
+        case Way::kRows:
+          multiply_rows(kernels_, m, x, product.y);
+          break;
         case Way::kIntegers:
-          multiply_integers(kernels_, m, x, product.y);
+          as_integers.push_back(product);
           break;
         case Way::kLookups:
           looked_up.push_back(product);
           break;
       }
     }
+    if (!as_integers.empty()) multiply_integers(kernels_, as_integers, x);
     if (!looked_up.empty()) multiply_lookups(kernels_, looked_up, x);
   }
 

@@ -175,6 +175,26 @@ CpuMatrix::CpuMatrix(const StructuredBinaryMatrix& matrix, const Kernels& kernel
   prepare_columns(matrix);
 }
 
+CpuMatrix::CpuMatrix(QuantizedRows rows, const Kernels& kernels) : kernels_(kernels), rows_(std::move(rows)) {
+  const QuantizedRows::Layout& layout = rows_.layout();
+  MatrixView& m = view_;
+  m.form = CodeForm::kRows;
+  m.rows = layout.rows;
+  m.cols = layout.cols;
+  m.tiles = ceil_div(layout.rows, kTileRows);
+  m.chunk_columns = QuantizedRows::kColumnBlock;
+  m.chunks = layout.column_blocks();
+  m.chunks_per_block = m.levels = m.slots = 1;
+  m.code_bits = layout.bits;
+  m.codes = reinterpret_cast<const uint8_t*>(rows_.codes().data());
+  m.code_row_bytes = layout.code_row_bytes();
+  half_scales_.assign(static_cast<size_t>(m.chunks * m.tiles * kTileRows), 0);
+  for (int64_t row = 0; row < m.rows; ++row)
+    for (int64_t chunk = 0; chunk < m.chunks; ++chunk)
+      std::memcpy(&half_scales_[chunk * m.tiles * kTileRows + row], rows_.scales().data() + 2 * (row * m.chunks + chunk), 2);
+  m.half_scales = half_scales_.data();
+}
+
 void CpuMatrix::prepare_plane(const StructuredBinaryMatrix& matrix) {
   const Layout& layout = matrix.layout();
   MatrixView& m = view_;
@@ -431,7 +451,7 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
-  return total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
+  return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
                row_scales_, salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
 }
 

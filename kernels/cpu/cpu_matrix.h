@@ -45,6 +45,8 @@ class CpuMatrix : public PreparedMatrix {
  public:
   /// Chooses the form of the codes: a lookup form where `kernels` has lookups for it and the scales allow it.
   CpuMatrix(const StructuredBinaryMatrix& matrix, const Kernels& kernels);
+  /// The integers stay where they are.
+  CpuMatrix(QuantizedRows rows, const Kernels& kernels);
 
   int64_t bytes() const override;
   const MatrixView& view() const { return view_; }
@@ -58,6 +60,7 @@ class CpuMatrix : public PreparedMatrix {
 
   const Kernels& kernels_;
   MatrixView view_{};
+  QuantizedRows rows_;   // kRows
   bool digits_ = false;  // words that hold symbols in place of stored codes
   AlignedVector<uint8_t> codes_, expand_, unit_tables_, half_base_, scale_codes_, salient_signs_;
   AlignedVector<uint64_t> magnitudes_;

@@ -13,6 +13,7 @@ inline constexpr int kTileRows =
     64;  ///< rows that are decoded together: one byte each fills a 512-bit register
 inline constexpr int kChunkColumns =
     128;  ///< most columns that are decoded together; a chunk never straddles a column block
+inline constexpr int kFewTokens = 8;  ///< for which rows of integers are not decoded
 inline constexpr int kMaxSlots =
     5;  ///< scales per row and column block: three levels and two for salient columns
 
@@ -24,6 +25,7 @@ enum class CodeForm {
   kBytes,   ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
   kHalves,  ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
   kNibbles, ///< four bits for the symbols of two columns, of one column where there are two or three levels
+  kRows,    ///< QuantizedRows: an integer per weight, as in the file
 };
 
 /// A table entry is a sum of sources: column c of the group at level l is source l * group + c, its negative
@@ -42,7 +44,7 @@ struct MatrixView {
   int64_t rows, cols;
   int64_t tiles;                       ///< ceil(rows / 64)
   int64_t chunks;                      ///< per row
-  int64_t chunk_columns;               ///< 4..128; the lookup forms need 128
+  int64_t chunk_columns;               ///< 4..128; the lookup forms need 128, kRows has 64
   int64_t chunks_per_block;            ///< chunks that share scales
   int keep, group, levels, code_bits;  ///< of a code in this form, which may be finer than those of the file
   int file_keep, file_group;
@@ -50,7 +52,8 @@ struct MatrixView {
   CodeForm form;
   bool signs;
   int strip_tiles;  ///< tiles that are interleaved; the last strip may have fewer
-  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. Otherwise (chunks, strips): what a pass over a
+  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. kRows: (rows, code_row_bytes), integers of code_bits, the even column
+  /// in the low half of a byte. Otherwise (chunks, strips): what a pass over a
   /// strip of tiles reads, in that order, so that codes stream from memory. With n tiles in the strip:
   ///   kWords   (code_bits * groups / 16, 64) words of 16 bits, n = 1
   ///   kBytes   (groups, n, 64) bytes, then with signs (groups, n, 64) bits
@@ -106,16 +109,20 @@ struct Kernels {
   void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
                    int64_t y_stride);
 
-  // The same with integers, for all forms but kPlane; null where the machine has no such product. The products leave out what
-  // lookups leave out.
-  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x and to hold 128; x is zero at
-  /// outlier columns, whose weights therefore do not matter.
+  // The same with integers, for all forms but kPlane; null where the machine has no such product. The products leave out the
+  // outlier columns.
+  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x is zero at outlier columns, whose
+  /// weights therefore do not matter, and behind the last column.
   void (*to_integers)(const MatrixView&, const float* x, int16_t* to, float* step);
-  /// panel (64 pairs of columns, 64 rows, 2): levels as integers with their signs; scales (64): what they are to be multiplied by.
+  /// panel (pairs of columns, 64 rows, 2): weights as integers; scales (64): what these are to be multiplied by.
   void (*decode_integers)(const MatrixView&, int64_t tile, int64_t chunk, int16_t* panel, float* scales);
-  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63].
-  void (*multiply_integers)(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, int64_t tokens,
-                            float* y, int64_t y_stride);
+  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]; x has `columns` per token.
+  void (*multiply_integers)(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
+                            int64_t tokens, float* y, int64_t y_stride);
+
+  /// kRows, up to kFewTokens tokens: y[t][0..63] = the rows of a tile times x, whose chunks are in the order of the integers as
+  /// they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
+  void (*multiply_rows)(const MatrixView&, int64_t tile, const float* x, int64_t tokens, float* y);
 
   /// The tables of one token's chunk, in units of *step, a power of two: (128 / group, table_bytes). x holds
   /// 128 floats, zero at outlier columns. Null where there are no lookups.

@@ -154,6 +154,8 @@ void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   alignas(32) int8_t symbols[kChunkColumns][kTileRows];
   if (m.form == CodeForm::kPlane) {
     decode_plane(m, tile, chunk, symbols);
+  } else if (m.form == CodeForm::kRows) {
+    decode_rows(m, tile, chunk, symbols);
   } else {
     // The symbol of a column is the low byte of the dot product with its unit vector.
     const uint8_t* codes = m.codes + (chunk * m.tiles + tile) * m.chunk_bytes;
@@ -214,6 +216,7 @@ constinit const Kernels kAvx2Kernels = {
     .to_integers = nullptr,
     .decode_integers = nullptr,
     .multiply_integers = nullptr,
+    .multiply_rows = multiply_rows,
     .tabulate = tabulate,
     .look_up = look_up,
     .load_floats = load_floats,

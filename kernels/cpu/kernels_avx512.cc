@@ -312,7 +312,7 @@ void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t 
     }
 }
 
-bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles; }
+bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles && form != CodeForm::kRows; }
 
 // Calls f with the form of this matrix: f(form, tokens per pass, tiles per pass). Word tables are small, so
 // that several tokens share the extraction of an index; byte tables fill eight registers, so that several
@@ -325,6 +325,7 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
   switch (m.form) {
     case CodeForm::kPlane:
     case CodeForm::kNibbles:
+    case CodeForm::kRows:
       return;
     case CodeForm::kWords:
       if (m.code_bits == 3) return f(Words<3>(), two, one);
@@ -455,6 +456,20 @@ STBLLM_INLINE void transpose_lanes(const __m512i (&in)[8], __m512i (&out)[8]) {
   }
 }
 
+// symbols[column][row] from (count, 64 rows, 8 columns).
+STBLLM_INLINE void transpose_octets(const int8_t* octets, int64_t count, int8_t (*symbols)[kTileRows]) {
+  const __m512i columns_first =
+      _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
+                       0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
+  for (int64_t octet = 0; octet < count; ++octet) {
+    __m512i rows[8], columns[8];
+    for (int i = 0; i < 8; ++i)
+      rows[i] = _mm512_permutexvar_epi8(columns_first, load(octets + (octet * kTileRows + 8 * i) * 8));
+    transpose_lanes(rows, columns);
+    for (int i = 0; i < 8; ++i) _mm512_store_si512(symbols[octet * 8 + i], columns[i]);
+  }
+}
+
 // The twin of decode_plane(): a byte shuffle puts the kept weights of a group in their places, and the bytes
 // of eight columns and 64 rows are transposed together.
 void decode_plane_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk,
@@ -484,16 +499,31 @@ void decode_plane_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk,
       if (m.group == 16) std::memcpy(out + kTileRows * 8, &second, 8);
     }
   }
-  const __m512i columns_first =
-      _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
-                       0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
-  for (int64_t octet = 0; octet < (m.chunk_columns + 7) / 8; ++octet) {
-    __m512i rows[8], columns[8];
-    for (int i = 0; i < 8; ++i)
-      rows[i] = _mm512_permutexvar_epi8(columns_first, load(octets + (octet * kTileRows + 8 * i) * 8));
-    transpose_lanes(rows, columns);
-    for (int i = 0; i < 8; ++i) _mm512_store_si512(symbols[octet * 8 + i], columns[i]);
+  transpose_octets(octets, (m.chunk_columns + 7) / 8, symbols);
+}
+
+// The twin of decode_rows().
+void decode_rows_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+  alignas(64) int8_t octets[kTileRows * kTileRows];  // (columns / 8, rows, 8)
+  const RowsChunk part = rows_chunk(m, tile, chunk);
+  const __mmask64 present = ~__mmask64{0} >> (64 - part.columns);
+  for (int64_t first = 0; first < kTileRows; first += 8) {
+    __m512i rows[8] = {}, by_octet[8];
+    for (int64_t i = 0; i < 8 && first + i < part.rows; ++i) {
+      const uint8_t* codes = part.codes + (first + i) * m.code_row_bytes;
+      if (m.code_bits == 8) {
+        rows[i] = _mm512_maskz_loadu_epi8(present, codes);
+      } else {
+        const auto bytes = static_cast<__mmask32>(~uint32_t{0} >> (32 - (part.columns + 1) / 2));
+        const __m512i words = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, codes));
+        const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+        rows[i] = _mm512_maskz_sub_epi8(present, nibbles, _mm512_set1_epi8(8));
+      }
+    }
+    transpose_lanes(rows, by_octet);
+    for (int octet = 0; octet < 8; ++octet) _mm512_store_si512(octets + (octet * kTileRows + first) * 8, by_octet[octet]);
   }
+  transpose_octets(octets, 8, symbols);
 }
 
 // The weight of a column is the dot product with its unit vector.
@@ -515,12 +545,18 @@ void decode_by_lookups(const MatrixView& m, int64_t tile, int64_t chunk, int8_t 
   });
 }
 
-void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
-  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
+STBLLM_INLINE void decode_symbols(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
   if (m.form == CodeForm::kPlane)
     decode_plane_by_shuffles(m, tile, chunk, symbols);
+  else if (m.form == CodeForm::kRows)
+    decode_rows_by_shuffles(m, tile, chunk, symbols);
   else
     decode_by_lookups(m, tile, chunk, symbols);
+}
+
+void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
+  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
+  decode_symbols(m, tile, chunk, symbols);
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
@@ -551,17 +587,17 @@ STBLLM_INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
 }
 
 template <int Tokens>
-void multiply_tokens_integers(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, float* y,
-                              int64_t y_stride) {
+void multiply_tokens_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
+                              float* y, int64_t y_stride) {
   __m512i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_setzero_si512();
-  for (int64_t c = 0; c < kChunkColumns; c += 2) {
+  for (int64_t c = 0; c < columns; c += 2) {
     __m512i weights[4];
     for (int v = 0; v < 4; ++v) weights[v] = load(panel + c * kTileRows + 32 * v);
     for (int t = 0; t < Tokens; ++t) {
       int32_t pair;
-      std::memcpy(&pair, x + t * kChunkColumns + c, sizeof pair);
+      std::memcpy(&pair, x + t * columns + c, sizeof pair);
       const __m512i activations = _mm512_set1_epi32(pair);
       for (int v = 0; v < 4; ++v) sums[t][v] = add_products(sums[t][v], activations, weights[v]);
     }
@@ -592,18 +628,18 @@ void multiply(const float* panel, int64_t columns, const float* x, int64_t token
   });
 }
 
-void multiply_integers(const int16_t* panel, const float* scales, const int16_t* x, const float* steps, int64_t tokens, float* y,
-                       int64_t y_stride) {
+void multiply_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
+                       int64_t tokens, float* y, int64_t y_stride) {
   in_token_passes(tokens, [&](int64_t t, auto count) {
-    multiply_tokens_integers<count>(panel, scales, x + t * kChunkColumns, steps + t, y + t * y_stride, y_stride);
+    multiply_tokens_integers<count>(panel, scales, columns, x + t * columns, steps + t, y + t * y_stride, y_stride);
   });
 }
 
-// Sums of 128 products fit 31 bits: a single level is 1, the largest of several has at most 13 bits, and activations are then at
-// most 2^18 together. 32639 is what step_of() leaves of 2^15.
+// Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8 bits, the largest of several levels has at
+// most 13, and activations are then at most 2^18 together. 32639 is what step_of() leaves of 2^15.
 void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) {
   __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-  for (int c = 0; c < kChunkColumns; c += 16) {
+  for (int64_t c = 0; c < m.chunk_columns; c += 16) {
     const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
     largest = _mm512_max_ps(largest, magnitude);
     sum = _mm512_add_ps(sum, magnitude);
@@ -612,7 +648,7 @@ void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) 
   const float bound = m.levels > 1 && all / 8 > most ? all / 8 : most;
   *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
   const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f);
-  for (int c = 0; c < kChunkColumns; c += 16)
+  for (int64_t c = 0; c < m.chunk_columns; c += 16)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c),
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
 }
@@ -626,7 +662,7 @@ float level_unit(const MatrixView& m) {
 
 void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* panel, float* scales) {
   alignas(64) int8_t symbols[kChunkColumns][kTileRows];
-  decode_by_lookups(m, tile, chunk, symbols);
+  decode_symbols(m, tile, chunk, symbols);
   const float unit = m.levels == 1 ? 1.0f : level_unit(m);
   alignas(64) int16_t level[32] = {};  // by the five low bits of a symbol
   for (int l = 0; l < m.levels; ++l) {
@@ -634,16 +670,20 @@ void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* 
     level[31 - l] = static_cast<int16_t>(-level[1 + l]);
   }
   const __m512i levels = load(level);
-  for (int64_t c = 0; c < kChunkColumns; c += 2)
+  for (int64_t c = 0; c < m.chunk_columns; c += 2)
     for (int v = 0; v < 4; ++v) {
       const __m128i even = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c] + 16 * v));
       const __m128i odd = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c + 1] + 16 * v));
-      const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-      _mm512_store_si512(panel + c * kTileRows + 32 * v, _mm512_permutexvar_epi16(_mm512_cvtepi8_epi16(pairs), levels));
+      const __m512i pairs = _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)));
+      _mm512_store_si512(panel + c * kTileRows + 32 * v, m.form == CodeForm::kRows ? pairs : _mm512_permutexvar_epi16(pairs, levels));
     }
-  for (int v = 0; v < 4; ++v)
-    _mm512_store_ps(scales + 16 * v, _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, tile * kTileRows + 16 * v),
-                                                   _mm512_set1_ps(unit)));
+  for (int v = 0; v < 4; ++v) {
+    const int64_t row = tile * kTileRows + 16 * v;
+    __m512 scale = _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, row), _mm512_set1_ps(unit));
+    if (m.row_scales != nullptr)
+      scale = _mm512_mul_ps(scale, _mm512_mul_ps(_mm512_load_ps(m.row_scales + row), _mm512_set1_ps(m.levels == 1 ? m.level[0] : 1.0f)));
+    _mm512_store_ps(scales + 16 * v, scale);
+  }
 }
 
 }  // namespace
@@ -657,6 +697,7 @@ constinit const Kernels kAvx512Kernels = {
     .to_integers = to_integers,
     .decode_integers = decode_integers,
     .multiply_integers = multiply_integers,
+    .multiply_rows = multiply_rows,
     .tabulate = tabulate,
     .look_up = look_up,
     .load_floats = load_floats,

@@ -9,7 +9,7 @@ bool can_look_up(CodeForm, int) { return false; }
 
 void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   int8_t symbols[kChunkColumns][kTileRows];
-  decode_plane(m, tile, chunk, symbols);
+  m.form == CodeForm::kRows ? decode_rows(m, tile, chunk, symbols) : decode_plane(m, tile, chunk, symbols);
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
@@ -32,6 +32,7 @@ constinit const Kernels kGenericKernels = {
     .to_integers = nullptr,
     .decode_integers = nullptr,
     .multiply_integers = nullptr,
+    .multiply_rows = multiply_rows,
     .tabulate = nullptr,
     .look_up = nullptr,
     .load_floats = load_floats,

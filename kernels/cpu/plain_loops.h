@@ -10,8 +10,7 @@
 #endif
 
 #include "kernels.h"
-
-#define STBLLM_INLINE inline __attribute__((always_inline))
+#include "stbllm/base/lanes.h"  // always inlined
 
 namespace stbllm::cpu {
 namespace {
@@ -209,6 +208,82 @@ void scale_symbols(const MatrixView& m, int64_t tile, int64_t chunk, const int8_
     if (m.outlier_columns[i] >= first && m.outlier_columns[i] < last)
       load_floats(m.outlier_values + (i * m.tiles + tile) * kTileRows, true, kTileRows,
                   panel + (m.outlier_columns[i] - first) * kTileRows);
+}
+
+// --- rows of integers ---
+
+// The columns of a chunk that exist, and the rows of a tile.
+struct RowsChunk {
+  int64_t rows, columns;
+  const uint8_t* codes;  // of the first row
+};
+inline RowsChunk rows_chunk(const MatrixView& m, int64_t tile, int64_t chunk) {
+  const int64_t rows = m.rows - tile * kTileRows, columns = m.cols - chunk * m.chunk_columns;
+  return {rows < kTileRows ? rows : kTileRows, columns < m.chunk_columns ? columns : m.chunk_columns,
+          m.codes + tile * kTileRows * m.code_row_bytes + chunk * m.chunk_columns * m.code_bits / 8};
+}
+
+// The twin of decode_plane() for kRows.
+[[maybe_unused]] void decode_rows(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+  const RowsChunk part = rows_chunk(m, tile, chunk);
+  std::memset(symbols, 0, static_cast<size_t>(m.chunk_columns) * kTileRows);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const uint8_t* codes = part.codes + r * m.code_row_bytes;
+    for (int64_t c = 0; c < part.columns; ++c)
+      symbols[c][r] = static_cast<int8_t>(m.code_bits == 8 ? codes[c] : (codes[c / 2] >> c % 2 * 4 & 15) - 8);
+  }
+}
+
+// A chunk of 64 columns; lane j of vector k is column 4 j + k.
+template <int Bits>
+STBLLM_INLINE void load_integers(const uint8_t* codes, Lanes (&q)[4]) {
+  if constexpr (Bits == 8) {
+    IntLanes bytes;
+    std::memcpy(&bytes, codes, sizeof bytes);
+    for (int k = 0; k < 4; ++k) q[k] = __builtin_convertvector(signed_bytes_of(bytes, k), Lanes);
+  } else {
+    WordLanes words;
+    std::memcpy(&words, codes, sizeof words);
+    for (int k = 0; k < 4; ++k) q[k] = __builtin_convertvector(nibbles_of(words, k) - 8, Lanes);
+  }
+}
+
+template <int Bits>
+STBLLM_INLINE void multiply_row(const MatrixView& m, int64_t row, const float* x, int64_t tokens, float* y) {
+  constexpr int kColumns = 4 * kLanes, kBytes = kColumns * Bits / 8;
+  const uint8_t* codes = m.codes + row * m.code_row_bytes;
+  const int64_t width = m.chunks * kColumns;
+  Lanes sums[kFewTokens] = {};
+  for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+    Lanes q[4];
+    const int64_t first = chunk * kBytes;
+    if (first + kBytes <= m.code_row_bytes) {
+      load_integers<Bits>(codes + first, q);
+    } else {  // what lies behind the last column meets zeros
+      uint8_t last[kBytes] = {};
+      std::memcpy(last, codes + first, static_cast<size_t>(m.code_row_bytes - first));
+      load_integers<Bits>(last, q);
+    }
+    const float scale = half_to_float(m.half_scales[chunk * m.tiles * kTileRows + row]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* from = x + t * width + chunk * kColumns;
+      Lanes product = q[0] * load_lanes(from);
+      for (int k = 1; k < 4; ++k) product += q[k] * load_lanes(from + k * kLanes);
+      sums[t] += product * scale;
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) y[t * kTileRows] = sum_of(sums[t]);
+}
+
+void multiply_rows(const MatrixView& m, int64_t tile, const float* x, int64_t tokens, float* y) {
+  const int64_t first = tile * kTileRows, last = first + kTileRows < m.rows ? first + kTileRows : m.rows;
+  for (int64_t row = first; row < last; ++row) {
+    float* to = y + row - first;
+    if (tokens == 1)  // a constant, for the usual case
+      m.code_bits == 8 ? multiply_row<8>(m, row, x, 1, to) : multiply_row<4>(m, row, x, 1, to);
+    else
+      m.code_bits == 8 ? multiply_row<8>(m, row, x, tokens, to) : multiply_row<4>(m, row, x, tokens, to);
+  }
 }
 
 void decode_outliers(const MatrixView& m, int64_t tile, float* panel) {

@@ -1,7 +1,9 @@
-// y[t][r] = sum_c x[t][c] W[r][c], in double precision over the weights of StructuredBinaryMatrix::at().
+// y[t][r] = sum_c x[t][c] W[r][c], in double precision over the weights of StructuredBinaryMatrix::at(), or over decoded rows of
+// integers.
 // Slow and plain on purpose: every other backend is tested against this one.
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "stbllm/backend/activations.h"
@@ -10,14 +12,13 @@
 namespace stbllm {
 namespace {
 
-class ReferenceMatrix : public PreparedMatrix {
- public:
-  explicit ReferenceMatrix(StructuredBinaryMatrix matrix) : matrix_(std::move(matrix)) {}
-  int64_t bytes() const override { return matrix_.bytes(); }
-  const StructuredBinaryMatrix& matrix() const { return matrix_; }
+struct ReferenceMatrix : public PreparedMatrix {
+  ReferenceMatrix(int64_t rows, int64_t cols, int64_t bytes, std::function<void(int64_t, float*)> decode_row)
+      : rows(rows), cols(cols), held(bytes), decode_row(std::move(decode_row)) {}
+  int64_t bytes() const override { return held; }
 
- private:
-  StructuredBinaryMatrix matrix_;
+  int64_t rows, cols, held;
+  std::function<void(int64_t row, float* weights)> decode_row;
 };
 
 class ReferenceBackend : public Backend {
@@ -25,21 +26,28 @@ class ReferenceBackend : public Backend {
   std::string_view name() const override { return "reference"; }
 
   std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const override {
-    return std::make_unique<ReferenceMatrix>(matrix);
+    const Layout& layout = matrix.layout();
+    return std::make_unique<ReferenceMatrix>(layout.rows, layout.cols, matrix.bytes(), [matrix](int64_t row, float* weights) {
+      for (int64_t col = 0; col < matrix.layout().cols; ++col) weights[col] = matrix.at(row, col);
+    });
+  }
+  std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows& rows) const override {
+    return std::make_unique<ReferenceMatrix>(rows.layout().rows, rows.layout().cols, rows.bytes(),
+                                             [rows](int64_t row, float* weights) { rows.decode_row(row, weights); });
   }
 
   void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y,
               void*) const override {
-    const StructuredBinaryMatrix& matrix = dynamic_cast<const ReferenceMatrix&>(prepared).matrix();
-    const int64_t rows = matrix.layout().rows, cols = matrix.layout().cols;
+    const auto& matrix = dynamic_cast<const ReferenceMatrix&>(prepared);
+    const int64_t rows = matrix.rows, cols = matrix.cols;
     check_activations(rows, cols, x, y);
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      std::vector<double> weights(static_cast<size_t>(cols));
-      for (int64_t col = 0; col < cols; ++col) weights[col] = matrix.at(row, col);
+      std::vector<float> weights(static_cast<size_t>(cols));
+      matrix.decode_row(row, weights.data());
       for (int64_t token = 0; token < x.tokens; ++token) {
         double sum = 0.0;
-        for (int64_t col = 0; col < cols; ++col) sum += weights[col] * load_element(x, token * cols + col);
+        for (int64_t col = 0; col < cols; ++col) sum += double{weights[col]} * load_element(x, token * cols + col);
         store_element(y, token * rows + row, static_cast<float>(sum));
       }
     }

@@ -144,7 +144,7 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
   };
   decoder.load_outer(load, [&](const TensorSpec& table) {
     const QuantizedRows* rows = backend.on_cuda() ? nullptr : tensors.find_rows(table);
-    return rows == nullptr ? Table(load(table)) : Table(*rows);
+    return rows == nullptr ? Table(load(table)) : Table(*rows, backend);
   });
   const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {
     const auto found = packed.linears().find(linear.name);

@@ -29,13 +29,12 @@ ElementType element_type(at::ScalarType dtype) {
   STBLLM_CHECK(false, "activations of dtype {}", at::toString(dtype));
 }
 
-/// (..., width) as (tokens, width).
+}  // namespace
+
 ActivationView view_of(const at::Tensor& tensor) {
   const int64_t width = tensor.size(-1);
   return {tensor.data_ptr(), element_type(tensor.scalar_type()), tensor.numel() / width, width};
 }
-
-}  // namespace
 
 at::ScalarType fast_product_dtype(at::Device device) {
   return device.is_cuda() || multiplies_bfloat16_fast() ? at::kBFloat16 : at::kFloat;

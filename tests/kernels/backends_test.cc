@@ -340,6 +340,88 @@ TEST_P(EveryBackend, PassesActivationsThatAreNotFiniteOn) {
         }
 }
 
+// Integers of all sizes, -128 among them, and scales that are powers of two.
+struct OwnedRows {
+  QuantizedRows::Layout layout;
+  std::vector<std::byte> codes, scales;
+  OwnedRows(int64_t rows, int64_t cols, int bits) : layout{rows, cols, bits} {
+    std::mt19937_64 rng(rows + cols);
+    codes.resize(static_cast<size_t>(rows * layout.code_row_bytes()));
+    scales.resize(static_cast<size_t>(2 * rows * layout.column_blocks()));
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t col = 0; col < cols; ++col) write_bits(codes.data() + row * layout.code_row_bytes(), col * bits, bits, rng());
+    for (int64_t i = 0; i < std::ssize(scales) / 2; ++i) {
+      const uint16_t half = float_to_half(rng() % 2 ? 0.5f : -1.0f);
+      std::memcpy(&scales[2 * i], &half, sizeof half);
+    }
+  }
+  QuantizedRows view() const { return {layout, codes, scales, nullptr, "rows"}; }
+};
+
+Buffer run(std::string_view backend, const QuantizedRows& rows, Buffer& x) {
+  const Backend& b = find_backend(backend);
+  Buffer y(ElementType::kFloat32, x.tokens, rows.layout().rows);
+  b.matmul(*b.prepare_rows(rows), x.view(), y.view());
+  return y;
+}
+
+TEST_P(EveryBackend, IsBitEqualOnRowsOfIntegersWhereSumsAreExact) {
+  for (const int bits : {8, 4})
+    for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16}) {
+      const auto check = [&](int64_t rows, int64_t cols, int64_t tokens) {
+        const OwnedRows owned(rows, cols, bits);
+        Buffer x = random_activations(type, tokens, cols, Content::kExact, 4);
+        const Buffer y = run(GetParam(), owned.view(), x), expected = run("reference", owned.view(), x);
+        ASSERT_TRUE(y.bytes == expected.bytes) << bits << " bits, " << rows << " x " << cols << ", " << tokens << " tokens";
+      };
+      for (const int64_t rows : {1, 63, 64, 65, 200}) check(rows, 96, 1);
+      for (const int64_t cols : {1, 2, 63, 64, 65, 75, 128, 300})
+        for (const int64_t tokens : {2, 40}) check(70, cols, tokens);
+      for (const int64_t tokens : {3, 7, 8, 9, 23, 24, 25, 131}) check(130, 75, tokens);
+    }
+}
+
+TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
+  const OwnedRows owned(150, 300, 8);
+  for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16})
+    for (const int64_t tokens : {1, 8, 40}) {
+      Buffer x = random_activations(type, tokens, 300, Content::kReal, 5);
+      Buffer y = run(GetParam(), owned.view(), x), expected = run("reference", owned.view(), x);
+      std::vector<float> row(300);
+      for (int64_t r = 0; r < 150; ++r) {
+        owned.view().decode_row(r, row.data());
+        for (int64_t t = 0; t < tokens; ++t) {
+          // A float32 addition per column; and activations as multiples of at most 2^-14 of the largest among 64.
+          float bound = 0;
+          for (int64_t first = 0; first < 300; first += 64) {
+            float products = 0, weights = 0, largest = 0;
+            for (int64_t c = first; c < std::min<int64_t>(300, first + 64); ++c) {
+              const float magnitude = std::fabs(load_element(x.view(), t * 300 + c));
+              products += std::fabs(row[c]) * magnitude;
+              weights += std::fabs(row[c]);
+              largest = std::max(largest, magnitude);
+            }
+            bound += 302 * 0x1p-24f * products + (type == ElementType::kFloat32 ? 0 : 0x1p-15f * largest * weights);
+          }
+          ASSERT_NEAR(load_element(y.view(), t * 150 + r), load_element(expected.view(), t * 150 + r), bound) << tokens << " tokens";
+        }
+      }
+      const int threads = omp_get_max_threads();
+      omp_set_num_threads(1);
+      const Buffer one = run(GetParam(), owned.view(), x);
+      omp_set_num_threads(3);
+      const Buffer three = run(GetParam(), owned.view(), x);
+      omp_set_num_threads(threads);
+      EXPECT_TRUE(one.bytes == three.bytes) << tokens << " tokens";
+      for (const float poison : {NAN, INFINITY}) {
+        store_element(x.view(), 299, poison);
+        const Buffer poisoned = run(GetParam(), owned.view(), x);
+        for (int64_t i = 0; i < tokens * 150; ++i)
+          EXPECT_EQ(std::isfinite(load_element(Buffer(poisoned).view(), i)), i >= 150) << tokens << " tokens";
+      }
+    }
+}
+
 TEST_P(EveryBackend, RefusesActivationsOfAnotherWidth) {
   const auto matrix = test::random_matrix({.rows = 8, .cols = 16, .nm = {2, 4}}, 17);
   const Backend& backend = find_backend(GetParam());

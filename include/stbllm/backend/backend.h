@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 
 namespace stbllm {
@@ -42,6 +43,9 @@ class Backend {
   virtual std::string_view name() const = 0;  ///< "reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda"
   virtual bool on_cuda() const { return false; }  ///< activations live in CUDA memory
   virtual std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const = 0;
+  /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null: this backend has no product
+  /// with them.
+  virtual std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows&) const { return nullptr; }
   /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any ElementType
   /// that the backend lists. `stream` is a cudaStream_t for CUDA, ignored elsewhere.
   virtual void matmul(const PreparedMatrix& matrix, const ActivationView& x, const ActivationView& y,

@@ -23,6 +23,9 @@ class Linear {
 /// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it (taken for granted of a GPU), else float32.
 at::ScalarType fast_product_dtype(at::Device device = at::kCPU);
 
+/// A contiguous tensor (..., width) as a backend's (tokens, width): float32, bfloat16 or float16.
+ActivationView view_of(const at::Tensor& tensor);
+
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {
  public:
