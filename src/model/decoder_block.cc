@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "stbllm/base/error.h"
+#include "stbllm/model/attention.h"
 #include "stbllm/model/fused.h"
 
 namespace stbllm {
@@ -67,7 +68,7 @@ void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
 
 Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
                      at::Device device)
-    : first(first), count(count), attention_dtype(count > 1 && dtype == at::kBFloat16 ? fast_product_dtype(device) : dtype) {
+    : first(first), count(count) {
   if (spec.architecture->position == Position::kRotary) {
     const at::Tensor position = at::arange(first, first + count, at::kFloat);
     const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
@@ -82,7 +83,7 @@ Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::Sc
   if (windowed) hidden = hidden.logical_or(distance >= spec.sliding_window);
   mask = at::zeros({count, total})
              .masked_fill(hidden, -std::numeric_limits<float>::infinity())
-             .to(device, attention_dtype);
+             .to(device, dtype);
 }
 
 KeyValueCache::KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
@@ -171,20 +172,24 @@ at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positio
                  cache->length(), positions.first);
     cache->append(index_, keys, values);
   }
+  const at::Tensor mixed = attend(queries, keys, values, positions);
+  observe(observer, Tap::kAttnOut, mixed);
+  return linear(Role::kO).forward(mixed);
+}
+
+at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values, const Positions& positions) const {
+  if (can_fuse(queries) && can_fuse(keys) && can_fuse(values))
+    return causal_attention(queries, keys, values, positions.first, spec_.sliding_window);
   if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {
     keys =
         keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
-  const at::ScalarType dtype = positions.attention_dtype;
   const std::optional<at::Tensor> mask = positions.mask.defined() ? std::optional(positions.mask) : std::nullopt;
   const bool causal = !mask && positions.count > 1;
-  const at::Tensor mixed =
-      at::scaled_dot_product_attention(queries.to(dtype), keys.to(dtype), values.to(dtype), mask, /*dropout_p=*/0.0, causal,
-                                       /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);
-  const at::Tensor joined = mixed.transpose(1, 2).reshape({x.size(0), x.size(1), spec_.heads * spec_.head_dim}).to(x.scalar_type());
-  observe(observer, Tap::kAttnOut, joined);
-  return linear(Role::kO).forward(joined);
+  const at::Tensor mixed = at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0, causal,
+                                                            /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);
+  return mixed.transpose(1, 2).reshape({queries.size(0), queries.size(2), spec_.heads * spec_.head_dim});
 }
 
 at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) const {
@@ -194,7 +199,8 @@ at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) c
     case Mlp::kGated: {
       const std::array inputs = {&linear(Role::kGate), &linear(Role::kUp)};
       const std::vector<at::Tensor> gate_up = forward_all(inputs, x);
-      middle = activate(gate_up[0], spec_.activation) * gate_up[1];
+      middle = spec_.activation == Activation::kSilu && can_fuse(gate_up[0]) ? silu_multiply(gate_up[0], gate_up[1])
+                                                                             : activate(gate_up[0], spec_.activation) * gate_up[1];
       break;
     }
     case Mlp::kPlain:

@@ -89,6 +89,22 @@ STBLLM_CLONES void rotate_rows(const RotateRows<float>& rows, int64_t begin, int
 STBLLM_CLONES void rotate_rows(const RotateRows<uint16_t>& rows, int64_t begin, int64_t end) { rotate_rows_of(rows, begin, end); }
 
 template <typename T>
+struct Gates {
+  const T* gate;
+  const T* up;
+  T* y;
+};
+template <typename T>
+STBLLM_INLINE void multiply_gates_of(const Gates<T>& gates, int64_t begin, int64_t end) {
+  for_each_lanes(begin, end, [&](int64_t at, int count) __attribute__((always_inline)) {
+    const Lanes x = load(gates.gate + at, count);
+    store(gates.y + at, rounded<T>(rounded<T>(x / (1 + exp_of(-x))) * load(gates.up + at, count)), count);
+  });
+}
+STBLLM_CLONES void multiply_gates(const Gates<float>& gates, int64_t begin, int64_t end) { multiply_gates_of(gates, begin, end); }
+STBLLM_CLONES void multiply_gates(const Gates<uint16_t>& gates, int64_t begin, int64_t end) { multiply_gates_of(gates, begin, end); }
+
+template <typename T>
 const T* elements(const at::Tensor& x) {
   return x.defined() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
 }
@@ -112,6 +128,14 @@ at::Tensor rotate_of(const at::Tensor& x, const at::Tensor& cos, const at::Tenso
   return output;
 }
 
+template <typename T>
+at::Tensor silu_multiply_of(const at::Tensor& gate, const at::Tensor& up) {
+  const at::Tensor output = at::empty_like(gate);
+  const Gates<T> gates{elements<T>(gate), elements<T>(up), static_cast<T*>(output.data_ptr())};
+  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { multiply_gates(gates, begin, end); });
+  return output;
+}
+
 }  // namespace
 
 bool can_fuse(const at::Tensor& x) {
@@ -122,6 +146,12 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.numel() == x.size(-1)),
                "the weight of a norm of {}", x.size(-1));
   return x.scalar_type() == at::kFloat ? rms_norm_of<float>(x, weight, eps) : rms_norm_of<uint16_t>(x, weight, eps);
+}
+
+at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up) {
+  STBLLM_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
+               "a gate of {} elements for {}", gate.numel(), up.numel());
+  return gate.scalar_type() == at::kFloat ? silu_multiply_of<float>(gate, up) : silu_multiply_of<uint16_t>(gate, up);
 }
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {

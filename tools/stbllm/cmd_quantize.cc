@@ -1,10 +1,8 @@
 #include <fmt/format.h>
-#include <malloc.h>
 
 #include <algorithm>
 #include <csignal>
 #include <iostream>
-#include <limits>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -63,14 +61,6 @@ std::string default_calibration() {
       if (error.code() != ErrorCode::kNotFound) throw;
     }
   fail(ErrorCode::kUsage, "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
-}
-
-/// Training asks for the same large blocks in every step; the C library would give them back to the system in between.
-void keep_freed_memory() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-#endif
 }
 
 nlohmann::json stages_json(const std::vector<Stage>& stages) {

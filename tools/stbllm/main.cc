@@ -1,12 +1,14 @@
 // stbllm: structured binary weights for LLaMA, OPT and Mistral checkpoints.
 
 #include <ATen/Parallel.h>
+#include <malloc.h>
 #include <omp.h>
 #include <sys/resource.h>
 
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <limits>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -23,6 +25,13 @@ void apply(const CommonOptions& options) {
   if (options.threads <= 0) return;
   at::set_num_threads(options.threads);
   omp_set_num_threads(options.threads);
+}
+
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
 }
 
 int64_t peak_memory_bytes() {

@@ -29,8 +29,7 @@ struct Positions {
   int64_t count;
   at::Tensor cos;  ///< (count, head_dim), rotary only
   at::Tensor sin;  ///< (count, head_dim), rotary only
-  at::ScalarType attention_dtype;  ///< in which queries meet keys: many tokens multiply in the one that is fast
-  /// In that dtype (count, first + count), 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
+  /// (count, first + count), 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
   /// first of their sequence and no window matters (plain causal) or when there is just one.
   at::Tensor mask;
 };
@@ -88,6 +87,8 @@ class DecoderBlock {
  private:
   at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
                        KeyValueCache* cache) const;
+  /// By head -> (batch, tokens, heads * head_dim).
+  at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values, const Positions& positions) const;
   at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
 
   ModelSpec spec_;

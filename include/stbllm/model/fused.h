@@ -17,4 +17,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 /// x (batch, heads, tokens, head_dim); cos and sin (tokens, head_dim) in x's dtype. The result has x's order of dimensions in memory.
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
+/// silu(gate) * up, each rounded to their dtype. Equally shaped and contiguous.
+at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up);
+
 }  // namespace stbllm

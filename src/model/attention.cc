@@ -1,0 +1,221 @@
+#include "stbllm/model/attention.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
+#include "stbllm/base/lanes.h"
+
+namespace stbllm {
+namespace {
+
+/// Queries of each head and keys that meet in one go: 32 KB of keys and values as float32 for heads of 64.
+constexpr int64_t kQueries = 64, kKeys = 64;
+/// Keys, or dimensions of values, that are summed up together.
+constexpr int kTogether = 4;
+/// Products that are worth a second thread.
+constexpr int64_t kProductsPerThread = 1 << 17;
+
+template <typename T>
+struct Attention {
+  const T *queries, *keys, *values;
+  T* out;                                     // (batch, tokens, heads, dim)
+  int64_t heads, kv_heads, tokens, dim, first, window;
+  int64_t query_strides[3], key_strides[3], value_strides[3];  // of batch, head, token
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t blocks() const { return ceil_div(tokens, kQueries); }
+  int64_t padded_dim() const { return ceil_div(dim, int64_t{kLanes}) * kLanes; }
+};
+
+/// What one thread works with. Queries lie side by side in vectors of kLanes.
+struct Scratch {
+  at::Tensor memory;  // libtorch aligns to whole registers
+  float *keys, *values;           // (kKeys, padded dim)
+  float *queries, *out;           // (vectors, padded dim, kLanes)
+  float *largest, *total;         // (vectors, kLanes): of the scores, of their exponentials
+  float* position;                // (vectors, kLanes)
+
+  void resize(int64_t padded_dim, int64_t vectors) {
+    const int64_t block = kKeys * padded_dim, panel = vectors * padded_dim * kLanes, row = vectors * kLanes;
+    if (!memory.defined() || memory.numel() < 2 * block + 2 * panel + 3 * row) memory = at::zeros({2 * block + 2 * panel + 3 * row}, at::kFloat);
+    float* next = memory.data_ptr<float>();
+    for (const auto& [part, size] : {std::pair(&keys, block), {&values, block}, {&queries, panel}, {&out, panel}, {&largest, row}, {&total, row}, {&position, row}})
+      *part = std::exchange(next, next + size);
+    std::fill_n(queries, 2 * panel, 0.0f);
+    std::fill_n(largest, row, -std::numeric_limits<float>::infinity());
+    std::fill_n(total, row, 0.0f);
+  }
+};
+
+STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from, count); }
+STBLLM_INLINE Lanes load(const uint16_t* from, int count) { return load_bfloat16_lanes(from, count); }
+STBLLM_INLINE Lanes rounded(const float*, Lanes x) { return x; }
+STBLLM_INLINE Lanes rounded(const uint16_t*, Lanes x) { return round_to_bfloat16(x); }
+STBLLM_INLINE void store(float* to, float x) { *to = x; }
+STBLLM_INLINE void store(uint16_t* to, float rounded) { *to = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16); }
+
+/// Rows as float32, zeros behind `dim`.
+template <typename T>
+STBLLM_INLINE void widen(const T* from, int64_t stride, int64_t rows, int64_t dim, int64_t padded, float* to) {
+  for (int64_t row = 0; row < rows; ++row)
+    for_each_lanes(0, dim, [&](int64_t at, int count) __attribute__((always_inline)) {
+      store_lanes(to + row * padded + at, load(from + row * stride + at, count));
+    });
+}
+
+struct Meeting {
+  int64_t count, padded, first_key, window;  // keys, and the position of the first
+  bool all_visible;
+};
+/// The queries of neighbouring vectors meet keys and values. Sums of Vectors * kTogether registers hide the latency of an addition, and there are
+/// more products than loads.
+template <int Vectors>
+STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t first_vector) {
+  const int64_t padded = meeting.padded, panel = padded * kLanes;
+  const float* queries = scratch.queries + first_vector * panel;
+  float *out = scratch.out + first_vector * panel, *largest = scratch.largest + first_vector * kLanes, *total = scratch.total + first_vector * kLanes;
+  const Lanes lowest = Lanes{} - std::numeric_limits<float>::infinity();
+  Lanes highest[Vectors], scores[kKeys][Vectors];
+  for (int v = 0; v < Vectors; ++v) highest[v] = load_lanes(largest + v * kLanes);
+  for (int64_t key = 0; key < meeting.count; key += kTogether) {  // behind the last key the scratch holds old ones, whose scores are dropped
+    const float* rows = scratch.keys + key * padded;
+    Lanes sums[kTogether][Vectors] = {};
+    for (int64_t d = 0; d < padded; ++d)
+      for (int k = 0; k < kTogether; ++k)
+        for (int v = 0; v < Vectors; ++v) sums[k][v] += load_lanes(queries + v * panel + d * kLanes) * rows[k * padded + d];
+    for (int k = 0; k < kTogether; ++k)
+      for (int v = 0; v < Vectors; ++v) {
+        Lanes score = sums[k][v];
+        if (!meeting.all_visible || key + k >= meeting.count) {
+          const Lanes distance = load_lanes(scratch.position + (first_vector + v) * kLanes) - static_cast<float>(meeting.first_key + key + k);
+          const IntLanes visible = (distance >= 0) & (distance < (meeting.window > 0 ? static_cast<float>(meeting.window) : 0x1p31f));
+          score = key + k < meeting.count ? (visible ? score : lowest) : lowest;
+        }
+        scores[key + k][v] = score;
+        highest[v] = score > highest[v] ? score : highest[v];
+      }
+  }
+  Lanes shrink[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    const Lanes base = highest[v] == lowest ? Lanes{} : highest[v];  // a query that has seen no key yet
+    shrink[v] = exp_of(load_lanes(largest + v * kLanes) - base);
+    Lanes sum = load_lanes(total + v * kLanes) * shrink[v];
+    for (int64_t key = 0; key < meeting.count; ++key) {
+      scores[key][v] = exp_of(scores[key][v] - base);
+      sum += scores[key][v];
+    }
+    store_lanes(largest + v * kLanes, highest[v]);
+    store_lanes(total + v * kLanes, sum);
+  }
+  for (int64_t d = 0; d < padded; d += kTogether) {
+    const float* values = scratch.values + d;
+    Lanes sums[kTogether][Vectors];
+    for (int k = 0; k < kTogether; ++k)
+      for (int v = 0; v < Vectors; ++v) sums[k][v] = load_lanes(out + v * panel + (d + k) * kLanes) * shrink[v];
+    for (int64_t key = 0; key < meeting.count; ++key)
+      for (int k = 0; k < kTogether; ++k)
+        for (int v = 0; v < Vectors; ++v) sums[k][v] += scores[key][v] * values[key * padded + k];
+    for (int k = 0; k < kTogether; ++k)
+      for (int v = 0; v < Vectors; ++v) store_lanes(out + v * panel + (d + k) * kLanes, sums[k][v]);
+  }
+}
+
+/// One block of queries of all heads that share keys: `item` counts blocks, then groups, then sequences.
+template <typename T>
+STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
+  const int64_t blocks = a.blocks(), group = a.group(), padded = a.padded_dim();
+  // Early blocks see few keys, late ones many: they take turns, so that neighbouring items cost the same.
+  const int64_t turn = item % blocks, block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
+  const int64_t kv_head = item / blocks % a.kv_heads, batch = item / blocks / a.kv_heads;
+  const int64_t first_query = block * kQueries, queries = std::min(kQueries, a.tokens - first_query);
+  const int64_t rows = group * queries, vectors = ceil_div(rows, int64_t{kLanes});
+  const auto head_of = [&](int64_t row) { return kv_head * group + row / queries; };
+  const auto query_of = [&](int64_t row) { return first_query + row % queries; };
+
+  scratch.resize(padded, vectors);
+  std::fill_n(scratch.position, vectors * kLanes, static_cast<float>(a.first + first_query));  // of lanes behind the last query too
+  const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = scratch.queries + row / kLanes * padded * kLanes + row % kLanes;
+    const T* from = a.queries + batch * a.query_strides[0] + head_of(row) * a.query_strides[1] + query_of(row) * a.query_strides[2];
+    for_each_lanes(0, a.dim, [&](int64_t at, int count) __attribute__((always_inline)) {
+      const Lanes x = load(from + at, count) * scale;
+      for (int d = 0; d < kLanes; ++d) to[(at + d) * kLanes] = x[d];
+    });
+    scratch.position[row] = static_cast<float>(a.first + query_of(row));
+  }
+
+  const int64_t nearest = a.first + first_query, farthest = nearest + queries;  // positions of the first query, behind the last
+  const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, nearest + 1 - a.window) : 0;
+  for (int64_t key = oldest; key < farthest; key += kKeys) {
+    const int64_t count = std::min(kKeys, farthest - key);
+    widen(a.keys + batch * a.key_strides[0] + kv_head * a.key_strides[1] + key * a.key_strides[2], a.key_strides[2], count, a.dim, padded, scratch.keys);
+    widen(a.values + batch * a.value_strides[0] + kv_head * a.value_strides[1] + key * a.value_strides[2], a.value_strides[2], count, a.dim, padded,
+          scratch.values);
+    const bool all_visible = key + count - 1 <= nearest && (a.window == 0 || farthest - key <= a.window);
+    const Meeting meeting{count, padded, key, a.window, all_visible};
+    int64_t vector = 0;
+    for (; vector + 2 <= vectors; vector += 2) meet<2>(meeting, scratch, vector);
+    if (vector < vectors) meet<1>(meeting, scratch, vector);
+  }
+
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    const Lanes inverse = 1 / load_lanes(scratch.total + vector * kLanes);
+    for (int64_t d = 0; d < a.dim; ++d) {
+      float* out = scratch.out + (vector * padded + d) * kLanes;
+      store_lanes(out, rounded(a.out, load_lanes(out) * inverse));
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = scratch.out + row / kLanes * padded * kLanes + row % kLanes;
+    T* to = a.out + ((batch * a.tokens + query_of(row)) * a.heads + head_of(row)) * a.dim;
+    for (int64_t d = 0; d < a.dim; ++d) store(to + d, from[d * kLanes]);
+  }
+}
+STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
+STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
+
+template <typename T>
+void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window, at::Tensor& out) {
+  Attention<T> a{static_cast<const T*>(queries.const_data_ptr()), static_cast<const T*>(keys.const_data_ptr()),
+                 static_cast<const T*>(values.const_data_ptr()), static_cast<T*>(out.data_ptr()), queries.size(1), keys.size(1),
+                 queries.size(2), queries.size(3), first, window, {}, {}, {}};
+  for (int i = 0; i < 3; ++i) {
+    a.query_strides[i] = queries.stride(i);
+    a.key_strides[i] = keys.stride(i);
+    a.value_strides[i] = values.stride(i);
+  }
+  const int64_t items = queries.size(0) * a.kv_heads * a.blocks();
+  const int64_t products_per_item = 2 * a.group() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
+  at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    for (int64_t item = begin; item < end; ++item) attend(a, item, scratch);
+  });
+}
+
+}  // namespace
+
+at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window) {
+  for (const at::Tensor& tensor : {keys, values})
+    STBLLM_CHECK(tensor.scalar_type() == queries.scalar_type() && tensor.stride(-1) == 1 && tensor.size(0) == queries.size(0) &&
+                     tensor.size(1) == keys.size(1) && tensor.size(2) == first + queries.size(2) && tensor.size(3) == queries.size(3),
+                 "{} queries at {} meet keys or values of shape [{}, {}, {}, {}]", queries.size(2), first, tensor.size(0), tensor.size(1), tensor.size(2),
+                 tensor.size(3));
+  STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(1) % keys.size(1) == 0, "{} heads share {}", queries.size(1), keys.size(1));
+  at::Tensor out = at::empty({queries.size(0), queries.size(2), queries.size(1) * queries.size(3)}, queries.options());
+  if (queries.scalar_type() == at::kFloat)
+    attention_of<float>(queries, keys, values, first, window, out);
+  else
+    attention_of<uint16_t>(queries, keys, values, first, window, out);
+  return out;
+}
+
+}  // namespace stbllm
