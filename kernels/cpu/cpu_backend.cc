@@ -162,13 +162,14 @@ void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationVie
 void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x, int64_t first_token,
                   int64_t tokens, float* sums, int64_t stride) {
   if (m.outliers == 0) return;
-  AlignedVector<float> panel(static_cast<size_t>(m.outliers * kTileRows)),
-      values(static_cast<size_t>(tokens * m.outliers));
-  kernels.decode_outliers(m, tile, panel.data());
+  thread_local AlignedVector<float> scratch;
+  float* panel = grow(scratch, m.outliers * (kTileRows + tokens));
+  float* values = panel + m.outliers * kTileRows;
+  kernels.decode_outliers(m, tile, panel);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < m.outliers; ++i)
       values[t * m.outliers + i] = load_element(x, (first_token + t) * m.cols + m.outlier_columns[i]);
-  kernels.multiply(panel.data(), m.outliers, values.data(), tokens, sums, stride);
+  kernels.multiply(panel, m.outliers, values, tokens, sums, stride);
 }
 
 // A matrix among those that are multiplied together, and the activations it shares with others.

@@ -1,9 +1,14 @@
 #include "stbllm/quantize/binarized_weight.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 
@@ -44,11 +49,38 @@ void BinarizedWeight::expand_scales() {
   scales = per_block.unsqueeze(2) * level_values.view({1, 1, -1});
 }
 
+namespace {
+
+STBLLM_CLONES float dot(const float* a, const float* b, int64_t count) {
+  Lanes sums = {};
+  for_each_lanes(0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) { sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes); });
+  return sum_of(sums);
+}
+
+/// tr(D H D^T) for a symmetric H: panels on and above its diagonal, those above count twice.
+double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
+  constexpr int64_t kPanel = 256;  // wide enough for full-speed products
+  const int64_t rows = d.size(0), cols = d.size(1);
+  STBLLM_CHECK(d.is_contiguous(), "rows are adjacent");
+  std::vector<double> energy(static_cast<size_t>(rows));  // a row's own: no sum depends on the number of threads
+  for (int64_t first = 0; first < cols; first += kPanel) {
+    const int64_t width = std::min(kPanel, cols - first), rest = cols - first;
+    const at::Tensor product = d.narrow(1, first, width).mm(hessian.narrow(0, first, width).narrow(1, first, rest));
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const float *own = d.const_data_ptr<float>() + row * cols + first, *mixed = product.const_data_ptr<float>() + row * rest;
+        energy[row] += double{dot(own, mixed, width)} + 2 * double{dot(own + width, mixed + width, rest - width)};
+      }
+    });
+  }
+  return std::accumulate(energy.begin(), energy.end(), 0.0);
+}
+
+}  // namespace
+
 double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian) {
-  const at::Tensor w = weight.to(at::kFloat);
-  const at::Tensor d = quantized - w;
-  const double error = d.mm(hessian).mul_(d).sum(0, false, at::kDouble).sum().item<double>();
-  const double energy = w.mm(hessian).mul_(w).sum(0, false, at::kDouble).sum().item<double>();
+  const at::Tensor w = weight.to(at::kFloat).contiguous();
+  const double error = output_energy((quantized - w).contiguous(), hessian), energy = output_energy(w, hessian);
   return energy > 0 ? error / energy : 0;
 }
 

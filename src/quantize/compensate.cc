@@ -15,13 +15,25 @@ at::Tensor factor_in_three_steps(const at::Tensor& h) {
   return second_info.item<int>() != 0 ? at::Tensor() : upper;
 }
 
+/// The inverse of a lower triangle, by halves: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1], so that most of it is products.
+at::Tensor inverse_of_lower(const at::Tensor& lower) {
+  constexpr int64_t kWhole = 192;
+  const int64_t size = lower.size(0), half = (size + 1) / 2, rest = size - half;
+  if (size <= kWhole) return at::linalg_solve_triangular(lower, at::eye(size, lower.options()), /*upper=*/false);
+  const at::Tensor first = inverse_of_lower(lower.narrow(0, 0, half).narrow(1, 0, half));
+  const at::Tensor last = inverse_of_lower(lower.narrow(0, half, rest).narrow(1, half, rest));
+  at::Tensor inverse = at::zeros_like(lower);
+  inverse.narrow(0, 0, half).narrow(1, 0, half).copy_(first);
+  inverse.narrow(0, half, rest).narrow(1, half, rest).copy_(last);
+  inverse.narrow(0, half, rest).narrow(1, 0, half).copy_(last.mm(lower.narrow(0, half, rest).narrow(1, 0, half).mm(first)).neg_());
+  return inverse;
+}
+
 /// With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and H^-1 = U^T U for U = R^-1.
 at::Tensor factor_in_one_step(const at::Tensor& h) {
-  const at::Tensor reverse = at::arange(h.size(0) - 1, -1, -1, at::kLong);
-  const auto [lower, info] = at::linalg_cholesky_ex(h.to(at::kDouble).index_select(0, reverse).index_select(1, reverse));
+  const auto [lower, info] = at::linalg_cholesky_ex(h.flip({0, 1}).to(at::kDouble));
   if (info.item<int>() != 0) return {};
-  const at::Tensor inverse = at::linalg_solve_triangular(lower, at::eye(h.size(0), at::kDouble), /*upper=*/false);
-  return inverse.index_select(0, reverse).index_select(1, reverse).to(at::kFloat);
+  return inverse_of_lower(lower).to(at::kFloat).flip({0, 1});
 }
 
 }  // namespace

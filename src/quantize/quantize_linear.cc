@@ -268,7 +268,7 @@ LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, i
   if (recipe.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
     const double changed = timed("descend", one_search, [&] { return descend(lean); });
-    if (sweep < recipe.refit) timed("refit", 0, [&] { refit(lean); });
+    if (sweep < recipe.refit) timed("refit", 0, [&] { refit(lean, /*with_levels=*/sweep == 0); });  // later they hardly move
     if (changed < 1e-4) break;
   }
   return lean;

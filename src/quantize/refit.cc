@@ -49,9 +49,11 @@ STBLLM_CLONES void dot_tile(const float* a, int64_t a_stride, const float* b, in
 /// Rows whose parts exist at a time.
 constexpr int64_t kRowsPerPass = 1024;
 
-/// P and r of `rows` rows from `first_row` on.
+/// P and r of `rows` rows from `first_row` on, for all levels or, where these stay what they are, for all of them as one.
 struct RowParts {
-  int64_t first_row, rows, blocks, levels;
+  int64_t first_row, rows, blocks;
+  std::vector<float> values;  // (levels): what they are worth; 1 for all as one
+  int64_t levels;
   std::vector<float> p;  // (rows, pairs of column blocks b <= c, levels of b, levels of c)
   std::vector<float> r;  // (rows, blocks, levels)
 
@@ -61,31 +63,32 @@ struct RowParts {
   int64_t block(int64_t row, int64_t b) const { return (row * blocks + b) * levels; }
 };
 
-/// The signs of the weights that have each level: float32 (cols, levels, lanes), with lanes >= rows behind which there are zeros.
-at::Tensor signs_by_level(const LeanWeight& lean, int64_t first_row, int64_t rows, int64_t lanes) {
-  const int64_t levels = static_cast<int64_t>(lean.level_values.size());
-  at::Tensor signs = at::empty({lean.cols(), levels, lanes}, at::kFloat);
+/// The signs of the weights that have each level, or what they are worth: float32 (cols, levels or 1, lanes), with lanes >= rows behind which there
+/// are zeros.
+at::Tensor make_signs(const LeanWeight& lean, int64_t first_row, int64_t rows, int64_t lanes, bool by_level) {
+  const int64_t levels = static_cast<int64_t>(lean.level_values.size()), planes = by_level ? levels : 1;
+  at::Tensor signs = at::zeros({lean.cols(), planes, lanes}, at::kFloat);
   at::parallel_for(0, lean.cols(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int8_t* symbol = lean.symbols.const_data_ptr<int8_t>() + c * lean.rows() + first_row;
       for (int64_t level = 0; level < levels; ++level) {
-        float* out = signs.data_ptr<float>() + (c * levels + level) * lanes;
+        float* out = signs.data_ptr<float>() + (c * planes + (by_level ? level : 0)) * lanes;
+        const float value = by_level ? 1.f : lean.level_values[level];
         const auto plus = static_cast<int8_t>(1 + level), minus = static_cast<int8_t>(-1 - level);
-        for (int64_t row = 0; row < rows; ++row) out[row] = static_cast<float>((symbol[row] == plus) - (symbol[row] == minus));
-        std::fill(out + rows, out + lanes, 0.f);
+        for (int64_t row = 0; row < rows; ++row) out[row] += value * static_cast<float>((symbol[row] == plus) - (symbol[row] == minus));
       }
     }
   });
   return signs;
 }
 
-RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows) {
-  const int64_t blocks = lean.column_blocks(), cols = lean.cols(), levels = static_cast<int64_t>(lean.level_values.size());
-  const int64_t lanes = ceil_div(rows, kTileRows) * kTileRows;
-  RowParts parts{first_row, rows, blocks, levels, {}, {}};
+RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, bool by_level) {
+  const int64_t blocks = lean.column_blocks(), cols = lean.cols(), lanes = ceil_div(rows, kTileRows) * kTileRows;
+  RowParts parts{first_row, rows, blocks, by_level ? lean.level_values : std::vector<float>{1}, 1, {}, {}};
+  const int64_t levels = parts.levels = std::ssize(parts.values);
   parts.p.resize(rows * parts.pairs() * levels * levels);
   parts.r.resize(rows * blocks * levels);
-  const at::Tensor signs = signs_by_level(lean, first_row, rows, lanes);
+  const at::Tensor signs = make_signs(lean, first_row, rows, lanes, by_level);
   at::Tensor target = at::zeros({cols, lanes}, at::kFloat);
   target.narrow(1, 0, rows).copy_(lean.hessian_target.narrow(1, first_row, rows));
   for (int64_t b = 0; b < blocks; ++b) {
@@ -119,42 +122,57 @@ RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows) {
   return parts;
 }
 
+/// Solves A x = b for a positive definite A (n, n) by a Cholesky; what has no pivot becomes 0.
+void solve(const double* a, const double* b, int64_t n, std::vector<double>& lower, double* x) {
+  lower.assign(static_cast<size_t>(n * n), 0);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double sum = a[i * n + j];
+      for (int64_t k = 0; k < j; ++k) sum -= lower[i * n + k] * lower[j * n + k];
+      if (i == j)
+        lower[i * n + i] = sum > 0 ? std::sqrt(sum) : 0;
+      else
+        lower[i * n + j] = lower[j * n + j] > 0 ? sum / lower[j * n + j] : 0;
+    }
+    double sum = b[i];
+    for (int64_t k = 0; k < i; ++k) sum -= lower[i * n + k] * x[k];
+    x[i] = lower[i * n + i] > 0 ? sum / lower[i * n + i] : 0;
+  }
+  for (int64_t i = n - 1; i >= 0; --i) {
+    double sum = x[i];
+    for (int64_t k = i + 1; k < n; ++k) sum -= lower[k * n + i] * x[k];
+    x[i] = lower[i * n + i] > 0 ? sum / lower[i * n + i] : 0;
+  }
+}
+
 /// Solves and rounds the scales of the rows of `parts`.
 void refit_scales(LeanWeight& lean, const RowParts& parts) {
   const int64_t blocks = parts.blocks, levels = parts.levels, rows = lean.rows();
-  at::Tensor p = at::empty({parts.rows, blocks, blocks}, at::kDouble), r = at::empty({parts.rows, blocks}, at::kDouble);
+  const bool coded = lean.scale_bits < 16;
   at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
-    const std::vector<float>& value = lean.level_values;
-    for (int64_t row = begin; row < end; ++row) {
-      double* pr = p.data_ptr<double>() + row * blocks * blocks;
+    std::vector<double> p(blocks * blocks), damped, lower, r(blocks), exact(blocks), old(blocks), now(blocks);
+    std::vector<uint8_t> codes(blocks);
+    const double *pr = p.data(), *rr = r.data();
+    for (int64_t i = begin; i < end; ++i) {
       for (int64_t b = 0; b < blocks; ++b) {
         double sum = 0;
-        for (int64_t l = 0; l < levels; ++l) sum += static_cast<double>(value[l]) * parts.r[parts.block(row, b) + l];
-        r.data_ptr<double>()[row * blocks + b] = sum;
+        for (int64_t l = 0; l < levels; ++l) sum += static_cast<double>(parts.values[l]) * parts.r[parts.block(i, b) + l];
+        r[b] = sum;
         for (int64_t c = b; c < blocks; ++c) {
-          const float* part = &parts.p[parts.pair(row, b, c)];
+          const float* part = &parts.p[parts.pair(i, b, c)];
           sum = 0;
           for (int64_t l = 0; l < levels; ++l)
-            for (int64_t m = 0; m < levels; ++m) sum += static_cast<double>(value[l]) * value[m] * part[l * levels + m];
-          pr[b * blocks + c] = pr[c * blocks + b] = sum;
+            for (int64_t m = 0; m < levels; ++m) sum += static_cast<double>(parts.values[l]) * parts.values[m] * part[l * levels + m];
+          p[b * blocks + c] = p[c * blocks + b] = sum;
         }
       }
-    }
-  });
-  at::Tensor damped = p.clone();
-  damped.diagonal(0, 1, 2).add_(p.diagonal(0, 1, 2).mean(1, true) * 1e-6 + 1e-30);
-  const auto [solution, info] = at::linalg_solve_ex(damped, r.unsqueeze(2));
-  const at::Tensor solved = solution.squeeze(2).contiguous();
-  const bool coded = lean.scale_bits < 16;
+      double trace = 0;
+      for (int64_t b = 0; b < blocks; ++b) trace += p[b * blocks + b];
+      damped = p;
+      for (int64_t b = 0; b < blocks; ++b) damped[b * blocks + b] += 1e-6 * trace / static_cast<double>(blocks) + 1e-30;
+      solve(damped.data(), rr, blocks, lower, exact.data());
 
-  at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
-    std::vector<double> old(blocks), now(blocks);
-    std::vector<uint8_t> codes(blocks);
-    for (int64_t i = begin; i < end; ++i) {
       const int64_t row = parts.first_row + i;
-      const double* pr = p.data_ptr<double>() + i * blocks * blocks;
-      const double* rr = r.data_ptr<double>() + i * blocks;
-      const double* exact = solved.data_ptr<double>() + i * blocks;
       float* scales = lean.scales.data_ptr<float>();
       for (int64_t b = 0; b < blocks; ++b) old[b] = scales[b * rows + row];
       const double before = quadratic(pr, rr, old);
@@ -245,18 +263,19 @@ void refit_levels(LeanWeight& lean, const LevelProblem& problem) {
 
 }  // namespace
 
-void refit(LeanWeight& lean) {
+void refit(LeanWeight& lean, bool with_levels) {
   if (!lean.hessian_target.defined()) {
     const StageTimer timer("products", 2.0 * static_cast<double>(lean.cols() * lean.cols()) * static_cast<double>(lean.rows()));
     lean.hessian_target = lean.hessian.mm(lean.target);
   }
+  with_levels = with_levels && lean.level_values.size() > 1;
   LevelProblem levels(static_cast<int64_t>(lean.level_values.size()));
   for (int64_t first = 0; first < lean.rows(); first += kRowsPerPass) {
-    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first));
+    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first), with_levels || lean.level_values.size() == 1);
     refit_scales(lean, parts);
-    if (lean.level_values.size() > 1) levels.add(lean, parts);
+    if (with_levels) levels.add(lean, parts);
   }
-  if (lean.level_values.size() > 1) refit_levels(lean, levels);
+  if (with_levels) refit_levels(lean, levels);
 }
 
 }  // namespace stbllm

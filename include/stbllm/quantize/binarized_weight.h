@@ -40,7 +40,7 @@ struct BinarizedWeight {
   void expand_scales();
 };
 
-/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the layer's outputs.
+/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the layer's outputs. H is symmetric.
 double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian);
 
 }  // namespace stbllm

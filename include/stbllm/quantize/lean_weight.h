@@ -53,9 +53,9 @@ inline constexpr int kEncodeSearches = 3;
 /// Codes from left to right; the error of each group is pushed into later columns through `upper` (InverseFactor::upper; not used with Compensate::kNone).
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate);
 
-/// Least squares for all scales of a row at once, then for the levels, rounded to representable values by coordinate descent.
-/// error() never rises (beyond float32 rounding of the sums).
-void refit(LeanWeight& lean);
+/// Least squares for all scales of a row at once, then, `with_levels`, for the levels (at the price of as many products as there are
+/// levels), rounded to representable values by coordinate descent. error() never rises (beyond float32 rounding of the sums).
+void refit(LeanWeight& lean, bool with_levels = true);
 
 /// One sweep over all groups: each takes the code with the smallest error given all others. error() never rises.
 /// Returns the share of weights whose symbol changed.
