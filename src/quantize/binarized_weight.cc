@@ -41,12 +41,20 @@ double BinarizedWeight::salient_share() const {
 }
 
 void BinarizedWeight::expand_scales() {
-  const int count = 1 << scale_bits;
-  at::Tensor factor = at::empty({count}, at::kFloat);
-  for (int code = 0; code < count; ++code)  // twin of scale_code_factor() in pack/
-    factor.data_ptr<float>()[code] = static_cast<float>(std::exp2(-code * std::exp2(2.0 - scale_bits)));
+  const at::Tensor factor = at::tensor(at::ArrayRef<float>(scale_code_factors(scale_bits)));
   const at::Tensor per_block = row_scales.unsqueeze(1) * factor.index_select(0, scale_codes.flatten().to(at::kLong)).view_as(scale_codes);
   scales = per_block.unsqueeze(2) * level_values.view({1, 1, -1});
+}
+
+const std::array<float, 64>& scale_code_factors(int scale_bits) {
+  STBLLM_CHECK(scale_bits >= 4 && scale_bits <= 6, "scale codes of {} bits", scale_bits);
+  static const auto factors = [] {
+    std::array<std::array<float, 64>, 3> all{};
+    for (int bits = 4; bits <= 6; ++bits)
+      for (int code = 0; code < 1 << bits; ++code) all[bits - 4][code] = static_cast<float>(std::exp2(-code * std::exp2(2.0 - bits)));
+    return all;
+  }();
+  return factors[scale_bits - 4];
 }
 
 namespace {

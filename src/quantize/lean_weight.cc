@@ -8,6 +8,7 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/quantize/binarized_weight.h"
 #include "stbllm/quantize/nm_select.h"
 
 namespace stbllm {
@@ -53,7 +54,8 @@ float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t
   // Codes are logarithmic; the nearest in value is one of the two around the exact logarithm.
   const int last = (1 << scale_bits) - 1;
   const double step = std::exp2(2.0 - scale_bits);
-  const auto value = [&](int c) { return row_scale * static_cast<float>(std::exp2(-c * step)); };
+  const std::array<float, 64>& factors = scale_code_factors(scale_bits);
+  const auto value = [&](int c) { return row_scale * factors[c]; };
   const double exact = wanted > 0 ? -std::log2(static_cast<double>(wanted) / row_scale) / step : last;
   const int below = std::clamp(static_cast<int>(std::floor(std::clamp(exact, 0.0, static_cast<double>(last)))), 0, last);
   const int above = std::min(below + 1, last);

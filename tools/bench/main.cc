@@ -7,9 +7,11 @@
 #include "products.h"
 #include "quantizer.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/heap.h"
 
 int main(int argc, char** argv) {
   using namespace stbllm::bench;
+  stbllm::keep_freed_memory();
   CLI::App app("Times the packed matrix product on real layer shapes, beside the dense product by libtorch");
   app.require_subcommand(0, 1);
   const CLI::IsMember known_model({"smollm2", "opt-1.3b", "llama2-7b", "llama3-8b", "mistral-7b"});

@@ -23,7 +23,6 @@ struct Options {
 
 void run(const Options& options) {
   apply(options.common);
-  keep_freed_memory();
   const LoadedModel model = load_model(options.model, options.backend, options.dtype);
   const Corpus corpus = read_corpus(options.data);
   const std::vector<int32_t> ids = model.tokenizer->encode(corpus.text);

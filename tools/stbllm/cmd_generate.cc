@@ -19,7 +19,6 @@ struct Options {
 
 void run(const Options& options) {
   apply(options.common);
-  keep_freed_memory();
   if (options.generate.temperature == 0 && options.generate.top_p < 1) fail(ErrorCode::kUsage, "--top-p {}: nothing is sampled at temperature 0; add --temperature", options.generate.top_p);
   const LoadedModel model = load_model(options.model, options.backend, options.dtype, /*keep_blocks=*/true);
   const std::vector<int32_t> prompt = model.tokenizer->encode(options.prompt);

@@ -148,7 +148,6 @@ void run(Options options) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;
   }
-  if (recipe.tune_epochs > 0 || recipe.distill_epochs > 0) keep_freed_memory();
   const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
   std::signal(SIGINT, [](int) {  // the second one stops at once

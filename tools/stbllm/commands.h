@@ -24,9 +24,6 @@ struct CommonOptions {
 void add_common(CLI::App& command, CommonOptions& options);
 void apply(const CommonOptions& options);
 
-/// Training and evaluation ask for the same large blocks again and again; the C library would give them back to the system in between.
-void keep_freed_memory();
-
 /// Highest resident memory of this process so far, in bytes.
 int64_t peak_memory_bytes();
 std::string human_bytes(double bytes);

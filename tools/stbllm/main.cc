@@ -1,17 +1,16 @@
 // stbllm: structured binary weights for LLaMA, OPT and Mistral checkpoints.
 
 #include <ATen/Parallel.h>
-#include <malloc.h>
 #include <omp.h>
 #include <sys/resource.h>
 
 #include <cstdio>
 #include <exception>
 #include <fstream>
-#include <limits>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/heap.h"
 #include "stbllm/base/log.h"
 
 namespace stbllm {
@@ -25,13 +24,6 @@ void apply(const CommonOptions& options) {
   if (options.threads <= 0) return;
   at::set_num_threads(options.threads);
   omp_set_num_threads(options.threads);
-}
-
-void keep_freed_memory() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-#endif
 }
 
 int64_t peak_memory_bytes() {
@@ -59,6 +51,7 @@ void write_text(const std::filesystem::path& path, const std::string& text) {
 namespace {
 
 int run(int argc, char** argv) {
+  keep_freed_memory();
   CLI::App app{
       "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT and Mistral checkpoints.\n\n"
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"

@@ -1,0 +1,21 @@
+#pragma once
+// How this program uses the C library's heap.
+
+#include <limits>
+
+#if defined(__GLIBC__)  // defined by the header above
+#include <malloc.h>
+#endif
+
+namespace stbllm {
+
+/// Products and activations ask for the same large blocks again and again; the C library would give them back to the system in
+/// between, which then clears them page by page.
+inline void keep_freed_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
+}
+
+}  // namespace stbllm
