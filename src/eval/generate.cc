@@ -1,7 +1,7 @@
 #include "stbllm/eval/generate.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <chrono>
@@ -73,7 +73,7 @@ void check_options(const Decoder& decoder, std::span<const int32_t> prompt, cons
 Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, const GenerateOptions& options,
                     const std::function<bool(int32_t)>& on_token) {
   check_options(decoder, prompt, options);
-  const at::NoGradGuard no_grad;
+  const c10::InferenceMode inference;
   const auto prompt_tokens = static_cast<int64_t>(prompt.size());
   const int64_t max_tokens = std::min(options.max_tokens, decoder.spec().max_positions - prompt_tokens);
   KeyValueCache cache = decoder.make_cache(1, prompt_tokens + max_tokens);

@@ -18,8 +18,6 @@ namespace {
 
 /// Queries of each head and keys that meet in one go: 32 KB of keys and values as float32 for heads of 64.
 constexpr int64_t kQueries = 64, kKeys = 64;
-/// Keys, or dimensions of values, that are summed up together.
-constexpr int kTogether = 4;
 /// Products that are worth a second thread.
 constexpr int64_t kProductsPerThread = 1 << 17;
 
@@ -75,10 +73,10 @@ struct Meeting {
   int64_t count, padded, first_key, window;  // keys, and the position of the first
   bool all_visible;
 };
-/// The queries of neighbouring vectors meet keys and values. Sums of Vectors * kTogether registers hide the latency of an addition, and there are
-/// more products than loads.
+/// The queries of neighbouring vectors meet keys and values. Sums in eight registers hide the latency of an addition.
 template <int Vectors>
 STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t first_vector) {
+  constexpr int kTogether = 8 / Vectors;  // keys, or dimensions of values, that are summed up together
   const int64_t padded = meeting.padded, panel = padded * kLanes;
   const float* queries = scratch.queries + first_vector * panel;
   float *out = scratch.out + first_vector * panel, *largest = scratch.largest + first_vector * kLanes, *total = scratch.total + first_vector * kLanes;
