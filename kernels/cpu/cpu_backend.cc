@@ -9,7 +9,7 @@
 //            activations, then add up one table entry per row and group. Activations are on such a grid too, fine
 //            enough that sums just fit 16 bits; the sums are exact.
 //
-// No result depends on the number of threads: a row belongs to one thread and its chunks are added in order.
+// No result depends on the number of threads: an element of y belongs to one thread and its chunks are added in order.
 
 #include <omp.h>
 
@@ -99,7 +99,7 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
   thread_local AlignedVector<float> scratch;
   float* floats = grow(scratch, m.chunks * tokens * width);
 
-#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles* ceil_div(tokens, kShareTokens)))
   {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < tokens; ++token)
@@ -212,7 +212,7 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
     own.steps = own.makes_integers ? std::exchange(steps, steps + tokens * own.m.chunks) : maker.steps;
   }
 
-#pragma omp parallel num_threads(thread_count(tokens* rows* x.width, kProductsPerThread, tiles))
+#pragma omp parallel num_threads(thread_count(tokens* rows* x.width, kProductsPerThread, tiles* ceil_div(tokens, kShareTokens)))
   {
     for (const IntegerProduct& own : all) {
       if (!own.makes_integers) continue;

@@ -207,7 +207,8 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, c
                      tensor.size(1) == keys.size(1) && tensor.size(2) == first + queries.size(2) && tensor.size(3) == queries.size(3),
                  "{} queries at {} meet keys or values of shape [{}, {}, {}, {}]", queries.size(2), first, tensor.size(0), tensor.size(1), tensor.size(2),
                  tensor.size(3));
-  STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(1) % keys.size(1) == 0, "{} heads share {}", queries.size(1), keys.size(1));
+  STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(2) > 0, "{} queries, neighbours {} apart", queries.size(2), queries.stride(-1));
+  STBLLM_CHECK(queries.size(1) % keys.size(1) == 0, "{} heads share {}", queries.size(1), keys.size(1));
   at::Tensor out = at::empty({queries.size(0), queries.size(2), queries.size(1) * queries.size(3)}, queries.options());
   if (queries.scalar_type() == at::kFloat)
     attention_of<float>(queries, keys, values, first, window, out);

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <numeric>
 
+#include "stbllm/base/heap.h"
 #include "stbllm/base/error.h"
 #include "stbllm/eval/perplexity.h"
 #include "stbllm/model/decoder.h"
@@ -32,7 +33,9 @@ constexpr size_t kMeasuredWindows = 2;
 /// and for all else beside configuration and tokenizer.
 constexpr int64_t kHeaderBytesPerLinear = 1600, kHeaderBytesPerTensor = 250, kHeaderBytes = 2048;
 
+/// In use: what has been freed will serve again.
 int64_t resident_bytes() {
+  release_freed_memory();
   std::ifstream file("/proc/self/statm");
   int64_t total = 0, resident = 0;
   file >> total >> resident;

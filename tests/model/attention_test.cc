@@ -43,7 +43,7 @@ TEST(Attention, IsSoftmaxAttention) {
   const at::NoGradGuard no_grad;
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
     for (const auto& [heads, kv_heads, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {2, 2, 80}, {4, 1, 8}, {3, 3, 20}})
-      for (const auto& [tokens, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {1, 70}, {2, 0}, {5, 63}, {64, 0}, {65, 64}, {131, 0}, {200, 17}})
+      for (const auto& [tokens, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {1, 70}, {2, 0}, {12, 3}, {5, 63}, {64, 0}, {65, 64}, {131, 0}, {200, 17}})
         for (const int64_t window : {0, 1, 7, 64, 100}) {
           const Inputs in = make_inputs(heads, kv_heads, tokens, first, dim, type);
           const at::Tensor mixed = causal_attention(in.queries, in.keys, in.values, first, window), exact = composed(in, first, window);
@@ -65,7 +65,7 @@ TEST(Attention, StandsScoresOfAnySize) {
   EXPECT_TRUE(causal_attention(in.queries, in.keys, in.values, 0, 0).isfinite().all().item<bool>());
 }
 
-TEST(Attention, ShowsAFaultOnlyToThoseWhoSeeIt) {
+TEST(Attention, ShowsAFaultyKeyOnlyToThoseWhoSeeIt) {
   const at::NoGradGuard no_grad;
   const Inputs in = make_inputs(2, 2, 90, 0, 16, at::kBFloat16);
   in.keys.select(2, 70).fill_(std::numeric_limits<float>::quiet_NaN());

@@ -9,6 +9,13 @@
 
 namespace stbllm {
 
+/// Gives what has been freed so far back to the system, so that resident memory is memory in use.
+inline void release_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 /// Products and activations ask for the same large blocks again and again; the C library would give them back to the system in
 /// between, which then clears them page by page.
 inline void keep_freed_memory() {
