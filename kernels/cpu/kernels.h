@@ -2,7 +2,7 @@
 // What every instruction set provides, and the matrix as its kernels see it. README.md tells how it fits
 // together.
 //
-// Files that include this are compiled for different machines, so it holds plain data only: an inline
+// Files that include this are compiled for different machines, so it holds plain data only (and lanes.h, all of which is always inlined): an inline
 // function or a container here could be compiled with AVX and then be chosen by the linker for everyone.
 
 #include <cstdint>

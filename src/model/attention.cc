@@ -47,7 +47,8 @@ struct Scratch {
     float* next = memory.data_ptr<float>();
     for (const auto& [part, size] : {std::pair(&keys, block), {&values, block}, {&queries, panel}, {&out, panel}, {&largest, row}, {&total, row}, {&position, row}})
       *part = std::exchange(next, next + size);
-    std::fill_n(queries, 2 * panel, 0.0f);
+    std::fill_n(queries, panel, 0.0f);
+    std::fill_n(out, panel, 0.0f);
     std::fill_n(largest, row, -std::numeric_limits<float>::infinity());
     std::fill_n(total, row, 0.0f);
   }

@@ -130,8 +130,8 @@ at::Tensor rotate_of(const at::Tensor& x, const at::Tensor& cos, const at::Tenso
 
 template <typename T>
 at::Tensor silu_multiply_of(const at::Tensor& gate, const at::Tensor& up) {
-  const at::Tensor output = at::empty_like(gate);
-  const Gates<T> gates{elements<T>(gate), elements<T>(up), static_cast<T*>(output.data_ptr())};
+  const at::Tensor gate_rows = gate.contiguous(), up_rows = up.contiguous(), output = at::empty_like(gate_rows);
+  const Gates<T> gates{elements<T>(gate_rows), elements<T>(up_rows), static_cast<T*>(output.data_ptr())};
   at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { multiply_gates(gates, begin, end); });
   return output;
 }
@@ -149,7 +149,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 }
 
 at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up) {
-  STBLLM_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
+  STBLLM_CHECK(gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
                "a gate of {} elements for {}", gate.numel(), up.numel());
   return gate.scalar_type() == at::kFloat ? silu_multiply_of<float>(gate, up) : silu_multiply_of<uint16_t>(gate, up);
 }

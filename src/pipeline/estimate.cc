@@ -11,8 +11,8 @@
 #include <fstream>
 #include <numeric>
 
-#include "stbllm/base/heap.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/heap.h"
 #include "stbllm/eval/perplexity.h"
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/quantized_rows.h"

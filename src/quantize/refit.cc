@@ -271,7 +271,7 @@ void refit(LeanWeight& lean, bool with_levels) {
   with_levels = with_levels && lean.level_values.size() > 1;
   LevelProblem levels(static_cast<int64_t>(lean.level_values.size()));
   for (int64_t first = 0; first < lean.rows(); first += kRowsPerPass) {
-    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first), with_levels || lean.level_values.size() == 1);
+    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first), with_levels);
     refit_scales(lean, parts);
     if (with_levels) levels.add(lean, parts);
   }

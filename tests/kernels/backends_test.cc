@@ -409,10 +409,10 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
       const int threads = omp_get_max_threads();
       omp_set_num_threads(1);
       const Buffer one = run(GetParam(), owned.view(), x);
-      omp_set_num_threads(3);
-      const Buffer three = run(GetParam(), owned.view(), x);
+      omp_set_num_threads(2);  // which share the second of three tiles
+      const Buffer two = run(GetParam(), owned.view(), x);
       omp_set_num_threads(threads);
-      EXPECT_TRUE(one.bytes == three.bytes) << tokens << " tokens";
+      EXPECT_TRUE(one.bytes == two.bytes) << tokens << " tokens";
       for (const float poison : {NAN, INFINITY}) {
         store_element(x.view(), 299, poison);
         const Buffer poisoned = run(GetParam(), owned.view(), x);

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -109,11 +110,13 @@ TEST_P(DecoderOfEveryFamily, MatchesPlainLoops) {
   ScratchDirectory directory;
   const Decoder decoder = open_decoder(directory, GetParam().model);
   const std::vector<std::vector<int32_t>> rows = {some_ids(40), some_ids(40, 100)};
-  const at::Tensor logits = decoder.logits(decoder.forward(batch_of(rows)));
   const NaiveTransformer naive(GetParam().model);
-  for (size_t i = 0; i < rows.size(); ++i)
-    EXPECT_LT(largest_difference(logits[static_cast<int64_t>(i)], as_tensor(naive.logits(rows[i]))),
-              kFloat32Tolerance);
+  for (const bool autograd : {true, false}) {  // libtorch's operations, and those that do several of them in one pass
+    const at::AutoGradMode mode(autograd);
+    const at::Tensor logits = decoder.logits(decoder.forward(batch_of(rows)));
+    for (size_t i = 0; i < rows.size(); ++i)
+      EXPECT_LT(largest_difference(logits[static_cast<int64_t>(i)], as_tensor(naive.logits(rows[i]))), kFloat32Tolerance) << autograd;
+  }
 }
 
 TEST_P(DecoderOfEveryFamily, CacheGivesTheSameAsOneForward) {
@@ -121,16 +124,19 @@ TEST_P(DecoderOfEveryFamily, CacheGivesTheSameAsOneForward) {
   const Decoder decoder = open_decoder(directory, GetParam().model, {.keep_blocks = true});
   const at::Tensor ids = batch_of({some_ids(40), some_ids(40, 100)});
   const at::Tensor whole = decoder.forward(ids);
-  KeyValueCache cache = decoder.make_cache(2, 40);
-  std::vector<at::Tensor> parts;
-  int64_t first = 0;
-  for (const int64_t count : {5, 1, 12, 1, 1, 1, 19}) {
-    parts.push_back(decoder.forward(ids.slice(1, first, first + count), &cache));
-    first += count;
+  for (const bool autograd : {true, false}) {
+    const at::AutoGradMode mode(autograd);
+    KeyValueCache cache = decoder.make_cache(2, 40);
+    std::vector<at::Tensor> parts;
+    int64_t first = 0;
+    for (const int64_t count : {5, 1, 12, 1, 1, 1, 19}) {
+      parts.push_back(decoder.forward(ids.slice(1, first, first + count), &cache));
+      first += count;
+    }
+    EXPECT_EQ(cache.length(), 40);
+    EXPECT_LT(largest_difference(at::cat(parts, 1), whole), kFloat32Tolerance) << autograd;
+    EXPECT_THROW(decoder.forward(ids.slice(1, 0, 1), &cache), Error);  // full
   }
-  EXPECT_EQ(cache.length(), 40);
-  EXPECT_LT(largest_difference(at::cat(parts, 1), whole), kFloat32Tolerance);
-  EXPECT_THROW(decoder.forward(ids.slice(1, 0, 1), &cache), Error);  // full
 }
 
 TEST(Decoder, HalfPrecisionFilesAreWidenedExactly) {

@@ -19,7 +19,7 @@ struct Rows {
   at::Tensor decoded;
 };
 
-/// 1500 rows: more than are decoded at a time.
+/// 1500 rows: the last tile of 64 is not full.
 Rows make_rows(int bits, int64_t cols, int64_t rows = 1500) {
   at::manual_seed(3);
   const at::Tensor weight = at::randn({rows, cols});

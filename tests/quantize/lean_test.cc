@@ -159,13 +159,13 @@ TEST(GroupSearch, FindsTheBestStateOfAll) {
 }
 
 TEST(InverseFactor, OneStepAndThreeStepsAgreeAndInvertH) {
-  const Layer layer = make_layer(4, 96, 5);
+  const Layer layer = make_layer(4, 401, 5);  // a triangle that is inverted by halves, twice
   const InverseFactor one = inverse_factor(layer.stats.hessian, 0.01), three = inverse_factor(layer.stats.hessian, 0.01, true);
   EXPECT_LT((one.upper - three.upper).abs().max().item<double>(), 1e-3 * one.upper.abs().max().item<double>());
   at::Tensor h = layer.stats.hessian.clone();
   h.diagonal().add_(0.01 * h.diagonal().mean().item<double>());
   const at::Tensor identity = one.upper.t().mm(one.upper).mm(h);
-  EXPECT_LT((identity - at::eye(96)).abs().max().item<double>(), 1e-3);  // condition number of H times float32 epsilon
+  EXPECT_LT((identity - at::eye(401)).abs().max().item<double>(), 1e-3);  // condition number of H times float32 epsilon
 }
 
 TEST(InverseFactor, RaisesTheDampingOfASingularHessianAndSaysSo) {
@@ -176,7 +176,7 @@ TEST(InverseFactor, RaisesTheDampingOfASingularHessianAndSaysSo) {
 }
 
 TEST(QuantizeLinear, GivesTheSameResultForOneAndTwoThreads) {
-  const Layer layer = make_layer(130, 192, 6);
+  const Layer layer = make_layer(130, 401, 6);
   const int before = at::get_num_threads();
   for (const char* name : {"stbllm", "stbllm-paper", "stbllm-sub1"}) {
     Recipe recipe = Recipe::load(name);
@@ -188,6 +188,28 @@ TEST(QuantizeLinear, GivesTheSameResultForOneAndTwoThreads) {
     EXPECT_TRUE(at::equal(one.scales, two.scales)) << name;
   }
   at::set_num_threads(before);
+}
+
+TEST(RelativeOutputError, IsTheRatioOfTwoTraces) {
+  const Layer layer = make_layer(5, 600, 8);  // three panels of H
+  const at::Tensor quantized = layer.weight + 0.1 * at::randn(layer.weight.sizes());
+  const auto trace = [&](const at::Tensor& d) {
+    const at::Tensor wide = d.to(at::kDouble);
+    return (wide.mm(layer.stats.hessian.to(at::kDouble)) * wide).sum().item<double>();
+  };
+  const double exact = trace(quantized - layer.weight) / trace(layer.weight);
+  EXPECT_NEAR(relative_output_error(layer.weight, quantized, layer.stats.hessian), exact, 1e-5 * exact);  // float32 sums of 600 terms
+}
+
+TEST(Refit, WithoutLevelsMovesScalesAlone) {
+  LeanWeight lean = start(make_layer(70, 172, 9), {2, 4}, 3, 4);
+  const std::vector<float> levels = lean.level_values;
+  const double before = lean.error();
+  refit(lean, /*with_levels=*/false);
+  EXPECT_EQ(lean.level_values, levels);
+  EXPECT_LT(lean.error(), 0.999 * before);
+  refit(lean, /*with_levels=*/true);
+  EXPECT_NE(lean.level_values, levels);
 }
 
 TEST(QuantizeLinear, StoresOutlierColumnsExactly) {

@@ -24,7 +24,7 @@ struct ActivationView {
   int64_t width = 0;  ///< elements per token
 };
 
-/// A packed matrix in a backend's own layout. Owns its memory; independent of the file it came from.
+/// A matrix in a backend's own layout. Owns its memory and is independent of the file it came from; rows of integers keep the file mapped.
 class PreparedMatrix {
  public:
   virtual ~PreparedMatrix() = default;

@@ -1,6 +1,7 @@
 #pragma once
-// Sixteen numbers side by side, so that the compiler turns inner loops into vector code for each instruction set. The
-// quantizer runs over this many rows in lockstep: no result depends on how rows are split over threads.
+// Sixteen numbers side by side, so that the compiler turns inner loops into vector code for each instruction set.
+// Everything is inlined always, so that files compiled for different machines may share it. The quantizer runs over this many rows in
+// lockstep: no result depends on how rows are split over threads.
 
 #include <array>
 #include <cstdint>

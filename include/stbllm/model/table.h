@@ -20,7 +20,7 @@ class Table {
 
   /// ids, any shape, int32 or int64 on the table's device -> (ids.., width) in `dtype`, which is the table's if dense.
   at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype) const;
-  /// x (.., width) -> (.., vocab): in x's dtype if dense, else float32, without autograd.
+  /// x (.., width) -> (.., vocab): in x's dtype if dense, else float32 as the backend multiplies, without autograd.
   at::Tensor multiply(const at::Tensor& x) const;
   /// (vocab, width); undefined where the table is rows of integers.
   const at::Tensor& dense() const { return dense_; }
