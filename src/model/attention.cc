@@ -21,6 +21,9 @@ constexpr int64_t kQueries = 64, kKeys = 64;
 /// Products that are worth a second thread.
 constexpr int64_t kProductsPerThread = 1 << 17;
 
+/// Heads of a single query that share keys and are not worth lanes of their own.
+constexpr int64_t kFewHeads = 4;
+
 template <typename T>
 struct Attention {
   const T *queries, *keys, *values;
@@ -41,10 +44,13 @@ struct Scratch {
   float *largest, *total;         // (vectors, kLanes): of the scores, of their exponentials
   float* position;                // (vectors, kLanes)
 
+  float* reserve(int64_t count) {
+    if (!memory.defined() || memory.numel() < count) memory = at::zeros({count}, at::kFloat);
+    return memory.data_ptr<float>();
+  }
   void resize(int64_t padded_dim, int64_t vectors) {
     const int64_t block = kKeys * padded_dim, panel = vectors * padded_dim * kLanes, row = vectors * kLanes;
-    if (!memory.defined() || memory.numel() < 2 * block + 2 * panel + 3 * row) memory = at::zeros({2 * block + 2 * panel + 3 * row}, at::kFloat);
-    float* next = memory.data_ptr<float>();
+    float* next = reserve(2 * block + 2 * panel + 3 * row);
     for (const auto& [part, size] : {std::pair(&keys, block), {&values, block}, {&queries, panel}, {&out, panel}, {&largest, row}, {&total, row}, {&position, row}})
       *part = std::exchange(next, next + size);
     std::fill_n(queries, panel, 0.0f);
@@ -179,6 +185,65 @@ STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scrat
     for (int64_t d = 0; d < a.dim; ++d) store(to + d, from[d * kLanes]);
   }
 }
+/// One query of each head that shares keys, `kFewHeads` at most: lanes are dimensions, and all scores are kept.
+template <typename T>
+STBLLM_INLINE void attend_alone_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
+  const int64_t kv_head = item % a.kv_heads, batch = item / a.kv_heads, heads = a.group(), padded = a.padded_dim();
+  const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, a.first + 1 - a.window) : 0, count = a.first + 1 - oldest;
+  const int64_t stride = ceil_div(count, int64_t{kLanes}) * kLanes;
+  float* queries = scratch.reserve(heads * (padded + stride));
+  float* scores = queries + heads * padded;  // (heads, stride)
+  const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* from = a.queries + batch * a.query_strides[0] + (kv_head * heads + h) * a.query_strides[1];
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+      store_lanes(queries + h * padded + at, load(from + at, lanes) * scale);
+    });
+  }
+
+  const T* keys = a.keys + batch * a.key_strides[0] + kv_head * a.key_strides[1] + oldest * a.key_strides[2];
+  for (int64_t key = 0; key < count; ++key) {
+    Lanes sums[kFewHeads] = {};
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+      const Lanes k = load(keys + key * a.key_strides[2] + at, lanes);
+      for (int64_t h = 0; h < kFewHeads; ++h)
+        if (h < heads) sums[h] += load_lanes(queries + h * padded + at) * k;
+    });
+    for (int64_t h = 0; h < heads; ++h) scores[h * stride + key] = sum_of(sums[h]);
+  }
+
+  float inverse[kFewHeads];
+  for (int64_t h = 0; h < heads; ++h) {
+    float* own = scores + h * stride;
+    std::fill(own + count, own + stride, -std::numeric_limits<float>::infinity());
+    const float highest = *std::max_element(own, own + count);
+    Lanes total = {};
+    for (int64_t at = 0; at < stride; at += kLanes) {
+      const Lanes weight = exp_of(load_lanes(own + at) - highest);
+      store_lanes(own + at, weight);
+      total += weight;
+    }
+    inverse[h] = 1 / sum_of(total);
+  }
+
+  const T* values = a.values + batch * a.value_strides[0] + kv_head * a.value_strides[1] + oldest * a.value_strides[2];
+  T* out = a.out + (batch * a.heads + kv_head * heads) * a.dim;
+  for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+    Lanes sums[kFewHeads] = {};
+    for (int64_t key = 0; key < count; ++key) {
+      const Lanes v = load(values + key * a.value_strides[2] + at, lanes);
+      for (int64_t h = 0; h < kFewHeads; ++h)
+        if (h < heads) sums[h] += v * scores[h * stride + key];
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      const Lanes mixed = rounded(out, sums[h] * inverse[h]);
+      for (int d = 0; d < lanes; ++d) store(out + h * a.dim + at + d, mixed[d]);
+    }
+  });
+}
+STBLLM_CLONES void attend_alone(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
+STBLLM_CLONES void attend_alone(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
+
 STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
 STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
 
@@ -192,11 +257,12 @@ void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::T
     a.key_strides[i] = keys.stride(i);
     a.value_strides[i] = values.stride(i);
   }
+  const bool alone = a.tokens == 1 && a.group() <= kFewHeads;
   const int64_t items = queries.size(0) * a.kv_heads * a.blocks();
   const int64_t products_per_item = 2 * a.group() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
   at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    for (int64_t item = begin; item < end; ++item) attend(a, item, scratch);
+    for (int64_t item = begin; item < end; ++item) alone ? attend_alone(a, item, scratch) : attend(a, item, scratch);
   });
 }
 
