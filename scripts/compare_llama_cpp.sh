@@ -155,7 +155,9 @@ for name in checkpoint packed; do
   "$stbllm" eval-ppl "$model" --data "$data" --seqlen 512 --windows "$windows" --second-half --dtype bfloat16 --threads "$threads" --json \
     >"$run/$name.perplexity.json"
   for repetition in 1 2 3; do
-    "$stbllm" generate "$model" --prompt "$prompt" -n 64 --threads "$threads" --json >"$run/$name.generate.$repetition.json"
+    "$stbllm" generate "$model" --prompt "$prompt" -n 1 --threads "$threads" --json >"$run/$name.prompt.$repetition.json"
+    # llama-bench generates its tokens from an empty context.
+    "$stbllm" generate "$model" --prompt The -n 64 --threads "$threads" --json >"$run/$name.generate.$repetition.json"
   done
 done
 
@@ -220,7 +222,7 @@ def llama_row(kind, perplexity, speed):
 
 def stbllm_row(kind, path):
     perplexity = json.loads(read(f"{kind}.perplexity.json"))
-    generated = [json.loads(read(f"{kind}.generate.{i}.json")) for i in (1, 2, 3)]
+    prompts, generated = ([json.loads(read(f"{kind}.{what}.{i}.json")) for i in (1, 2, 3)] for what in ("prompt", "generate"))
     files = glob.glob(os.path.join(path, "*.safetensors")) if os.path.isdir(path) else [path]
     return {
         "program": "stbllm",
@@ -229,7 +231,7 @@ def stbllm_row(kind, path):
         "linear_bits": 16 if kind == "checkpoint" else json.loads(read("packed.inspect.json"))["stored_bits"],
         "perplexity": perplexity["perplexity"],
         "perplexity_tokens_per_second": perplexity["tokens_per_second"],
-        "prompt_tokens_per_second": max(g["prefill_tokens_per_second"] for g in generated),
+        "prompt_tokens_per_second": max(p["prefill_tokens_per_second"] for p in prompts),
         "generated_tokens_per_second": max(g["decode_tokens_per_second"] for g in generated),
     }
 
