@@ -1,7 +1,7 @@
 // y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of four ways:
 //
-//  panels    for each tile of 64 rows and chunk of 128 columns: decode the weights once, multiply by all tokens.
-//            float32 activations always go this way and are used as they are; others where codes have no lookup.
+//  panels    for each tile of 64 rows and chunk of up to 128 columns: decode the weights once, multiply by all tokens.
+//            float32 activations go this way and are used as they are; others where there is neither lookup nor integer product.
 //  integers  the same with weights as integer levels and activations on a grid of a power of two per token and chunk:
 //            where there are many tokens.
 //  rows      dot products with rows of integers (embedding and head), for few tokens.
@@ -14,7 +14,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "cpu_matrix.h"
@@ -72,13 +71,17 @@ int64_t tile_rows(const MatrixView& m, int64_t tile) {
   return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
 }
 
-const MatrixView& view_of(const Product& product) { return static_cast<const CpuMatrix&>(*product.matrix).view(); }
+const MatrixView& matrix_of(const Product& product) { return static_cast<const CpuMatrix&>(*product.matrix).view(); }
+
+// The first of `products` whose activations, made ready, serve the last one too: itself if there is no earlier one.
+template <typename T, typename Share>
+size_t find_maker(const std::vector<T>& products, const Share& share) {
+  return std::ranges::find_if(products, [&](const T& other) { return share(other.m, products.back().m); }) - products.begin();
+}
 
 bool same_outliers(const MatrixView& a, const MatrixView& b) {
   return std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
 }
-
-// --- panels ---
 
 // What a thread multiplies: tiles times tokens are dealt out in equal shares, so that nobody waits. Where two threads share a
 // tile, both decode it. Calls visit(tile, first token, last token).
@@ -92,6 +95,8 @@ void for_each_share(int64_t tiles, int64_t tokens, const Visit& visit) {
     visit(tile, at % parts * kShareTokens, std::min(tokens, (next - tile * parts) * kShareTokens));
   }
 }
+
+// --- panels ---
 
 void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
   const int64_t tokens = x.tokens, width = m.chunk_columns;
@@ -133,8 +138,10 @@ void multiply_rows(const Kernels& kernels, const MatrixView& m, const Activation
   load_activations(kernels, x, 0, x.tokens * m.cols, values);
   std::fill_n(arranged, x.tokens * width, 0.0f);
   for (int64_t t = 0; t < x.tokens; ++t)
-    for (int64_t c = 0; c < m.cols; ++c)
-      arranged[t * width + c / 64 * 64 + c % 4 * 16 + c % 64 / 4] = values[t * m.cols + c];
+    for (int64_t c = 0; c < m.cols; ++c) {
+      const int64_t first = c / m.chunk_columns * m.chunk_columns;  // in which column c stands at c % 4 * 16 + c / 4
+      arranged[t * width + first + c % 4 * (m.chunk_columns / 4) + (c - first) / 4] = values[t * m.cols + c];
+    }
 
 #pragma omp parallel for schedule(static) num_threads(thread_count(x.tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
   for (int64_t tile = 0; tile < m.tiles; ++tile) {
@@ -176,14 +183,14 @@ void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, con
 struct IntegerProduct {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t first_tile;  // of all matrices in a row
-  bool makes_integers = true;  // else an earlier one's serve
+  int64_t first_tile;    // of all matrices in a row
+  size_t maker = 0;      // whose integers serve this one
   // (chunks, tokens, chunk_columns) and (chunks, tokens): what one panel needs lies together.
   int16_t* integers = nullptr;
   float* steps = nullptr;
 };
 
-// Whether two matrices take the same activations as the same integers.
+// Whether two matrices take the same activations as the same integers: those with as wide sums and the same exact columns.
 bool share_integers(const MatrixView& a, const MatrixView& b) {
   return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
 }
@@ -193,12 +200,12 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
   std::vector<IntegerProduct> all;
   int64_t tiles = 0, rows = 0, integer_count = 0, step_count = 0;
   for (const Product& product : products) {
-    const MatrixView& m = view_of(product);
+    const MatrixView& m = matrix_of(product);
     all.push_back({m, product.y, tiles});
-    all.back().makes_integers = std::none_of(all.begin(), all.end() - 1, [&](const IntegerProduct& other) { return share_integers(other.m, m); });
+    all.back().maker = find_maker(all, share_integers);
     tiles += m.tiles;
     rows += m.rows;
-    if (!all.back().makes_integers) continue;
+    if (all.back().maker + 1 != all.size()) continue;
     integer_count += tokens * m.chunks * m.chunk_columns;
     step_count += tokens * m.chunks;
   }
@@ -206,16 +213,20 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
   thread_local AlignedVector<float> step_scratch;
   int16_t* integers = grow(integer_scratch, integer_count);
   float* steps = grow(step_scratch, step_count);
-  for (IntegerProduct& own : all) {
-    const IntegerProduct& maker = *std::ranges::find_if(all, [&](const IntegerProduct& other) { return share_integers(other.m, own.m); });
-    own.integers = own.makes_integers ? std::exchange(integers, integers + tokens * own.m.chunks * own.m.chunk_columns) : maker.integers;
-    own.steps = own.makes_integers ? std::exchange(steps, steps + tokens * own.m.chunks) : maker.steps;
+  for (size_t i = 0; i < all.size(); ++i) {
+    IntegerProduct& own = all[i];
+    const int64_t own_steps = own.maker == i ? tokens * own.m.chunks : 0;
+    own.integers = own.maker == i ? integers : all[own.maker].integers;
+    own.steps = own.maker == i ? steps : all[own.maker].steps;
+    integers += own_steps * own.m.chunk_columns;
+    steps += own_steps;
   }
 
 #pragma omp parallel num_threads(thread_count(tokens* rows* x.width, kProductsPerThread, tiles* ceil_div(tokens, kShareTokens)))
   {
-    for (const IntegerProduct& own : all) {
-      if (!own.makes_integers) continue;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const IntegerProduct& own = all[i];
+      if (own.maker != i) continue;
 #pragma omp for schedule(static) nowait
       for (int64_t token = 0; token < tokens; ++token)
         for (int64_t chunk = 0; chunk < own.m.chunks; ++chunk) {
@@ -259,7 +270,7 @@ struct Lookup {
   const ActivationView& y;
   int64_t first_tile;  // of all matrices in a row
   int64_t padded_rows;
-  bool makes_tables = true;  // else an earlier one's serve
+  size_t maker = 0;  // whose tables serve this one
   uint8_t* tables = nullptr;
   float* steps = nullptr;
   float* sums = nullptr;
@@ -268,8 +279,9 @@ struct Lookup {
 };
 
 // Whether two matrices have the same tables, given the same activations: those of one code with one level (several are part of
-// the tables) and of the same exact columns (which are left out).
+// the tables) and of the same exact columns (which are left out). A matrix shares with itself.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
+  if (&a == &b) return true;
   return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group && same_outliers(a, b);
 }
 
@@ -291,14 +303,14 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   std::vector<Lookup> lookups;
   int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
   for (const Product& product : products) {
-    const MatrixView& m = view_of(product);
-    Lookup lookup{m, product.y, tiles, m.tiles * kTileRows};
-    lookup.makes_tables = std::ranges::none_of(lookups, [&](const Lookup& other) { return share_tables(other.m, m); });
+    const MatrixView& m = matrix_of(product);
+    lookups.push_back({m, product.y, tiles, m.tiles * kTileRows});
+    Lookup& lookup = lookups.back();
+    lookup.maker = find_maker(lookups, share_tables);
     tiles += m.tiles;
     rows += m.rows;
     padded_rows += lookup.padded_rows;
-    if (lookup.makes_tables) table_bytes += lookup.chunk_table_bytes();
-    lookups.push_back(lookup);
+    if (lookup.maker + 1 == lookups.size()) table_bytes += lookup.chunk_table_bytes();
   }
   const int64_t cols = lookups[0].m.cols, all_chunks = lookups[0].m.chunks;
   const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * table_bytes), 1, all_chunks);
@@ -307,19 +319,15 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   uint8_t* tables = grow(table_scratch, panel_chunks * batch * table_bytes);
   float* steps = grow(step_scratch, panel_chunks * batch * std::ssize(lookups));
   float* sums = grow(sum_scratch, batch * padded_rows);
-  for (Lookup& lookup : lookups) {
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    Lookup& lookup = lookups[i];
     lookup.sums = sums;
     sums += batch * lookup.padded_rows;
-    if (lookup.makes_tables) {
-      lookup.tables = tables;
-      lookup.steps = steps;
-      tables += panel_chunks * batch * lookup.chunk_table_bytes();
-      steps += panel_chunks * batch;
-    } else {
-      const Lookup& maker = *std::ranges::find_if(lookups, [&](const Lookup& other) { return share_tables(other.m, lookup.m); });
-      lookup.tables = maker.tables;
-      lookup.steps = maker.steps;
-    }
+    const int64_t own_steps = lookup.maker == i ? panel_chunks * batch : 0;
+    lookup.tables = lookup.maker == i ? tables : lookups[lookup.maker].tables;
+    lookup.steps = lookup.maker == i ? steps : lookups[lookup.maker].steps;
+    tables += own_steps * lookup.chunk_table_bytes();
+    steps += own_steps;
   }
 
 #pragma omp parallel num_threads(thread_count(x.tokens* rows* cols, kLookupsPerThread, tiles))
@@ -333,8 +341,9 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
 
     for (int64_t panel = 0; panel < all_chunks; panel += panel_chunks) {
       const int64_t chunks = std::min(panel_chunks, all_chunks - panel);
-      for (const Lookup& lookup : lookups) {
-        if (!lookup.makes_tables) continue;
+      for (size_t own = 0; own < lookups.size(); ++own) {
+        const Lookup& lookup = lookups[own];
+        if (lookup.maker != own) continue;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < chunks * tokens; ++i) {
           alignas(64) float values[kChunkColumns];

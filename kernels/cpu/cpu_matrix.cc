@@ -451,8 +451,8 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
-  return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_,
-               row_scales_, salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
+  return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_, row_scales_,
+                               salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
 }
 
 }  // namespace stbllm::cpu

@@ -2,8 +2,8 @@
 // What every instruction set provides, and the matrix as its kernels see it. README.md tells how it fits
 // together.
 //
-// Files that include this are compiled for different machines, so it holds plain data only (and lanes.h, all of which is always inlined): an inline
-// function or a container here could be compiled with AVX and then be chosen by the linker for everyone.
+// Files that include this are compiled for different machines, so it holds plain data only: an inline function or a container here
+// could be compiled with AVX and then be chosen by the linker for everyone. (What is always inlined, like lanes.h, could not.)
 
 #include <cstdint>
 
@@ -52,9 +52,9 @@ struct MatrixView {
   CodeForm form;
   bool signs;
   int strip_tiles;  ///< tiles that are interleaved; the last strip may have fewer
-  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. kRows: (rows, code_row_bytes), integers of code_bits, the even column
-  /// in the low half of a byte. Otherwise (chunks, strips): what a pass over a
-  /// strip of tiles reads, in that order, so that codes stream from memory. With n tiles in the strip:
+  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. kRows: (rows, code_row_bytes), integers of code_bits, the even column in the
+  /// low half of a byte. Otherwise (chunks, strips): what a pass over a strip of tiles reads, in that order, so that codes stream from
+  /// memory. With n tiles in the strip:
   ///   kWords   (code_bits * groups / 16, 64) words of 16 bits, n = 1
   ///   kBytes   (groups, n, 64) bytes, then with signs (groups, n, 64) bits
   ///   kHalves  (groups / 2, 3, n, 64) bytes: left index and top right bit of an even and an odd group, 4 + 4

@@ -312,7 +312,7 @@ void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t 
     }
 }
 
-bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles && form != CodeForm::kRows; }
+bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles; }
 
 // Calls f with the form of this matrix: f(form, tokens per pass, tiles per pass). Word tables are small, so
 // that several tokens share the extraction of an index; byte tables fill eight registers, so that several

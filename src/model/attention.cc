@@ -9,9 +9,9 @@
 #include <limits>
 #include <utility>
 
+#include "elements.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
-#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 namespace {
@@ -27,22 +27,31 @@ constexpr int64_t kFewHeads = 4;
 template <typename T>
 struct Attention {
   const T *queries, *keys, *values;
-  T* out;                                     // (batch, tokens, heads, dim)
-  int64_t heads, kv_heads, tokens, dim, first, window;
+  T* out;  // (batch, tokens, heads, dim)
+  int64_t heads, kv_heads, tokens, dim, first;
+  int64_t window;                                              // as many as there are keys where none is meant
   int64_t query_strides[3], key_strides[3], value_strides[3];  // of batch, head, token
 
-  int64_t group() const { return heads / kv_heads; }
-  int64_t blocks() const { return ceil_div(tokens, kQueries); }
+  int64_t heads_per_key() const { return heads / kv_heads; }
+  int64_t query_blocks() const { return ceil_div(tokens, kQueries); }
+  /// The first position that the query at `position` sees.
+  int64_t oldest_seen(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
+  const T* query(int64_t batch, int64_t head, int64_t token) const { return queries + offset(query_strides, batch, head, token); }
+  const T* key(int64_t batch, int64_t head, int64_t token) const { return keys + offset(key_strides, batch, head, token); }
+  const T* value(int64_t batch, int64_t head, int64_t token) const { return values + offset(value_strides, batch, head, token); }
+  static int64_t offset(const int64_t (&strides)[3], int64_t batch, int64_t head, int64_t token) {
+    return batch * strides[0] + head * strides[1] + token * strides[2];
+  }
   int64_t padded_dim() const { return ceil_div(dim, int64_t{kLanes}) * kLanes; }
 };
 
 /// What one thread works with. Queries lie side by side in vectors of kLanes.
 struct Scratch {
-  at::Tensor memory;  // libtorch aligns to whole registers
-  float *keys, *values;           // (kKeys, padded dim)
-  float *queries, *out;           // (vectors, padded dim, kLanes)
-  float *largest, *total;         // (vectors, kLanes): of the scores, of their exponentials
-  float* position;                // (vectors, kLanes)
+  at::Tensor memory;       // libtorch aligns to whole registers
+  float *keys, *values;    // (kKeys, padded dim)
+  float *queries, *out;    // (vectors, padded dim, kLanes)
+  float *largest, *total;  // (vectors, kLanes): of the scores, of their exponentials
+  float* position;         // (vectors, kLanes)
 
   float* reserve(int64_t count) {
     if (!memory.defined() || memory.numel() < count) memory = at::zeros({count}, at::kFloat);
@@ -51,7 +60,8 @@ struct Scratch {
   void resize(int64_t padded_dim, int64_t vectors) {
     const int64_t block = kKeys * padded_dim, panel = vectors * padded_dim * kLanes, row = vectors * kLanes;
     float* next = reserve(2 * block + 2 * panel + 3 * row);
-    for (const auto& [part, size] : {std::pair(&keys, block), {&values, block}, {&queries, panel}, {&out, panel}, {&largest, row}, {&total, row}, {&position, row}})
+    for (const auto& [part, size] : {std::pair(&keys, block), {&values, block}, {&queries, panel}, {&out, panel}, {&largest, row}, {&total, row},
+                                     {&position, row}})
       *part = std::exchange(next, next + size);
     std::fill_n(queries, panel, 0.0f);
     std::fill_n(out, panel, 0.0f);
@@ -60,12 +70,8 @@ struct Scratch {
   }
 };
 
-STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from, count); }
-STBLLM_INLINE Lanes load(const uint16_t* from, int count) { return load_bfloat16_lanes(from, count); }
-STBLLM_INLINE Lanes rounded(const float*, Lanes x) { return x; }
-STBLLM_INLINE Lanes rounded(const uint16_t*, Lanes x) { return round_to_bfloat16(x); }
-STBLLM_INLINE void store(float* to, float x) { *to = x; }
-STBLLM_INLINE void store(uint16_t* to, float rounded) { *to = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16); }
+STBLLM_INLINE void store_one(float* to, float x) { *to = x; }
+STBLLM_INLINE void store_one(uint16_t* to, float rounded) { *to = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16); }
 
 /// Rows as float32, zeros behind `dim`.
 template <typename T>
@@ -77,7 +83,7 @@ STBLLM_INLINE void widen(const T* from, int64_t stride, int64_t rows, int64_t di
 }
 
 struct Meeting {
-  int64_t count, padded, first_key, window;  // keys, and the position of the first
+  int64_t count, padded, first_key, window;  // of keys; the dim; the position of the first key
   bool all_visible;
 };
 /// The queries of neighbouring vectors meet keys and values. Sums in eight registers hide the latency of an addition.
@@ -86,23 +92,23 @@ STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t 
   constexpr int kTogether = 8 / Vectors;  // keys, or dimensions of values, that are summed up together
   const int64_t padded = meeting.padded, panel = padded * kLanes;
   const float* queries = scratch.queries + first_vector * panel;
-  float *out = scratch.out + first_vector * panel, *largest = scratch.largest + first_vector * kLanes, *total = scratch.total + first_vector * kLanes;
+  float* out = scratch.out + first_vector * panel;
+  float *largest = scratch.largest + first_vector * kLanes, *total = scratch.total + first_vector * kLanes;
   const Lanes lowest = Lanes{} - std::numeric_limits<float>::infinity();
   Lanes highest[Vectors], scores[kKeys][Vectors];
   for (int v = 0; v < Vectors; ++v) highest[v] = load_lanes(largest + v * kLanes);
-  for (int64_t key = 0; key < meeting.count; key += kTogether) {  // behind the last key the scratch holds old ones, whose scores are dropped
+  for (int64_t key = 0; key < meeting.count; key += kTogether) {  // the scratch holds old keys behind the last, whose scores are dropped
     const float* rows = scratch.keys + key * padded;
     Lanes sums[kTogether][Vectors] = {};
     for (int64_t d = 0; d < padded; ++d)
       for (int k = 0; k < kTogether; ++k)
         for (int v = 0; v < Vectors; ++v) sums[k][v] += load_lanes(queries + v * panel + d * kLanes) * rows[k * padded + d];
-    for (int k = 0; k < kTogether; ++k)
+    for (int k = 0; k < kTogether && key + k < meeting.count; ++k)
       for (int v = 0; v < Vectors; ++v) {
         Lanes score = sums[k][v];
-        if (!meeting.all_visible || key + k >= meeting.count) {
+        if (!meeting.all_visible) {
           const Lanes distance = load_lanes(scratch.position + (first_vector + v) * kLanes) - static_cast<float>(meeting.first_key + key + k);
-          const IntLanes visible = (distance >= 0) & (distance < (meeting.window > 0 ? static_cast<float>(meeting.window) : 0x1p31f));
-          score = key + k < meeting.count ? (visible ? score : lowest) : lowest;
+          score = (distance >= 0) & (distance < static_cast<float>(meeting.window)) ? score : lowest;
         }
         scores[key + k][v] = score;
         highest[v] = score > highest[v] ? score : highest[v];
@@ -133,16 +139,16 @@ STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t 
   }
 }
 
-/// One block of queries of all heads that share keys: `item` counts blocks, then groups, then sequences.
+/// One block of queries of all heads that share keys: `item` counts blocks, then heads of keys, then sequences.
 template <typename T>
 STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
-  const int64_t blocks = a.blocks(), group = a.group(), padded = a.padded_dim();
+  const int64_t blocks = a.query_blocks(), heads = a.heads_per_key(), padded = a.padded_dim();
   // Early blocks see few keys, late ones many: they take turns, so that neighbouring items cost the same.
   const int64_t turn = item % blocks, block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
   const int64_t kv_head = item / blocks % a.kv_heads, batch = item / blocks / a.kv_heads;
   const int64_t first_query = block * kQueries, queries = std::min(kQueries, a.tokens - first_query);
-  const int64_t rows = group * queries, vectors = ceil_div(rows, int64_t{kLanes});
-  const auto head_of = [&](int64_t row) { return kv_head * group + row / queries; };
+  const int64_t rows = heads * queries, vectors = ceil_div(rows, int64_t{kLanes});
+  const auto head_of = [&](int64_t row) { return kv_head * heads + row / queries; };
   const auto query_of = [&](int64_t row) { return first_query + row % queries; };
 
   scratch.resize(padded, vectors);
@@ -150,7 +156,7 @@ STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scrat
   const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
   for (int64_t row = 0; row < rows; ++row) {
     float* to = scratch.queries + row / kLanes * padded * kLanes + row % kLanes;
-    const T* from = a.queries + batch * a.query_strides[0] + head_of(row) * a.query_strides[1] + query_of(row) * a.query_strides[2];
+    const T* from = a.query(batch, head_of(row), query_of(row));
     for_each_lanes(0, a.dim, [&](int64_t at, int count) __attribute__((always_inline)) {
       const Lanes x = load(from + at, count) * scale;
       for (int d = 0; d < kLanes; ++d) to[(at + d) * kLanes] = x[d];
@@ -159,13 +165,11 @@ STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scrat
   }
 
   const int64_t nearest = a.first + first_query, farthest = nearest + queries;  // positions of the first query, behind the last
-  const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, nearest + 1 - a.window) : 0;
-  for (int64_t key = oldest; key < farthest; key += kKeys) {
+  for (int64_t key = a.oldest_seen(nearest); key < farthest; key += kKeys) {
     const int64_t count = std::min(kKeys, farthest - key);
-    widen(a.keys + batch * a.key_strides[0] + kv_head * a.key_strides[1] + key * a.key_strides[2], a.key_strides[2], count, a.dim, padded, scratch.keys);
-    widen(a.values + batch * a.value_strides[0] + kv_head * a.value_strides[1] + key * a.value_strides[2], a.value_strides[2], count, a.dim, padded,
-          scratch.values);
-    const bool all_visible = key + count - 1 <= nearest && (a.window == 0 || farthest - key <= a.window);
+    widen(a.key(batch, kv_head, key), a.key_strides[2], count, a.dim, padded, scratch.keys);
+    widen(a.value(batch, kv_head, key), a.value_strides[2], count, a.dim, padded, scratch.values);
+    const bool all_visible = key + count - 1 <= nearest && farthest - key <= a.window;
     const Meeting meeting{count, padded, key, a.window, all_visible};
     int64_t vector = 0;
     for (; vector + 2 <= vectors; vector += 2) meet<2>(meeting, scratch, vector);
@@ -176,32 +180,35 @@ STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scrat
     const Lanes inverse = 1 / load_lanes(scratch.total + vector * kLanes);
     for (int64_t d = 0; d < a.dim; ++d) {
       float* out = scratch.out + (vector * padded + d) * kLanes;
-      store_lanes(out, rounded(a.out, load_lanes(out) * inverse));
+      store_lanes(out, rounded<T>(load_lanes(out) * inverse));
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = scratch.out + row / kLanes * padded * kLanes + row % kLanes;
     T* to = a.out + ((batch * a.tokens + query_of(row)) * a.heads + head_of(row)) * a.dim;
-    for (int64_t d = 0; d < a.dim; ++d) store(to + d, from[d * kLanes]);
+    for (int64_t d = 0; d < a.dim; ++d) store_one(to + d, from[d * kLanes]);
   }
 }
+STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
+STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
+
 /// One query of each head that shares keys, `kFewHeads` at most: lanes are dimensions, and all scores are kept.
 template <typename T>
 STBLLM_INLINE void attend_alone_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
-  const int64_t kv_head = item % a.kv_heads, batch = item / a.kv_heads, heads = a.group(), padded = a.padded_dim();
-  const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, a.first + 1 - a.window) : 0, count = a.first + 1 - oldest;
+  const int64_t kv_head = item % a.kv_heads, batch = item / a.kv_heads, heads = a.heads_per_key(), padded = a.padded_dim();
+  const int64_t oldest = a.oldest_seen(a.first), count = a.first + 1 - oldest;
   const int64_t stride = ceil_div(count, int64_t{kLanes}) * kLanes;
   float* queries = scratch.reserve(heads * (padded + stride));
   float* scores = queries + heads * padded;  // (heads, stride)
   const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
   for (int64_t h = 0; h < heads; ++h) {
-    const T* from = a.queries + batch * a.query_strides[0] + (kv_head * heads + h) * a.query_strides[1];
+    const T* from = a.query(batch, kv_head * heads + h, 0);
     for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
       store_lanes(queries + h * padded + at, load(from + at, lanes) * scale);
     });
   }
 
-  const T* keys = a.keys + batch * a.key_strides[0] + kv_head * a.key_strides[1] + oldest * a.key_strides[2];
+  const T* keys = a.key(batch, kv_head, oldest);
   for (int64_t key = 0; key < count; ++key) {
     Lanes sums[kFewHeads] = {};
     for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
@@ -226,7 +233,7 @@ STBLLM_INLINE void attend_alone_of(const Attention<T>& a, int64_t item, Scratch&
     inverse[h] = 1 / sum_of(total);
   }
 
-  const T* values = a.values + batch * a.value_strides[0] + kv_head * a.value_strides[1] + oldest * a.value_strides[2];
+  const T* values = a.value(batch, kv_head, oldest);
   T* out = a.out + (batch * a.heads + kv_head * heads) * a.dim;
   for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
     Lanes sums[kFewHeads] = {};
@@ -235,31 +242,26 @@ STBLLM_INLINE void attend_alone_of(const Attention<T>& a, int64_t item, Scratch&
       for (int64_t h = 0; h < kFewHeads; ++h)
         if (h < heads) sums[h] += v * scores[h * stride + key];
     }
-    for (int64_t h = 0; h < heads; ++h) {
-      const Lanes mixed = rounded(out, sums[h] * inverse[h]);
-      for (int d = 0; d < lanes; ++d) store(out + h * a.dim + at + d, mixed[d]);
-    }
+    for (int64_t h = 0; h < heads; ++h) store(out + h * a.dim + at, rounded<T>(sums[h] * inverse[h]), lanes);
   });
 }
 STBLLM_CLONES void attend_alone(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
 STBLLM_CLONES void attend_alone(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
 
-STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
-STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
-
 template <typename T>
-void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window, at::Tensor& out) {
+void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window,
+                  at::Tensor& out) {
   Attention<T> a{static_cast<const T*>(queries.const_data_ptr()), static_cast<const T*>(keys.const_data_ptr()),
                  static_cast<const T*>(values.const_data_ptr()), static_cast<T*>(out.data_ptr()), queries.size(1), keys.size(1),
-                 queries.size(2), queries.size(3), first, window, {}, {}, {}};
+                 queries.size(2), queries.size(3), first, window > 0 ? window : keys.size(2), {}, {}, {}};
   for (int i = 0; i < 3; ++i) {
     a.query_strides[i] = queries.stride(i);
     a.key_strides[i] = keys.stride(i);
     a.value_strides[i] = values.stride(i);
   }
-  const bool alone = a.tokens == 1 && a.group() <= kFewHeads;
-  const int64_t items = queries.size(0) * a.kv_heads * a.blocks();
-  const int64_t products_per_item = 2 * a.group() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
+  const bool alone = a.tokens == 1 && a.heads_per_key() <= kFewHeads;
+  const int64_t items = queries.size(0) * a.kv_heads * a.query_blocks();
+  const int64_t products_per_item = 2 * a.heads_per_key() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
   at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     for (int64_t item = begin; item < end; ++item) alone ? attend_alone(a, item, scratch) : attend(a, item, scratch);
@@ -272,8 +274,8 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, c
   for (const at::Tensor& tensor : {keys, values})
     STBLLM_CHECK(tensor.scalar_type() == queries.scalar_type() && tensor.stride(-1) == 1 && tensor.size(0) == queries.size(0) &&
                      tensor.size(1) == keys.size(1) && tensor.size(2) == first + queries.size(2) && tensor.size(3) == queries.size(3),
-                 "{} queries at {} meet keys or values of shape [{}, {}, {}, {}]", queries.size(2), first, tensor.size(0), tensor.size(1), tensor.size(2),
-                 tensor.size(3));
+                 "{} queries at {} meet keys or values of shape [{}, {}, {}, {}]", queries.size(2), first, tensor.size(0), tensor.size(1),
+                 tensor.size(2), tensor.size(3));
   STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(2) > 0, "{} queries, neighbours {} apart", queries.size(2), queries.stride(-1));
   STBLLM_CHECK(queries.size(1) % keys.size(1) == 0, "{} heads share {}", queries.size(1), keys.size(1));
   at::Tensor out = at::empty({queries.size(0), queries.size(2), queries.size(1) * queries.size(3)}, queries.options());

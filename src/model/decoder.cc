@@ -143,8 +143,9 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
     return tensors.load(tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
   };
   decoder.load_outer(load, [&](const TensorSpec& table) {
-    const QuantizedRows* rows = backend.on_cuda() ? nullptr : tensors.find_rows(table);
-    return rows == nullptr ? Table(load(table)) : Table(*rows, backend);
+    const QuantizedRows* rows = tensors.find_rows(table);
+    std::unique_ptr<PreparedMatrix> prepared = rows != nullptr ? backend.prepare_rows(*rows) : nullptr;
+    return prepared == nullptr ? Table(load(table)) : Table(*rows, backend, std::move(prepared));
   });
   const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {
     const auto found = packed.linears().find(linear.name);

@@ -6,26 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
+#include "elements.h"
 #include "stbllm/base/error.h"
-#include "stbllm/base/lanes.h"
 
 namespace stbllm {
 namespace {
 
 /// Elements that are worth a second thread.
 constexpr int64_t kGrain = 1 << 14;
-
-/// Elements are float, or uint16_t for bfloat16.
-STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from, count); }
-STBLLM_INLINE Lanes load(const uint16_t* from, int count) { return load_bfloat16_lanes(from, count); }
-STBLLM_INLINE void store(float* to, Lanes x, int count) { store_lanes(to, x, count); }
-STBLLM_INLINE void store(uint16_t* to, Lanes rounded, int count) { store_bfloat16_lanes(to, rounded, count); }
-template <typename T>
-STBLLM_INLINE Lanes rounded(Lanes x) {
-  return std::is_same_v<T, float> ? x : round_to_bfloat16(x);
-}
 
 /// Rows of `width`; `weight` may be null.
 template <typename T>

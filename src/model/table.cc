@@ -9,10 +9,6 @@
 
 namespace stbllm {
 
-Table::Table(QuantizedRows rows, const Backend& backend) : rows_(std::move(rows)), backend_(&backend), prepared_(backend.prepare_rows(rows_)) {
-  STBLLM_CHECK(prepared_ != nullptr, "{} has no product with rows of integers", backend.name());
-}
-
 at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
   if (dense_.defined()) return at::embedding(dense_, ids);
   const at::Tensor flat = ids.flatten().to(at::kLong).contiguous();

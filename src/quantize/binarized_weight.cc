@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <vector>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
@@ -59,15 +60,19 @@ const std::array<float, 64>& scale_code_factors(int scale_bits) {
 
 namespace {
 
+/// Columns of H that are multiplied at a time: wide enough for full-speed products.
+constexpr int64_t kPanel = 256;
+
 STBLLM_CLONES float dot(const float* a, const float* b, int64_t count) {
   Lanes sums = {};
-  for_each_lanes(0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) { sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes); });
+  for_each_lanes(0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+    sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes);
+  });
   return sum_of(sums);
 }
 
 /// tr(D H D^T) for a symmetric H: panels on and above its diagonal, those above count twice.
 double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
-  constexpr int64_t kPanel = 256;  // wide enough for full-speed products
   const int64_t rows = d.size(0), cols = d.size(1);
   STBLLM_CHECK(d.is_contiguous(), "rows are adjacent");
   std::vector<double> energy(static_cast<size_t>(rows));  // a row's own: no sum depends on the number of threads
@@ -90,6 +95,12 @@ double relative_output_error(const at::Tensor& weight, const at::Tensor& quantiz
   const at::Tensor w = weight.to(at::kFloat).contiguous();
   const double error = output_energy((quantized - w).contiguous(), hessian), energy = output_energy(w, hessian);
   return energy > 0 ? error / energy : 0;
+}
+
+double output_error_flops(int64_t rows, int64_t cols) {
+  double flops = 0;
+  for (int64_t first = 0; first < cols; first += kPanel) flops += 2.0 * 2 * static_cast<double>(rows * std::min(kPanel, cols - first) * (cols - first));
+  return flops;
 }
 
 }  // namespace stbllm

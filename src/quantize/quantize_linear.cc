@@ -337,7 +337,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     result.symbols.index_copy_(1, outlier_columns, symbols.ne(0).to(at::kChar));
   }
   const int hessians = stats.holdout_hessian.defined() ? 2 : 1;
-  const StageTimer timer("errors", 2.0 * hessians * static_cast<double>(w.numel()) * static_cast<double>(w.size(1) + 256));  // H is symmetric
+  const StageTimer timer("errors", hessians * output_error_flops(w.size(0), w.size(1)));
   const at::Tensor dense = result.to_dense();
   out.output_error = relative_output_error(w, dense, stats.hessian);
   if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);

@@ -53,26 +53,26 @@ constexpr int64_t kRowsPerPass = 1024;
 struct RowParts {
   int64_t first_row, rows, blocks;
   std::vector<float> values;  // (levels): what they are worth; 1 for all as one
-  int64_t levels;
   std::vector<float> p;  // (rows, pairs of column blocks b <= c, levels of b, levels of c)
   std::vector<float> r;  // (rows, blocks, levels)
 
+  int64_t levels() const { return std::ssize(values); }
   int64_t pairs() const { return blocks * (blocks + 1) / 2; }
   /// Where the (levels, levels) of two column blocks b <= c begin in p, and the (levels) of one in r.
-  int64_t pair(int64_t row, int64_t b, int64_t c) const { return (row * pairs() + b * blocks - b * (b - 1) / 2 + c - b) * levels * levels; }
-  int64_t block(int64_t row, int64_t b) const { return (row * blocks + b) * levels; }
+  int64_t pair(int64_t row, int64_t b, int64_t c) const { return (row * pairs() + b * blocks - b * (b - 1) / 2 + c - b) * levels() * levels(); }
+  int64_t block(int64_t row, int64_t b) const { return (row * blocks + b) * levels(); }
 };
 
-/// The signs of the weights that have each level, or what they are worth: float32 (cols, levels or 1, lanes), with lanes >= rows behind which there
-/// are zeros.
+/// The signs of the weights that have each level, or what they are worth: float32 (cols, levels or 1, lanes), zeros in lanes behind the
+/// last row.
 at::Tensor make_signs(const LeanWeight& lean, int64_t first_row, int64_t rows, int64_t lanes, bool by_level) {
-  const int64_t levels = static_cast<int64_t>(lean.level_values.size()), planes = by_level ? levels : 1;
-  at::Tensor signs = at::zeros({lean.cols(), planes, lanes}, at::kFloat);
+  const int64_t levels = static_cast<int64_t>(lean.level_values.size()), sets = by_level ? levels : 1;
+  at::Tensor signs = at::zeros({lean.cols(), sets, lanes}, at::kFloat);
   at::parallel_for(0, lean.cols(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int8_t* symbol = lean.symbols.const_data_ptr<int8_t>() + c * lean.rows() + first_row;
       for (int64_t level = 0; level < levels; ++level) {
-        float* out = signs.data_ptr<float>() + (c * planes + (by_level ? level : 0)) * lanes;
+        float* out = signs.data_ptr<float>() + (c * sets + (by_level ? level : 0)) * lanes;
         const float value = by_level ? 1.f : lean.level_values[level];
         const auto plus = static_cast<int8_t>(1 + level), minus = static_cast<int8_t>(-1 - level);
         for (int64_t row = 0; row < rows; ++row) out[row] += value * static_cast<float>((symbol[row] == plus) - (symbol[row] == minus));
@@ -84,8 +84,8 @@ at::Tensor make_signs(const LeanWeight& lean, int64_t first_row, int64_t rows, i
 
 RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, bool by_level) {
   const int64_t blocks = lean.column_blocks(), cols = lean.cols(), lanes = ceil_div(rows, kTileRows) * kTileRows;
-  RowParts parts{first_row, rows, blocks, by_level ? lean.level_values : std::vector<float>{1}, 1, {}, {}};
-  const int64_t levels = parts.levels = std::ssize(parts.values);
+  RowParts parts{first_row, rows, blocks, by_level ? lean.level_values : std::vector<float>{1}, {}, {}};
+  const int64_t levels = parts.levels();
   parts.p.resize(rows * parts.pairs() * levels * levels);
   parts.r.resize(rows * blocks * levels);
   const at::Tensor signs = make_signs(lean, first_row, rows, lanes, by_level);
@@ -122,17 +122,16 @@ RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, boo
   return parts;
 }
 
-/// Solves A x = b for a positive definite A (n, n) by a Cholesky; what has no pivot becomes 0.
-void solve(const double* a, const double* b, int64_t n, std::vector<double>& lower, double* x) {
-  lower.assign(static_cast<size_t>(n * n), 0);
+/// Solves A x = b for a positive definite A (n, n), whose lower triangle becomes its Cholesky factor; what has no pivot becomes 0.
+void solve(double* lower, const double* b, int64_t n, double* x) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
-      double sum = a[i * n + j];
+      double& sum = lower[i * n + j];
       for (int64_t k = 0; k < j; ++k) sum -= lower[i * n + k] * lower[j * n + k];
       if (i == j)
-        lower[i * n + i] = sum > 0 ? std::sqrt(sum) : 0;
+        sum = sum > 0 ? std::sqrt(sum) : 0;
       else
-        lower[i * n + j] = lower[j * n + j] > 0 ? sum / lower[j * n + j] : 0;
+        sum = lower[j * n + j] > 0 ? sum / lower[j * n + j] : 0;
     }
     double sum = b[i];
     for (int64_t k = 0; k < i; ++k) sum -= lower[i * n + k] * x[k];
@@ -147,10 +146,10 @@ void solve(const double* a, const double* b, int64_t n, std::vector<double>& low
 
 /// Solves and rounds the scales of the rows of `parts`.
 void refit_scales(LeanWeight& lean, const RowParts& parts) {
-  const int64_t blocks = parts.blocks, levels = parts.levels, rows = lean.rows();
+  const int64_t blocks = parts.blocks, levels = parts.levels(), rows = lean.rows();
   const bool coded = lean.scale_bits < 16;
   at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
-    std::vector<double> p(blocks * blocks), damped, lower, r(blocks), exact(blocks), old(blocks), now(blocks);
+    std::vector<double> p(blocks * blocks), damped, r(blocks), exact(blocks), old(blocks), now(blocks);
     std::vector<uint8_t> codes(blocks);
     const double *pr = p.data(), *rr = r.data();
     for (int64_t i = begin; i < end; ++i) {
@@ -170,7 +169,7 @@ void refit_scales(LeanWeight& lean, const RowParts& parts) {
       for (int64_t b = 0; b < blocks; ++b) trace += p[b * blocks + b];
       damped = p;
       for (int64_t b = 0; b < blocks; ++b) damped[b * blocks + b] += 1e-6 * trace / static_cast<double>(blocks) + 1e-30;
-      solve(damped.data(), rr, blocks, lower, exact.data());
+      solve(damped.data(), rr, blocks, exact.data());
 
       const int64_t row = parts.first_row + i;
       float* scales = lean.scales.data_ptr<float>();
@@ -218,7 +217,7 @@ struct LevelProblem {
 
   /// Adds the rows of `parts` with the scales they have now.
   void add(const LeanWeight& lean, const RowParts& parts) {
-    const int64_t blocks = parts.blocks, levels = parts.levels, rows = lean.rows(), per_row = levels * (levels + 1);
+    const int64_t blocks = parts.blocks, levels = parts.levels(), rows = lean.rows(), per_row = levels * (levels + 1);
     std::vector<double> sums(parts.rows * per_row);  // a row's own, so that the order of summation is that of the rows
     at::parallel_for(0, parts.rows, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -29,6 +29,11 @@ Rows make_rows(int bits, int64_t cols, int64_t rows = 1500) {
   return result;
 }
 
+Table table_of(const Rows& rows) {
+  const Backend& backend = find_backend("cpu");
+  return {rows.coded, backend, backend.prepare_rows(rows.coded)};
+}
+
 /// Columns that fill blocks of 64, half a block, and end in the middle of a byte of 4-bit codes.
 const std::vector<int64_t> kWidths = {128, 96, 75};
 
@@ -36,7 +41,7 @@ TEST(Table, LooksUpDecodedRows) {
   for (const int bits : {8, 4})
     for (const int64_t cols : kWidths) {
       const Rows rows = make_rows(bits, cols);
-      const Table table(rows.coded, find_backend("cpu"));
+      const Table table = table_of(rows);
       const at::Tensor ids = at::tensor({7, 0, 1499, 7, 64, 3}, at::kInt).view({2, 3});
       EXPECT_TRUE(table.look_up(ids, at::kFloat).equal(at::embedding(rows.decoded, ids)));
       EXPECT_TRUE(table.look_up(ids.to(at::kLong), at::kFloat).equal(at::embedding(rows.decoded, ids)));
@@ -53,7 +58,7 @@ TEST(Table, MultipliesByDecodedRows) {
       for (const int64_t tokens : {1, 2, 8, 9, 40})
         for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
           const Rows rows = make_rows(bits, cols);
-          const Table table(rows.coded, find_backend("cpu"));
+          const Table table = table_of(rows);
           at::manual_seed(5);
           const at::Tensor x = at::randn({tokens, cols}).to(dtype), exact = at::mm(x.to(at::kDouble), rows.decoded.to(at::kDouble).t());
           const at::Tensor y = table.multiply(x.unsqueeze(0)).squeeze(0);
@@ -75,7 +80,7 @@ TEST(Table, GivesTheSameBytesForAnyNumberOfThreads) {
         const test::Threads scope(threads);
         const Rows rows = make_rows(8, 96);
         at::manual_seed(6);
-        results.push_back(Table(rows.coded, find_backend("cpu")).multiply(at::randn({tokens, 96}).to(dtype)));
+        results.push_back(table_of(rows).multiply(at::randn({tokens, 96}).to(dtype)));
       }
       EXPECT_TRUE(results[0].equal(results[1])) << tokens << " tokens, " << at::toString(dtype);
     }
@@ -83,8 +88,8 @@ TEST(Table, GivesTheSameBytesForAnyNumberOfThreads) {
 
 TEST(Table, HoldsNoMoreThanTheFileAndItsScales) {
   const Rows rows = make_rows(8, 128);
-  EXPECT_EQ(Table(rows.coded, find_backend("cpu")).bytes(), rows.coded.bytes() + 2 * 1536 * 2);
-  EXPECT_FALSE(Table(rows.coded, find_backend("cpu")).dense().defined());
+  EXPECT_EQ(table_of(rows).bytes(), rows.coded.bytes() + 2 * 1536 * 2);
+  EXPECT_FALSE(table_of(rows).dense().defined());
 }
 
 }  // namespace

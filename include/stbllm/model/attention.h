@@ -8,11 +8,11 @@
 
 namespace stbllm {
 
-/// queries (batch, heads, tokens, head_dim), keys and values (batch, kv_heads, first + tokens, head_dim), all as can_fuse() takes them and
-/// of one dtype -> (batch, tokens, heads * head_dim) in that dtype. Query i stands at position first + i and sees the keys up to its own, of them
-/// only the last `window` where that is above 0. heads / kv_heads neighbours share keys and values. float32 throughout, scores times
-/// head_dim^-0.5. The same bytes for any number of
-/// threads. A value that is not finite shows in the whole block of 64 queries of which one sees it.
+/// queries (batch, heads, tokens, head_dim), keys and values (batch, kv_heads, first + tokens, head_dim), all as can_fuse() takes
+/// them and of one dtype -> (batch, tokens, heads * head_dim) in that dtype. Query i stands at position first + i and sees the keys
+/// up to its own, of them only the last `window` where that is above 0. heads / kv_heads neighbours share keys and values. float32
+/// throughout, scores times head_dim^-0.5. The same bytes for any number of threads. A value that is not finite shows in the whole
+/// block of 64 queries of which one sees it.
 at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window);
 
 }  // namespace stbllm

@@ -29,8 +29,8 @@ struct Positions {
   int64_t count;
   at::Tensor cos;  ///< (count, head_dim), rotary only
   at::Tensor sin;  ///< (count, head_dim), rotary only
-  /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a key and -inf elsewhere; undefined when the tokens are the
-  /// first of their sequence and no window matters (plain causal) or when there is just one.
+  /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a key and -inf elsewhere;
+  /// undefined when the tokens are the first of their sequence and no window matters (plain causal) or when there is just one.
   at::Tensor mask;
 };
 

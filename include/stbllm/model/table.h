@@ -14,9 +14,10 @@ class Table {
  public:
   Table() = default;
   explicit Table(at::Tensor dense) : dense_(std::move(dense)) {}
-  /// Rows of integers stay what they are: the head of a small model is most of what a generated token reads. `backend`, which must
-  /// outlive this, has a product with them (Backend::prepare_rows).
-  Table(QuantizedRows rows, const Backend& backend);
+  /// Rows of integers stay what they are: the head of a small model is most of what a generated token reads. `prepared` are the same
+  /// rows from prepare_rows() of `backend`, which must outlive this.
+  Table(QuantizedRows rows, const Backend& backend, std::unique_ptr<PreparedMatrix> prepared)
+      : rows_(std::move(rows)), backend_(&backend), prepared_(std::move(prepared)) {}
 
   /// ids, any shape, int32 or int64 on the table's device -> (ids.., width) in `dtype`, which is the table's if dense.
   at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype) const;
