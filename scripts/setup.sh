@@ -6,6 +6,7 @@
 #
 # libtorch is taken from the first of
 #   $TORCH_ROOT                      a directory with include/ and lib/libtorch_cpu.so
+#   .deps/torch                      from an earlier run
 #   python3's own `torch` package    if it has the pinned version
 #   the `torch` wheel from PyPI      unpacked (without its Python parts) into .deps/torch
 set -euo pipefail

@@ -190,7 +190,7 @@ struct IntegerProduct {
   float* steps = nullptr;
 };
 
-// Whether two matrices take the same activations as the same integers: those with as wide sums and the same exact columns.
+// Whether two matrices take the same activations as the same integers: those with as wide sums and the same outlier columns.
 bool share_integers(const MatrixView& a, const MatrixView& b) {
   return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
 }
@@ -279,7 +279,7 @@ struct Lookup {
 };
 
 // Whether two matrices have the same tables, given the same activations: those of one code with one level (several are part of
-// the tables) and of the same exact columns (which are left out). A matrix shares with itself.
+// the tables) and of the same outlier columns (which are left out). A matrix shares with itself.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
   if (&a == &b) return true;
   return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group && same_outliers(a, b);

@@ -223,11 +223,19 @@ void CpuMatrix::prepare_plane(const StructuredBinaryMatrix& matrix) {
 }
 
 void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
-  const Layout& layout = matrix.layout();
-  MatrixView& m = view_;
-  const NmPattern nm = {m.keep, m.group};
+  make_terms();
+  make_unit_tables();
+  store_codes(matrix);
+  view_.codes = codes_.data();
+  view_.terms = terms_.data();
+  view_.unit_tables = unit_tables_.data();
+  view_.half_base = data_or_null(half_base_);
+}
 
-  // What each table entry adds up.
+/// What each table entry adds up.
+void CpuMatrix::make_terms() {
+  const MatrixView& m = view_;
+  const NmPattern nm = {m.keep, m.group};
   terms_.assign(static_cast<size_t>(m.term_count * m.entries), kNoSource);
   const auto set_terms = [&](int entry, NmPattern pattern, int levels, uint64_t code, int first_column) {
     const GroupSymbols group = decode_group(pattern, levels, code);
@@ -264,7 +272,11 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
               static_cast<int16_t>(source_of(nm, (symbol - 1) / 2, column, (symbol - 1) % 2 != 0));
     }
   }
+}
 
+/// The table of a group whose column c has activation 1 and the others 0, for every c.
+void CpuMatrix::make_unit_tables() {
+  const MatrixView& m = view_;
   // Tables of byte shuffles keep the low and the high bytes of so many entries apart.
   const int apart = std::min(m.entries, 128);
   const auto store_entry = [&](uint8_t* table, int entry, int value) {
@@ -288,8 +300,12 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
       }
       store_entry(&unit_tables_[column * m.table_bytes], entry, value);
     }
+}
 
-  // The codes themselves.
+void CpuMatrix::store_codes(const StructuredBinaryMatrix& matrix) {
+  const Layout& layout = matrix.layout();
+  MatrixView& m = view_;
+  const NmPattern nm = {m.keep, m.group};
   const int64_t groups = kChunkColumns / m.group, present_groups = layout.groups();
   const int words = static_cast<int>(groups * m.code_bits / 16);
   m.chunk_bytes = m.form == CodeForm::kBytes    ? groups * (kTileRows + (m.signs ? kTileRows / 8 : 0))
@@ -383,10 +399,6 @@ void CpuMatrix::prepare_lookups(const StructuredBinaryMatrix& matrix) {
         }
       }
     }
-  m.codes = codes_.data();
-  m.terms = terms_.data();
-  m.unit_tables = unit_tables_.data();
-  m.half_base = data_or_null(half_base_);
 }
 
 void CpuMatrix::prepare_scales(const StructuredBinaryMatrix& matrix) {

@@ -55,6 +55,9 @@ class CpuMatrix : public PreparedMatrix {
  private:
   void prepare_plane(const StructuredBinaryMatrix& matrix);
   void prepare_lookups(const StructuredBinaryMatrix& matrix);
+  void make_terms();
+  void make_unit_tables();
+  void store_codes(const StructuredBinaryMatrix& matrix);
   void prepare_scales(const StructuredBinaryMatrix& matrix);
   void prepare_columns(const StructuredBinaryMatrix& matrix);
 

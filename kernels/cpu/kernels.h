@@ -20,8 +20,8 @@ inline constexpr int kMaxSlots =
 /// How prepare() stores the group codes.
 enum class CodeForm {
   kPlane,   ///< as in the file, row after row
-  kWords,   ///< the bits of the file, cut into 16-bit words that are interleaved over the rows of a tile:
-            ///< codes of 3..7 bits
+  kWords,   ///< 16-bit words that are interleaved over the rows of a tile: the bits of the file (codes of 3..7 bits),
+            ///< or the symbols of a few columns as a number
   kBytes,   ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
   kHalves,  ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
   kNibbles, ///< four bits for the symbols of two columns, of one column where there are two or three levels
@@ -98,7 +98,7 @@ struct MatrixView {
 /// The kernels of one instruction set. Panels are (columns, 64): the weights of a tile, rows adjacent.
 struct Kernels {
   const char* name;
-  /// True when lookup() handles this form with tables of `entries`.
+  /// True when look_up() handles this form with tables of `entries`.
   bool (*can_look_up)(CodeForm form, int entries);
 
   /// panel = the weights of a tile's chunk in float32, all of at(): scales, salient and outlier columns.

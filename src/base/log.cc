@@ -4,8 +4,7 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
-#include <chrono>
-
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 
 namespace stbllm::log {
@@ -18,10 +17,6 @@ spdlog::logger& logger() {
     return made;
   }();
   return *instance;
-}
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 std::string duration(double seconds) {
@@ -57,13 +52,13 @@ void write(Level level, const std::string& message) {
 }
 
 Progress::Progress(std::string what, int64_t total)
-    : what_(std::move(what)), total_(total), started_(now()), on_terminal_(isatty(STDERR_FILENO) != 0) {}
+    : what_(std::move(what)), total_(total), started_(seconds_now()), on_terminal_(isatty(STDERR_FILENO) != 0) {}
 
 Progress::~Progress() { close_line(); }
 
 void Progress::update(int64_t done, const std::string& note) {
   if (!logger().should_log(spdlog::level::info)) return;
-  const double time = now();
+  const double time = seconds_now();
   const bool last = done >= total_;
   if (!last && time - last_shown_ < (on_terminal_ ? 0.1 : 10.0)) return;
   last_shown_ = time;

@@ -1,14 +1,11 @@
 #include "stbllm/base/profile.h"
 
 #include <algorithm>
-#include <chrono>
+
+#include "stbllm/base/clock.h"
 
 namespace stbllm {
 namespace {
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 struct Profile {
   std::vector<Stage> stages;
@@ -22,7 +19,7 @@ Profile& profile() {
 
 }  // namespace
 
-StageTimer::StageTimer(std::string_view name, double flops) : started_(now()), flops_(flops) {
+StageTimer::StageTimer(std::string_view name, double flops) : started_(seconds_now()), flops_(flops) {
   auto& [stages, open] = profile();
   const std::string path =
       open.empty() ? std::string(name) : stages[open.back()].name + "/" + std::string(name);
@@ -35,7 +32,7 @@ StageTimer::StageTimer(std::string_view name, double flops) : started_(now()), f
 StageTimer::~StageTimer() {
   auto& [stages, open] = profile();
   Stage& stage = stages[open.back()];
-  stage.seconds += now() - started_;
+  stage.seconds += seconds_now() - started_;
   ++stage.calls;
   for (const size_t index : open) stages[index].flops += flops_;
   open.pop_back();

@@ -105,7 +105,6 @@ void Checkpoint::add(std::shared_ptr<const TensorSource> source) {
            source->path().string());
     }
   }
-  file_bytes_ += static_cast<int64_t>(fs::file_size(source->path()));
 }
 
 void Checkpoint::add_shards(const fs::path& index) {
@@ -130,12 +129,6 @@ const TensorSource& Checkpoint::source(const std::string& name) const {
 }
 
 bool Checkpoint::contains(const std::string& name) const { return tensors_.contains(name); }
-
-std::vector<std::string> Checkpoint::names() const {
-  std::vector<std::string> names;
-  for (const auto& [name, source] : tensors_) names.push_back(name);
-  return names;
-}
 
 std::vector<int64_t> Checkpoint::shape(const std::string& name) const { return source(name).shape(name); }
 

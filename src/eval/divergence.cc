@@ -4,15 +4,13 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <chrono>
 
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 
 namespace stbllm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 /// One of the two models: its decoder, what it has yielded so far and the time that took.
 struct Side {
@@ -22,9 +20,9 @@ struct Side {
 
   template <typename Work>
   at::Tensor timed(const Work& work) {
-    const Clock::time_point start = Clock::now();
+    const double start = seconds_now();
     at::Tensor result = work();
-    seconds += std::chrono::duration<double>(Clock::now() - start).count();
+    seconds += seconds_now() - start;
     return result;
   }
 };
@@ -65,7 +63,7 @@ WindowComparison compare(Side& reference, const at::Tensor& reference_hidden, Si
 }  // namespace
 
 Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, const Windows& windows,
-                               const EvaluationOptions& options) {
+                               int64_t hidden_bytes) {
   if (reference.spec().vocab != model.spec().vocab)
     fail(ErrorCode::kMismatch, "models with vocabularies of {} and {} cannot be compared",
          reference.spec().vocab, model.spec().vocab);
@@ -74,7 +72,7 @@ Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, c
   const at::NoGradGuard no_grad;
   const auto count = static_cast<int64_t>(windows.size());
   const auto seqlen = static_cast<int64_t>(windows.front().size());
-  const EvaluationOptions half{options.hidden_bytes / 2};  // two sets of hidden states are held
+  const EvaluationOptions half{hidden_bytes / 2};  // two sets of hidden states are held
   const int64_t chunk =
       std::min(windows_per_chunk(reference, seqlen, half), windows_per_chunk(model, seqlen, half));
 
@@ -107,7 +105,6 @@ Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, c
   result.mean_kl = mean_kl;
   result.kl_error = kl_error;
   result.top1_agreement = mean_and_error(agreement).mean;
-  result.positions = count * (seqlen - 1);
   result.reference = summarize(std::move(left.window_nll), seqlen, seqlen - 1, left.seconds);
   result.model = summarize(std::move(right.window_nll), seqlen, seqlen - 1, right.seconds);
   return result;

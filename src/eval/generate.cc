@@ -4,21 +4,15 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/random.h"
 
 namespace stbllm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 /// Draws from softmax(logits / temperature) restricted to the fewest tokens whose probabilities reach top_p.
 /// Equal logits are ordered by id, so that the result is defined.
@@ -87,11 +81,11 @@ Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, con
 
   Generation result;
   result.prompt_tokens = prompt_tokens;
-  Clock::time_point start = Clock::now();
+  double start = seconds_now();
   int32_t token = next_token(prompt);
-  result.prefill_seconds = seconds_since(start);
+  result.prefill_seconds = seconds_now() - start;
 
-  start = Clock::now();
+  start = seconds_now();
   while (std::ranges::find(options.stop_ids, token) == options.stop_ids.end()) {
     result.ids.push_back(token);
     const bool go_on = !on_token || on_token(token);
@@ -99,7 +93,7 @@ Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, con
     token = next_token({&token, 1});
     ++result.decode_passes;
   }
-  result.decode_seconds = seconds_since(start);
+  result.decode_seconds = seconds_now() - start;
   return result;
 }
 

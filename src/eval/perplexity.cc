@@ -4,10 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 
@@ -137,7 +137,7 @@ Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, int64_t sco
 Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
                                const EvaluationOptions& options) {
   check_windows(decoder, windows);
-  const auto start = std::chrono::steady_clock::now();
+  const double start = seconds_now();
   const auto count = static_cast<int64_t>(windows.size());
   const auto seqlen = static_cast<int64_t>(windows.front().size());
   const int64_t chunk = windows_per_chunk(decoder, seqlen, options);
@@ -157,8 +157,7 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
       window_nll.push_back(
           token_nll(decoder, hidden[static_cast<int64_t>(i)], part[i], first_token).mean().item<double>());
   }
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  return summarize(std::move(window_nll), seqlen, seqlen - first_token, elapsed.count());
+  return summarize(std::move(window_nll), seqlen, seqlen - first_token, seconds_now() - start);
 }
 
 }  // namespace stbllm

@@ -199,6 +199,7 @@ PackedReader PackedReader::open(const fs::path& path) {
   const json quantized_rows = parse_object(reader.metadata("quantized_rows"), "quantized_rows", path);
   for (const auto& [name, object] : quantized_rows.items()) {
     const std::string what = fmt::format("{}: '{}'", path.string(), name);
+    if (reader.linears_.contains(name)) fail(ErrorCode::kCorrupt, "{}: both a linear and quantized rows", what);
     const QuantizedRows::Layout layout = read_rows_layout(object, what);
     const auto codes =
         take(rows_tensor(name, layout.bits), rows_dtype(layout.bits), {layout.rows, layout.code_row_bytes()});

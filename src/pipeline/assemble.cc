@@ -8,6 +8,7 @@
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/eval/perplexity.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/pack_weight.h"
 
@@ -21,10 +22,6 @@ constexpr double kLogitTolerance = 2e-3;
 
 std::string_view dtype_name(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
-}
-
-std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
-  return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
 }
 
 /// The packed form of a table of rows; `coding` is kInt8 or kInt4.
@@ -180,9 +177,9 @@ double verify_packed(const fs::path& path, const Assembly& assembly, std::span<c
   const at::Tensor packed_hidden = final_hidden_states(packed, windows);
   double difference = 0, energy = 0;
   for (int64_t w = 0; w < dense_hidden.size(0); ++w)
-    for (int64_t first = 0; first < dense_hidden.size(1); first += 128) {  // logits of few tokens at a time
+    for (int64_t first = 0; first < dense_hidden.size(1); first += kTokensPerVerification) {
       const auto logits = [&](const Decoder& decoder, const at::Tensor& hidden) {
-        return decoder.logits(hidden[w].narrow(0, first, std::min<int64_t>(128, hidden.size(1) - first)).unsqueeze(0));
+        return decoder.logits(hidden[w].narrow(0, first, std::min(kTokensPerVerification, hidden.size(1) - first)).unsqueeze(0));
       };
       const at::Tensor a = logits(dense, dense_hidden), b = logits(packed, packed_hidden);
       difference += (a - b).square().sum(at::kDouble).item<double>();

@@ -4,9 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 
+#include "stbllm/base/bits.h"
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
@@ -19,8 +20,6 @@ namespace {
 
 /// Seconds of training that an interruption may cost.
 constexpr double kKeepAfter = 600;
-/// Tokens whose logits exist at a time.
-constexpr int64_t kTokensPerHead = 256;
 
 /// One end of the comparison: normalised hidden states to logits.
 struct Head {
@@ -38,8 +37,8 @@ struct Passed {
 /// with respect to x goes there.
 double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y, at::Tensor* gradient) {
   double sum = 0;
-  for (int64_t first = 0; first < x.size(0); first += kTokensPerHead) {
-    const int64_t count = std::min(kTokensPerHead, x.size(0) - first);
+  for (int64_t first = 0; first < x.size(0); first += kTokensPerDivergence) {
+    const int64_t count = std::min(kTokensPerDivergence, x.size(0) - first);
     const at::Tensor log_p = at::log_softmax(teacher.logits(y.narrow(0, first, count)), -1);
     const at::Tensor log_q = at::log_softmax(student.logits(x.narrow(0, first, count)), -1);
     const at::Tensor p = log_p.exp();
@@ -116,7 +115,7 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   int epoch = 1;
   double sum = 0;
   if (const auto kept = work.load_training(inputs, blocks, visit_state)) {
-    report = distill_report_from_json(kept->at("report"));
+    report = kept->at("report");
     done = kept->at("steps");
     first = kept->at("windows");
     epoch = kept->at("epoch");
@@ -127,19 +126,19 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   } else {
     report.divergence_before = report.divergence_after = judge();
   }
-  auto last_kept = std::chrono::steady_clock::now();
+  double last_kept = seconds_now();
   const auto keep = [&] {
-    const nlohmann::json progress = {{"report", to_json(report)}, {"steps", done}, {"windows", first}, {"epoch", epoch}, {"sum", sum}};
+    const nlohmann::json progress = {{"report", report}, {"steps", done}, {"windows", first}, {"epoch", epoch}, {"sum", sum}};
     work.save_training(inputs, progress, blocks, visit_state);
-    last_kept = std::chrono::steady_clock::now();
+    last_kept = seconds_now();
   };
   const char* judged = holdout > 0 ? "held-out" : "training";
   log::info("distill: divergence {:.4f} on the {} windows before", report.divergence_before, judged);
-  const int64_t steps_per_epoch = (training + step - 1) / step, total_steps = steps_per_epoch * recipe.distill_epochs;
+  const int64_t steps_per_epoch = ceil_div(training, step), total_steps = steps_per_epoch * recipe.distill_epochs;
   log::Progress progress("distill: step", total_steps);
   for (; epoch <= recipe.distill_epochs; ++epoch, first = 0, sum = 0) {
     while (first < training) {
-      if (const std::chrono::duration<double> since = std::chrono::steady_clock::now() - last_kept; since.count() > kKeepAfter) keep();
+      if (seconds_now() - last_kept > kKeepAfter) keep();
       try {
         check_interrupt();
       } catch (const Error&) {

@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <fstream>
 #include <numeric>
 
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/heap.h"
 #include "stbllm/eval/perplexity.h"
@@ -18,6 +18,7 @@
 #include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 #include "stbllm/pipeline/assemble.h"
+#include "stbllm/pipeline/distill.h"
 #include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/trained_block.h"
@@ -43,13 +44,9 @@ int64_t resident_bytes() {
 }
 
 double seconds_of(const std::function<void()>& work) {
-  const auto started = std::chrono::steady_clock::now();
+  const double started = seconds_now();
   work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-}
-
-bool with_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
-  return recipe.tune_epochs > 0 || recipe.distill_epochs > 0 || options.compare_blocks;
+  return seconds_now() - started;
 }
 
 int64_t layout_bytes(const Layout& layout) {
@@ -97,11 +94,11 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const int64_t quantized_blocks = options.quantized_blocks(spec);
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
   const int64_t stream = calibrating * seqlen * spec.hidden * 4;
-  const int64_t dense_stream = with_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
+  const int64_t dense_stream = needs_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
   const bool resident = !spill && options.device == "cpu";
   const int64_t hidden = resident ? stream + dense_stream : 0;
   const int64_t tables = table_bytes(spec);
-  const int64_t tokens = std::max<int64_t>(seqlen, 2048);  // of one pass
+  const int64_t tokens = std::max(seqlen, kTokensPerPass);
   const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
   const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + mask;
 
@@ -131,7 +128,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     peak = std::max(peak, tables + hidden + 2 * dense_block + quantized_block + trained_block(recipe.tune_code_lr > 0) + 2 * kept_pass);
   if (distilling) {
     const int64_t heads = copies ? 2 * product_bytes * spec.vocab * spec.embedding_width : 0;  // of both models
-    const int64_t logits = 6 * 256 * spec.vocab * 4;
+    const int64_t logits = 6 * kTokensPerDivergence * spec.vocab * 4;
     peak =
         std::max(peak, 2 * tables + heads + (resident ? dense_stream : 0) + spec.layers * kept_pass + std::max(logits, kept_pass) +
                            quantized_blocks * (quantized_block + weights + trained_block(recipe.distill_code_lr > 0)) +  // first symbols too
@@ -142,7 +139,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     const int64_t packed = quantized_blocks * weights + (spec.layers - quantized_blocks) * 4 * weights;
     const int64_t file =
         quantized_blocks * weights / 4 + (spec.layers - quantized_blocks) * 2 * weights + tables / 2;
-    const int64_t logits = 4 * 128 * spec.vocab * 4;
+    const int64_t logits = 4 * kTokensPerVerification * spec.vocab * 4;
     peak = std::max(peak, 2 * tables + packed + file + dense_block + quantized_block + pass + logits +
                               (distilling ? quantized_blocks * quantized_block : 0));
   }
@@ -242,7 +239,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   const double calibrating = all - static_cast<double>(calibration.distill_only) / static_cast<double>(windows);
   const double layers = static_cast<double>(spec.layers), own = static_cast<double>(quantized_blocks);
   const double passes = calibrating * own * (1 + kPassesPerTunedEpoch * recipe.tune_epochs) +
-                        (with_dense_stream(recipe, options) ? (recipe.distill_epochs > 0 ? all : calibrating) * layers : 0) +
+                        (needs_dense_stream(recipe, options) ? (recipe.distill_epochs > 0 ? all : calibrating) * layers : 0) +
                         all * layers * kPassesPerDistilledEpoch * recipe.distill_epochs;
   const double weights = static_cast<double>(spec.linear_weights()) * static_cast<double>(quantized_blocks) /
                          static_cast<double>(spec.layers);

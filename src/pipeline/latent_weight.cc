@@ -187,7 +187,7 @@ LatentWeight::LatentWeight(BinarizedWeight& weight, const at::Tensor& original, 
     const at::Tensor columns = weight.outlier_columns.contiguous();
     outlier_columns_.assign(columns.data_ptr<int32_t>(), columns.data_ptr<int32_t>() + columns.numel());
     outlier_values_ = weight.outlier_values.t().contiguous();
-    // What a code says of an exact column does not count; it keeps saying it.
+    // What a code says of an outlier column does not count; it keeps saying it.
     for (const int32_t c : outlier_columns_) latent_.select(1, c).copy_(weight.symbols.select(1, c).sign() * levels_[0]);
   }
   latent_ = latent_.contiguous();

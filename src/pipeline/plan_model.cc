@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
@@ -76,7 +77,7 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
 
 /// Windows from `first` on, of at least `tokens` tokens together, or all `count`.
 at::Tensor some_windows(const at::Tensor& hidden, int64_t first, int64_t count, int64_t tokens) {
-  return hidden.narrow(0, first, std::min(count, (tokens + hidden.size(1) - 1) / hidden.size(1)));
+  return hidden.narrow(0, first, std::min(count, ceil_div(tokens, hidden.size(1))));
 }
 
 Recipe with_code(Recipe recipe, const Code& code) {

@@ -46,12 +46,12 @@ int integer_variable(const char* name, int least, int most) {
 #ifdef STBLLM_HAS_GLOO
 
 struct ProcessGroup::Gloo {
+  static constexpr std::chrono::seconds kTimeout = std::chrono::minutes(30);
   c10::intrusive_ptr<c10d::ProcessGroupGloo> backend;
-  std::chrono::seconds timeout;
 
   /// Runs one exchange; whatever stops it is a process that is gone or silent.
   template <typename Exchange>
-  static auto guarded(std::chrono::seconds timeout, const Exchange& exchange) {
+  static auto guarded(const Exchange& exchange) {
     try {
       return exchange();
     } catch (const std::exception& error) {
@@ -62,23 +62,23 @@ struct ProcessGroup::Gloo {
            "another process ended or did not answer within {} s, its own message tells more ({}); start all "
            "processes again, "
            "with --resume where blocks are finished",
-           timeout.count(), reason.substr(0, reason.find('\n')));
+           kTimeout.count(), reason.substr(0, reason.find('\n')));
     }
   }
   void wait(const c10::intrusive_ptr<c10d::Work>& work) const {
-    guarded(timeout, [&] { return work->wait(); });
+    guarded([&] { return work->wait(); });
   }
   void broadcast_bytes(const at::Tensor& bytes, int root) const {
     std::vector<at::Tensor> tensors = {bytes};
     c10d::BroadcastOptions options;
     options.rootRank = root;
-    wait(guarded(timeout, [&] { return backend->broadcast(tensors, options); }));
+    wait(guarded([&] { return backend->broadcast(tensors, options); }));
   }
 };
 
 bool ProcessGroup::supported() { return true; }
 
-ProcessGroup ProcessGroup::from_environment(std::chrono::seconds timeout) {
+ProcessGroup ProcessGroup::from_environment() {
   ProcessGroup group;
   if (std::getenv("WORLD_SIZE") != nullptr) group.size_ = integer_variable("WORLD_SIZE", 1, 1 << 16);
   if (group.size_ == 1) return group;
@@ -88,15 +88,14 @@ ProcessGroup ProcessGroup::from_environment(std::chrono::seconds timeout) {
   options.port = static_cast<uint16_t>(integer_variable("MASTER_PORT", 1, 65535));
   options.isServer = group.rank_ == 0;
   options.numWorkers = group.size_;
-  options.timeout = timeout;
+  options.timeout = Gloo::kTimeout;
   if (options.isServer)
     log::info("waiting at {}:{} until {} processes are there", address, options.port, group.size_);
-  group.gloo_ = Gloo::guarded(timeout, [&] {
+  group.gloo_ = Gloo::guarded([&] {
     const auto store = c10::make_intrusive<c10d::TCPStore>(address, options);
     return std::make_unique<Gloo>(
         c10::make_intrusive<c10d::ProcessGroupGloo>(store, group.rank_, group.size_,
-                                                    c10d::ProcessGroupGloo::Options::create_default(timeout)),
-        timeout);
+                                                    c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout)));
   });
   return group;
 }
@@ -105,7 +104,7 @@ void ProcessGroup::all_reduce(at::Tensor& tensor) const {
   if (!gloo_) return;
   tensor = tensor.contiguous();
   std::vector<at::Tensor> tensors = {tensor};
-  gloo_->wait(Gloo::guarded(gloo_->timeout, [&] { return gloo_->backend->allreduce(tensors); }));
+  gloo_->wait(Gloo::guarded([&] { return gloo_->backend->allreduce(tensors); }));
 }
 
 void ProcessGroup::broadcast(at::Tensor& tensor, int root) const {
@@ -139,7 +138,7 @@ struct ProcessGroup::Gloo {};
 
 bool ProcessGroup::supported() { return false; }
 
-ProcessGroup ProcessGroup::from_environment(std::chrono::seconds) {
+ProcessGroup ProcessGroup::from_environment() {
   if (std::getenv("WORLD_SIZE") != nullptr && integer_variable("WORLD_SIZE", 1, 1 << 16) > 1)
     fail(ErrorCode::kUnsupported,
          "WORLD_SIZE={}: this program was built without Gloo and runs in one process; install its headers "

@@ -10,13 +10,9 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/pipeline/spill.h"
-#include "stbllm/pipeline/work_directory.h"
 
 namespace stbllm {
 namespace {
-
-/// Tokens that go through a block in one call: enough for full-speed products, few enough for small intermediates.
-constexpr int64_t kTokensPerPass = 2048;
 
 /// The forward pass through the linears, and one x x^T per tap.
 double statistics_flops(const DecoderBlock& block, int64_t tokens) {
@@ -66,15 +62,14 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
   nlohmann::json facts;
   if (group.rank() == root)
     facts = {{"result", to_json(result, /*with_seconds=*/true)},
-             {"levels", weight.levels},
              {"column_block", weight.column_block},
              {"scale_bits", weight.scale_bits}};
   std::string text = facts.dump();
   group.broadcast(text, root);
   facts = nlohmann::json::parse(text);
   result = linear_result_from_json(facts.at("result"));
-  weight.nm = result.nm;
-  weight.levels = facts.at("levels");
+  weight.nm = result.code.nm;
+  weight.levels = result.code.levels;
   weight.column_block = facts.at("column_block");
   weight.scale_bits = facts.at("scale_bits");
   for (at::Tensor BinarizedWeight::*tensor :
@@ -161,7 +156,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     if (owners[i] != group.rank()) continue;
     const LinearSpec& linear = linears[i];
     const Recipe& own = plan.at(linear.name);
-    LinearResult& result = quantized.results[i] = {linear.name, own.nm, linear.rows, linear.cols, 0, {}};
+    LinearResult& result = quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
     result.salient_share = weight.salient_share();

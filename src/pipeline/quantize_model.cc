@@ -4,11 +4,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
-#include <chrono>
 #include <cmath>
 #include <fstream>
 
 #include "stbllm/backend/backend.h"
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
@@ -20,6 +20,7 @@
 #include "stbllm/pipeline/assemble.h"
 #include "stbllm/pipeline/distill.h"
 #include "stbllm/pipeline/estimate.h"
+#include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_block.h"
 #include "stbllm/pipeline/spill.h"
@@ -56,7 +57,7 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
   double bits = 0, weights = 0;
   for (const LinearResult& linear : linears) {
     const double count = static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
-    bits += count * linear.nm.density() * (1 + linear.salient_share);
+    bits += count * linear.code.nm.density() * (1 + linear.salient_share);
     weights += count;
   }
   return bits / weights;
@@ -69,10 +70,27 @@ std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
     for (const LinearSpec& linear : spec.linears(i)) {
       const TensorSpec weight = linear.weight();
       const at::Tensor row = checkpoint.load(weight.name, weight.shape)[0].contiguous();
-      sums += checksum({static_cast<const std::byte*>(row.const_data_ptr()), row.nbytes()});
+      sums += checksum(bytes_of(row));
       checkpoint.release(weight.name);
     }
   return checksum(std::as_bytes(std::span(sums)));
+}
+
+/// Everything that decides the blocks. What follows the last block may change between runs.
+nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spec, const nlohmann::json& provenance, const Recipe& recipe,
+                              const QuantizeOptions& options, const ProcessGroup& group) {
+  nlohmann::json block_recipe = recipe.to_json(), block_calibration = provenance;
+  for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
+  block_calibration.erase("distill_nsamples");
+  return {{"version", STBLLM_VERSION},
+          {"config", checkpoint.config()},
+          {"weights", digest(checkpoint, spec)},
+          {"products", c10::toString(fast_product_dtype(calibration_device(options)))},
+          {"calibration", block_calibration},
+          {"recipe", block_recipe},
+          {"blocks", options.quantized_blocks(spec)},
+          {"device", options.device},
+          {"processes", group.size()}};
 }
 
 }  // namespace
@@ -141,35 +159,45 @@ void check_request(const fs::path& checkpoint, const Recipe& recipe, const Quant
 
 namespace {
 
-/// quantize_model, whose interruptions do not say yet how to go on.
+/// The packed file with what a reader of it may want to know; it appears once its logits are those of the assembled blocks. Returns
+/// their distance.
+double write_verified(const Assembly& assembly, const std::vector<LinearResult>& linears, const Calibration& calibration,
+                      const QuantizeOptions& options) {
+  PackedWriter file(options.output, options.force);
+  write_packed(file, assembly);
+  nlohmann::json results = nlohmann::json::array();
+  for (const LinearResult& linear : linears) results.push_back(to_json(linear, /*with_seconds=*/false));
+  file.set_metadata("config", assembly.checkpoint.config().dump());
+  file.set_metadata("tokenizer", Tokenizer::load(assembly.checkpoint.directory())->serialize());
+  file.set_metadata("recipe", assembly.recipe.to_json().dump());
+  file.set_metadata("calibration", calibration.provenance.dump());
+  file.set_metadata("results", results.dump());
+  file.set_metadata("version", STBLLM_VERSION);
+  const fs::path finished = file.finish();
+  const StageTimer timer("verify");
+  Windows verified(calibration.windows.begin(), calibration.windows.begin() + std::min(kVerifiedWindows, calibration.windows.size()));
+  for (auto& window : verified) window.resize(std::min(window.size(), kVerifiedTokens));
+  const double distance = verify_packed(finished, assembly, verified);
+  file.commit();
+  return distance;
+}
+
+/// quantize_model but for the advice that an interruption comes with.
 QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
                                const QuantizeOptions& options, const ProcessGroup& group) {
-  const auto started = std::chrono::steady_clock::now();
+  const double started = seconds_now();
   const at::NoGradGuard no_grad;
   check_request(checkpoint.directory(), recipe, options, group);
   const Calibration share = share_of(calibration, group);
   const at::Device device = calibration_device(options);
   const bool spill = plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill;
-  const auto tokenizer = Tokenizer::load(checkpoint.directory());
   Decoder decoder = Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const auto& [windows, distill_only, holdout, provenance] = share;
   const int64_t block_count = options.quantized_blocks(spec);
 
-  nlohmann::json block_recipe = recipe.to_json();  // what follows the last block may change between runs
-  for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
-  nlohmann::json block_calibration = provenance;
-  block_calibration.erase("distill_nsamples");
-  const nlohmann::json fingerprint = {{"version", STBLLM_VERSION},
-                                      {"config", checkpoint.config()},
-                                      {"weights", digest(checkpoint, spec)},
-                                      {"products", c10::toString(fast_product_dtype(device))},
-                                      {"calibration", block_calibration},
-                                      {"recipe", block_recipe},
-                                      {"blocks", block_count},
-                                      {"device", options.device},
-                                      {"processes", group.size()}};
+  const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, provenance, recipe, options, group);
   std::optional<WorkDirectory> work;  // of process 0
   if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
   check_same_inputs(fingerprint, options, group);
@@ -190,7 +218,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
     return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(device));
   };
   at::Tensor hidden = hidden_states(calibrating), all_dense, dense_hidden;  // all_dense ends with the windows of the other two
-  const bool with_dense = tuning || distilling || options.compare_blocks;
+  const bool with_dense = needs_dense_stream(recipe, options);
   if (with_dense) {
     embed_windows(all_dense = hidden_states(distilling ? ids.size(0) : calibrating));
     dense_hidden = all_dense.narrow(0, all_dense.size(0) - calibrating, calibrating);
@@ -236,7 +264,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
                                                        fmt::format("block {}  error {:.4f}", i, linear.report.output_error));
                                        check_interrupt();
                                        log::debug("{}: {} error {:.5f} held out {:.5f} shrink {:.2f} damping {:g} ({} retries) {:.2f} s", linear.name,
-                                                  linear.nm.str(), linear.report.output_error, linear.report.holdout_error, linear.report.shrink,
+                                                  linear.code.str(), linear.report.output_error, linear.report.holdout_error, linear.report.shrink,
                                                   linear.report.damping, linear.report.damping_retries, linear.report.seconds);
                                      }, group);
           result.linears.resize(result.linears.size() - quantized->results.size());
@@ -287,28 +315,12 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   all_dense.reset();
 
   const Assembly assembly{checkpoint, spec, recipe, block_count, finished_block};
-  if (options.dense_output) {
+  if (options.dense_output)
     export_dense(options.output, work->path() / "dense", assembly);
-  } else {
-    PackedWriter file(options.output, options.force);
-    write_packed(file, assembly);
-    nlohmann::json results = nlohmann::json::array();
-    for (const LinearResult& linear : result.linears) results.push_back(to_json(linear, /*with_seconds=*/false));
-    file.set_metadata("config", checkpoint.config().dump());
-    file.set_metadata("tokenizer", tokenizer->serialize());
-    file.set_metadata("recipe", recipe.to_json().dump());
-    file.set_metadata("calibration", provenance.dump());
-    file.set_metadata("results", results.dump());
-    file.set_metadata("version", STBLLM_VERSION);
-    const fs::path finished = file.finish();
-    const StageTimer timer("verify");
-    Windows verified(calibration.windows.begin(), calibration.windows.begin() + std::min(kVerifiedWindows, calibration.windows.size()));
-    for (auto& window : verified) window.resize(std::min(window.size(), kVerifiedTokens));
-    result.verified_logits = verify_packed(finished, assembly, verified);
-    file.commit();
-  }
+  else
+    result.verified_logits = write_verified(assembly, result.linears, calibration, options);
   work->remove();
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  result.seconds = seconds_now() - started;
   return result;
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/pipeline/spill.h"
 #include "stbllm/pipeline/trained_block.h"
@@ -43,7 +44,7 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
 
   TuneReport report;
   report.loss_before = report.loss_after = judge();
-  const int64_t steps_per_epoch = (training + step - 1) / step, total_steps = steps_per_epoch * recipe.tune_epochs;
+  const int64_t steps_per_epoch = ceil_div(training, step), total_steps = steps_per_epoch * recipe.tune_epochs;
   int64_t done = 0;
   for (int epoch = 1; epoch <= recipe.tune_epochs; ++epoch) {
     for (int64_t first = 0; first < training; first += step, ++done) {

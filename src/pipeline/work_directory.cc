@@ -15,10 +15,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
-  return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
-}
-
 nlohmann::json read_json(const fs::path& path) {
   std::ifstream file(path);
   std::stringstream text;
@@ -41,58 +37,6 @@ std::string first_difference(const nlohmann::json& before, const nlohmann::json&
   for (const auto& [key, value] : was.items())
     if (!is.contains(key)) return fmt::format("{}: {} there, nothing here", key.substr(1), value.dump());
   return "";
-}
-
-nlohmann::json to_json(const LinearResult& result, bool with_seconds) {
-  const LinearReport& report = result.report;
-  nlohmann::json json = {{"name", result.name},
-                         {"nm", result.nm.str()},
-                         {"rows", result.rows},
-                         {"cols", result.cols},
-                         {"salient_share", result.salient_share},
-                         {"output_error", report.output_error},
-                         {"holdout_error", report.holdout_error},
-                         {"shrink", report.shrink},
-                         {"damping", report.damping},
-                         {"damping_retries", report.damping_retries},
-                         {"salient_count", report.salient_count},
-                         {"threshold", report.threshold}};
-  if (with_seconds) json["seconds"] = report.seconds;
-  return json;
-}
-
-LinearResult linear_result_from_json(const nlohmann::json& json) {
-  LinearResult result{json.at("name"), NmPattern::parse(json.at("nm").get<std::string>()), json.at("rows"), json.at("cols"),
-                      json.at("salient_share"), {}};
-  LinearReport& report = result.report;
-  report.output_error = json.at("output_error");
-  report.holdout_error = json.at("holdout_error");
-  report.shrink = json.at("shrink");
-  report.damping = json.at("damping");
-  report.damping_retries = json.at("damping_retries");
-  report.salient_count = json.at("salient_count").get<std::vector<int>>();
-  report.threshold = json.at("threshold").get<std::vector<double>>();
-  report.seconds = json.value("seconds", 0.0);
-  return result;
-}
-
-nlohmann::json to_json(const TuneReport& report) {
-  return {{"loss_before", report.loss_before}, {"loss_after", report.loss_after}, {"changed", report.changed}, {"epochs", report.epochs}};
-}
-
-nlohmann::json to_json(const DistillReport& report) {
-  return {{"divergence_before", report.divergence_before},
-          {"divergence_after", report.divergence_after},
-          {"changed", report.changed},
-          {"epochs", report.epochs}};
-}
-
-DistillReport distill_report_from_json(const nlohmann::json& json) {
-  return {json.at("divergence_before"), json.at("divergence_after"), json.at("changed"), json.at("epochs")};
-}
-
-TuneReport tune_report_from_json(const nlohmann::json& json) {
-  return {json.at("loss_before"), json.at("loss_after"), json.at("changed"), json.at("epochs")};
 }
 
 fs::path work_path(const fs::path& output) { return output.string() + ".work"; }
@@ -144,7 +88,7 @@ void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, co
   fs::remove_all(directory, ignored);
   save_all(directory, blocks);
   std::ofstream file(directory / kDistilled);  // last: where it is, all blocks are
-  file << nlohmann::json{{"inputs", inputs}, {"report", to_json(report)}}.dump(1) << '\n';
+  file << nlohmann::json{{"inputs", inputs}, {"report", report}}.dump(1) << '\n';
   file.close();
   if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", directory.string());
 }
@@ -158,7 +102,7 @@ std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<Quantized
     if (!block) return std::nullopt;
     blocks[i] = std::move(*block);
   }
-  return distill_report_from_json(found.at("report"));
+  return found.at("report").get<DistillReport>();
 }
 
 void WorkDirectory::save_training(const nlohmann::json& inputs, const nlohmann::json& progress, const std::vector<QuantizedBlock>& best,
@@ -207,7 +151,7 @@ void WorkDirectory::save(const fs::path& path, const QuantizedBlock& quantized) 
   for (const auto& [name, tensor] : quantized.tensors)
     writer.add_dense(name, "F32", tensor.sizes().vec(), bytes_of(tensor.contiguous()));
   writer.set_metadata("results", results.dump());
-  writer.set_metadata("tune", quantized.tune ? to_json(*quantized.tune).dump() : "null");
+  writer.set_metadata("tune", quantized.tune ? nlohmann::json(*quantized.tune).dump() : "null");
   writer.finish();
   writer.commit();
 }
@@ -223,7 +167,7 @@ std::optional<QuantizedBlock> WorkDirectory::load(const fs::path& path) const {
   const PackedReader reader = PackedReader::open(path);
   QuantizedBlock quantized;
   for (const auto& json : nlohmann::json::parse(reader.metadata("results"))) quantized.results.push_back(linear_result_from_json(json));
-  if (const auto tune = nlohmann::json::parse(reader.metadata("tune")); !tune.is_null()) quantized.tune = tune_report_from_json(tune);
+  if (const auto tune = nlohmann::json::parse(reader.metadata("tune")); !tune.is_null()) quantized.tune = tune.get<TuneReport>();
   for (const auto& [name, matrix] : reader.linears()) quantized.linears.emplace(name, unpack_weight(matrix));
   for (const auto& [name, entry] : reader.dense_tensors()) {
     const at::Tensor tensor = at::from_blob(const_cast<std::byte*>(entry.data.data()), entry.shape, at::kFloat).clone();

@@ -9,11 +9,11 @@
 
 namespace stbllm {
 
-ImportanceScore::ImportanceScore(const at::Tensor& layer_t, Importance metric) : metric_(metric) {
+ImportanceScore::ImportanceScore(const at::Tensor& weight_t, Importance metric) : metric_(metric) {
   if (metric != Importance::kRia && metric != Importance::kSi) return;
-  row_sum_ = layer_t.abs().sum(0, /*keepdim=*/true).clamp_min(1e-30);
+  row_sum_ = weight_t.abs().sum(0, /*keepdim=*/true).clamp_min(1e-30);
   if (metric == Importance::kRia) return;
-  const at::Tensor mu = relative_magnitude(layer_t);
+  const at::Tensor mu = relative_magnitude(weight_t);
   // Sums go column by column first: a reduction over all elements would be cut differently by another number of threads.
   const double count = static_cast<double>(mu.numel());
   mean_ = mu.sum(1, false, at::kDouble).sum() / count;

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <string_view>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/quantize/binarize.h"
@@ -156,16 +156,16 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
     const int64_t start = b * recipe.column_block, width = std::min<int64_t>(recipe.column_block, cols - start);
     const at::Tensor w = work.narrow(0, start, width).contiguous();
     const at::Tensor d_block = d.narrow(0, start, width);
-    std::vector<int64_t> exact;  // columns of this block that are stored exactly: they have no part in the searches
+    std::vector<int64_t> places;  // of columns of this block that are stored exactly: they have no part in the searches
     for (const int64_t column : outliers)
-      if (column >= start && column < start + width) exact.push_back(column - start);
-    const at::Tensor exact_columns = at::tensor(exact, at::kLong);
+      if (column >= start && column < start + width) places.push_back(column - start);
+    const at::Tensor outlier_places = at::tensor(places, at::kLong);
     const at::Tensor support = timed("mask", 0, [&] {
       if (!recipe.support_carried) return at::ones({width, rows}, at::kByte);
       at::Tensor score = importance(w, norm_sq.narrow(0, start, width), d_block).contiguous();
-      return nm_mask(score.index_fill_(0, exact_columns, -std::numeric_limits<float>::infinity()), recipe.nm);
+      return nm_mask(score.index_fill_(0, outlier_places, -std::numeric_limits<float>::infinity()), recipe.nm);
     });
-    const at::Tensor kept = support.index_fill(0, exact_columns, 0);
+    const at::Tensor kept = support.index_fill(0, outlier_places, 0);
     const at::Tensor saliency = w.square() / d_block.square().unsqueeze(1);
     const bool on_saliency = recipe.search_on == SearchOn::kSaliency;
     const ColumnBlock search{on_saliency ? saliency : w, kept,
@@ -214,7 +214,7 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       // +-(1 + level); salient columns are of level 0.
       const at::Tensor level = at::where(sets.eq(kSalientSet), at::ones_like(sets), sets).to(at::kChar);
       at::Tensor symbols = fit.sign * level;
-      for (const int64_t c : exact) symbols[c].copy_(support[c]);  // N of M is kept there too, whatever the code says
+      for (const int64_t c : places) symbols[c].copy_(support[c]);  // N of M is kept there too, whatever the code says
       symbols_t.narrow(0, start, width).copy_(symbols);
       scales.select(1, b).copy_(fit.scale);
       for (int64_t c = 0; c < width; ++c)
@@ -227,7 +227,7 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       dense.narrow(0, start, width).copy_(q);
     }
     at::Tensor delta = w - q;
-    delta.index_fill_(0, exact_columns, 0);
+    delta.index_fill_(0, outlier_places, 0);
     const int64_t rest = cols - start - width;
     if (recipe.compensate == Compensate::kBlock && rest > 0) {
       const StageTimer timer("compensate", 2.0 * static_cast<double>(rows * width * rest));
@@ -257,7 +257,7 @@ LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, i
   lean.scale_bits = recipe.scale_bits;
   lean.target = weight_t.clone();
   lean.hessian = metric.hessian;
-  lean.target.index_fill_(0, lean.hessian.diagonal().eq(0).nonzero().flatten(), 0);  // exact columns and dead inputs
+  lean.target.index_fill_(0, lean.hessian.diagonal().eq(0).nonzero().flatten(), 0);  // outlier columns and dead inputs
   report.damping = metric.factor.damping;
   report.damping_retries = metric.factor.retries;
   const double one_search = search_flops(lean, recipe.levels);
@@ -295,7 +295,7 @@ BinarizedWeight finish_lean(const LeanWeight& lean) {
 }  // namespace
 
 BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe, LinearReport* report) {
-  const auto started = std::chrono::steady_clock::now();
+  const double started = seconds_now();
   LinearReport local;
   LinearReport& out = report ? *report : local;
   const at::Tensor w = weight.to(at::kCPU, at::kFloat);
@@ -341,7 +341,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
   const at::Tensor dense = result.to_dense();
   out.output_error = relative_output_error(w, dense, stats.hessian);
   if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
-  out.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  out.seconds = seconds_now() - started;
   return result;
 }
 

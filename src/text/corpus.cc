@@ -190,12 +190,12 @@ std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>&
 std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, HeldOut held_out, int64_t seqlen,
                                                       uint64_t seed, std::string_view what) {
   check_seqlen(seqlen);
-  const int64_t starts = static_cast<int64_t>(ids.size()) - seqlen;  // as GPTQ draws them: the last window is left out
+  const int64_t starts = static_cast<int64_t>(ids.size()) - seqlen + 1;
   if (starts <= 0) {
     fail(ErrorCode::kTooLittleText,
-         "{} has {} tokens, calibration windows of {} need at least {}; use a longer text or a "
+         "{} has {} tokens, one calibration window of {} needs more; use a longer text or a "
          "smaller seqlen",
-         what, ids.size(), seqlen, seqlen + 1);
+         what, ids.size(), seqlen);
   }
   SplitMix64 random(seed);
   const int64_t places = static_cast<int64_t>(ids.size()) / seqlen;
@@ -221,7 +221,7 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   std::vector<std::vector<int32_t>> windows;
   for (int64_t i = 0; i < count; ++i) {
     while (begin[i] < 0)
-      if (const auto start = static_cast<int64_t>(random.below(starts + 1)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
+      if (const auto start = static_cast<int64_t>(random.below(starts)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
     windows.emplace_back(ids.begin() + begin[i], ids.begin() + begin[i] + seqlen);
   }
   return windows;

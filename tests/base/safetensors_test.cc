@@ -8,26 +8,21 @@
 #include <csignal>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <numeric>
 
 #include "stbllm/base/error.h"
+#include "support/expect_error.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 
 namespace stbllm {
 namespace {
 
 namespace fs = std::filesystem;
+using test::expect_error;
+using test::read_all;
+using test::write_all;
 using ::testing::HasSubstr;
-
-std::string read_all(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_all(const fs::path& path, const std::string& content) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << content;
-}
 
 // Header length, header, data.
 std::string container(const std::string& header, const std::string& data) {
@@ -38,16 +33,6 @@ std::string container(const std::string& header, const std::string& data) {
 }
 
 std::span<const std::byte> bytes_of(const std::string& text) { return std::as_bytes(std::span(text)); }
-
-void expect_error(ErrorCode code, const std::string& message, const std::function<void()>& action) {
-  try {
-    action();
-    ADD_FAILURE() << "no error; expected: " << message;
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    EXPECT_THAT(error.what(), HasSubstr(message));
-  }
-}
 
 size_t entries(const fs::path& directory) {
   return static_cast<size_t>(std::distance(fs::directory_iterator(directory), {}));

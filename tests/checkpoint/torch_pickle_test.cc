@@ -14,6 +14,7 @@
 #include "stbllm/checkpoint/pickle.h"
 #include "stbllm/checkpoint/sources.h"
 #include "support/expect_error.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 
 // libtorch's zip reader leaks its directory when it finds a damaged archive.
@@ -24,7 +25,9 @@ namespace {
 
 namespace fs = std::filesystem;
 using test::expect_error;
+using test::read_all;
 using test::ScratchDirectory;
+using test::write_all;
 
 // --- a pickle by hand ------------------------------------------------------------------------------------
 
@@ -69,15 +72,6 @@ class Pickle {
 
 std::map<std::string, PickledTensor> unpickle(const std::string& pickle) {
   return read_state_dict(std::as_bytes(std::span(pickle)), "file.bin");
-}
-
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_file(const fs::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 const fs::path kGolden = fs::path(STBLLM_SOURCE_DIR) / "tests/golden/state_dict.bin";
@@ -175,7 +169,7 @@ TEST(TorchPickle, RefusesBigEndianStorages) {
 
 TEST(TorchPickle, RefusesTheOldFormatAndSaysHowToConvert) {
   const ScratchDirectory directory;
-  write_file(directory / "model.bin", std::string("\x80\x02\x8a\x0al\xfc\x9c", 7));
+  write_all(directory / "model.bin", std::string("\x80\x02\x8a\x0al\xfc\x9c", 7));
   expect_error(ErrorCode::kUnsupported, "torch.save(torch.load(p",
                [&] { open_torch_pickle(directory / "model.bin"); });
 }
@@ -212,7 +206,7 @@ TEST(TorchPickle, SurvivesEveryChangedByte) {
   fs::copy(kGolden, path);
   std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
   const auto put = [&](int64_t at, char byte) { file.seekp(at).put(byte).flush(); };
-  const std::string whole = read_file(kGolden);
+  const std::string whole = read_all(kGolden);
   for (size_t i = 0; i < whole.size(); ++i) {
     put(i, ~whole[i]);
     expect_success_or_error([&] {

@@ -11,6 +11,7 @@
 #include "child_process.h"
 #include "stbllm/base/error.h"
 #include "support/calibration_text.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 #include "support/tiny_checkpoint.h"
 
@@ -22,13 +23,6 @@ using testing::HasSubstr;
 using Args = std::vector<std::string>;
 
 const char* const kSubcommands[] = {"quantize", "eval-ppl", "inspect", "generate"};
-
-std::vector<std::string> list(const fs::path& directory) {
-  std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(directory)) names.push_back(entry.path().filename());
-  std::ranges::sort(names);
-  return names;
-}
 
 /// A tiny checkpoint, a text, and a directory `results` that starts empty.
 class Cli : public ::testing::Test {

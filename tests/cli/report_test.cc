@@ -8,10 +8,10 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <string>
 
 #include "stbllm/base/error.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 
 namespace stbllm {
@@ -69,12 +69,7 @@ class ReportCommand : public ::testing::Test {
     return WEXITSTATUS(std::system(command.c_str()));
   }
   void write(const std::string& name, const std::string& text) { std::ofstream(scratch_ / name) << text; }
-  std::string read(const std::string& name) {
-    std::ifstream file(scratch_ / name);
-    std::stringstream text;
-    text << file.rdbuf();
-    return text.str();
-  }
+  std::string read(const std::string& name) { return test::read_all(scratch_ / name); }
   std::string paths() { return (scratch_ / "run.json").string() + " -o " + (scratch_ / "run.html").string(); }
 
   test::ScratchDirectory scratch_;

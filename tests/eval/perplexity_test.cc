@@ -149,7 +149,7 @@ TEST(Divergence, OfAModelFromItselfIsZero) {
   const Divergence result = evaluate_divergence(decoder, decoder, some_windows(2, 40));
   EXPECT_EQ(result.mean_kl, 0.0);
   EXPECT_EQ(result.top1_agreement, 1.0);
-  EXPECT_EQ(result.positions, 2 * 39);
+  EXPECT_EQ(result.model.tokens, 2 * 39);
   EXPECT_EQ(result.reference.window_nll, result.model.window_nll);
 }
 
@@ -160,7 +160,7 @@ TEST(Divergence, MatchesItsDefinition) {
   const Decoder reference = open_decoder(directory / "left", left);
   const Decoder model = open_decoder(directory / "right", right);
   const Windows windows = some_windows(2, 24);
-  const Divergence result = evaluate_divergence(reference, model, windows, {.hidden_bytes = 1});
+  const Divergence result = evaluate_divergence(reference, model, windows, /*hidden_bytes=*/1);
 
   double kl = 0, agreement = 0;
   for (const auto& window : windows) {

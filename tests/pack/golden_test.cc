@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "stbllm/base/error.h"
 #include "stbllm/pack/packed_file.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 
 namespace stbllm {
@@ -20,14 +20,10 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
+using test::read_all;
 
 fs::path golden(int version, const std::string& extension) {
   return fs::path(STBLLM_SOURCE_DIR) / fmt::format("tests/golden/packed_v{}.{}", version, extension);
-}
-
-std::string read_all(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 // Whatever a damaged file lets through must be readable.

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 
 #include "stbllm/base/error.h"
 #include "support/random_matrix.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 
 namespace stbllm {
@@ -127,8 +127,7 @@ TEST(PackedFile, SameContentGivesTheSameBytes) {
   const test::ScratchDirectory directory;
   write_example(directory / "a");
   write_example(directory / "b");
-  std::ifstream a(directory / "a", std::ios::binary), b(directory / "b", std::ios::binary);
-  EXPECT_TRUE(std::equal(std::istreambuf_iterator<char>(a), {}, std::istreambuf_iterator<char>(b), {}));
+  EXPECT_TRUE(test::read_all(directory / "a") == test::read_all(directory / "b"));
 }
 
 TEST(PackedFile, NamesTheTensorWhoseBytesChanged) {
@@ -240,6 +239,13 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"RowsOfOtherBits", set_field("quantized_rows", "embed", "bits", 4), "'embed.q4' is missing"},
         Change{"RowsUnknownMember", set_field("quantized_rows", "embed", "block", 64),
                "expected 3 fields, found 4"},
+        Change{"RowsNamedAsALinear",
+               [](Parts& p) {
+                 json layouts = json::parse(p.metadata["quantized_rows"]);
+                 layouts["layers.0.down"] = layouts["embed"];
+                 p.metadata["quantized_rows"] = layouts.dump();
+               },
+               "'layers.0.down': both a linear and quantized rows"},
         Change{"RowsWithoutScales", [](Parts& p) { p.tensors.erase("head.row_scales"); },
                "'head.row_scales' is missing"}),
     [](const auto& info) { return info.param.name; });

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
 #include <set>
 
 #include "stbllm/backend/backend.h"
@@ -24,6 +23,7 @@
 #include "stbllm/pipeline/spill.h"
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
+#include "support/files.h"
 #include "support/scratch_directory.h"
 #include "support/threads.h"
 #include "support/tiny_checkpoint.h"
@@ -33,23 +33,11 @@ namespace {
 
 namespace fs = std::filesystem;
 using test::expect_error;
+using test::list;
+using test::read_all;
 
 constexpr int64_t kSamples = 8;  // one of them held out
 constexpr int64_t kSeqlen = 48;  // more than Mistral's window of 16
-
-std::string read_bytes(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  EXPECT_TRUE(file) << path;
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-/// Everything in a directory, hidden files too.
-std::vector<std::string> list(const fs::path& directory) {
-  std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(directory)) names.push_back(entry.path().filename());
-  std::ranges::sort(names);
-  return names;
-}
 
 /// In a scope no file of this process grows beyond so many bytes.
 class FullDisk {
@@ -180,8 +168,8 @@ TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
   EXPECT_EQ(result.linears.size(), 2u * (family.starts_with("opt") ? 6 : 7));
   for (const LinearResult& linear : result.linears) {
     const StructuredBinaryMatrix& matrix = reader.linears().at(linear.name);
-    EXPECT_EQ(matrix.layout().nm, linear.nm) << linear.name;
-    EXPECT_TRUE(linear.nm == recipe.nm || recipe.allocation != Allocation::kUniform) << linear.name;
+    EXPECT_EQ((Code{matrix.layout().nm, matrix.layout().levels}), linear.code) << linear.name;
+    EXPECT_TRUE(linear.code.nm == recipe.nm || recipe.allocation != Allocation::kUniform) << linear.name;
     expect_exactly_n_kept(linear.name, matrix);
   }
 
@@ -272,19 +260,19 @@ TEST_P(SameBytes, WhateverTheNumberOfThreads) {
     const test::Threads threads(2);
     two = place.quantize(recipe_, "two");
   }
-  EXPECT_TRUE(read_bytes(one) == read_bytes(two));
+  EXPECT_TRUE(read_all(one) == read_all(two));
 }
 
 TEST_P(SameBytes, AfterAnInterruption) {
   const Workplace place(test::tiny_llama());
-  const std::string undisturbed = read_bytes(place.quantize(recipe_, "undisturbed"));
+  const std::string undisturbed = read_all(place.quantize(recipe_, "undisturbed"));
   for (const int64_t finished : {0, 1, 2}) {
     QuantizeOptions options;
     options.output = place.results() / fmt::format("resumed-{}", finished);
     place.leave_unfinished(recipe_, options.output, finished);
     options.resume = true;
     place.quantize(recipe_, options);
-    EXPECT_TRUE(read_bytes(options.output) == undisturbed) << finished << " blocks were finished";
+    EXPECT_TRUE(read_all(options.output) == undisturbed) << finished << " blocks were finished";
     EXPECT_FALSE(fs::exists(options.output.string() + ".work"));
   }
 }
@@ -299,7 +287,7 @@ INSTANTIATE_TEST_SUITE_P(Presets, SameBytes, ::testing::Values("rtn", "stbllm-pa
 TEST(Interruption, StopsARunAndSaysHowToGoOn) {
   const Workplace place(test::tiny_llama());
   const Recipe recipe = Recipe::load("rtn");
-  const std::string undisturbed = read_bytes(place.quantize(recipe, "undisturbed"));
+  const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
   QuantizeOptions options;
   options.output = place.results() / "packed";
   place.leave_unfinished(recipe, options.output, 1);
@@ -309,7 +297,7 @@ TEST(Interruption, StopsARunAndSaysHowToGoOn) {
   EXPECT_FALSE(fs::exists(options.output));
   // The request stopped one run, not those that follow.
   place.quantize(recipe, options);
-  EXPECT_TRUE(read_bytes(options.output) == undisturbed);
+  EXPECT_TRUE(read_all(options.output) == undisturbed);
 }
 
 TEST(Interruption, BeforeTheFirstBlockLeavesNothing) {
@@ -361,7 +349,7 @@ TEST(Resume, IsRefusedWhereNothingWasBegun) {
 
 TEST(Overwriting, TheCheckpointItselfIsRefusedEvenWithForce) {
   const Workplace place(test::tiny_llama());
-  const std::string weights = read_bytes(place.checkpoint() / "model.safetensors");
+  const std::string weights = read_all(place.checkpoint() / "model.safetensors");
   QuantizeOptions options;
   options.force = true;
   options.output = place.checkpoint() / "model.safetensors";
@@ -369,7 +357,7 @@ TEST(Overwriting, TheCheckpointItselfIsRefusedEvenWithForce) {
   options.output = place.checkpoint();
   options.dense_output = true;
   expect_error(ErrorCode::kUsage, "the checkpoint itself", [&] { place.quantize(Recipe::load("rtn"), options); });
-  EXPECT_TRUE(read_bytes(place.checkpoint() / "model.safetensors") == weights);
+  EXPECT_TRUE(read_all(place.checkpoint() / "model.safetensors") == weights);
 }
 
 TEST(Overwriting, WhatIsNoWorkDirectoryStaysEvenWithForce) {
@@ -380,7 +368,7 @@ TEST(Overwriting, WhatIsNoWorkDirectoryStaysEvenWithForce) {
   fs::create_directory(place.results() / "packed.work");
   std::ofstream(place.results() / "packed.work" / "mine") << "mine";
   expect_error(ErrorCode::kExists, "no work directory", [&] { place.quantize(Recipe::load("rtn"), options); });
-  EXPECT_EQ(read_bytes(place.results() / "packed.work" / "mine"), "mine");
+  EXPECT_EQ(read_all(place.results() / "packed.work" / "mine"), "mine");
 }
 
 TEST(Overwriting, AnUnfinishedRunNeedsForce) {
@@ -403,7 +391,7 @@ TEST(Overwriting, AResultNeedsForce) {
   options.output = place.results() / "packed";
   test::write_text(options.output, "mine");
   expect_error(ErrorCode::kExists, "--force", [&] { place.quantize(recipe, options); });
-  EXPECT_EQ(read_bytes(options.output), "mine");
+  EXPECT_EQ(read_all(options.output), "mine");
   options.force = true;
   place.quantize(recipe, options);
   EXPECT_EQ(PackedReader::open(options.output).linears().size(), 14u);
@@ -424,7 +412,7 @@ TEST(Overwriting, AnOutputOfTheOtherKindIsRefusedAtOnce) {
   options.output /= "file";
   options.dense_output = true;
   expect_error(ErrorCode::kUsage, "a file is there", [&] { place.quantize(recipe, options); });
-  EXPECT_EQ(read_bytes(options.output), "mine");
+  EXPECT_EQ(read_all(options.output), "mine");
 }
 
 // --- dense output, and what is refused ------------------------------------------------------------------
@@ -447,7 +435,7 @@ TEST(DenseOutput, IsResumedWithTheSameBytes) {
   const Workplace place(test::tiny_llama());
   const Recipe recipe = Recipe::load("stbllm-released");
   const std::string undisturbed =
-      read_bytes(place.quantize(recipe, "undisturbed", /*dense=*/true) / "model.safetensors");
+      read_all(place.quantize(recipe, "undisturbed", /*dense=*/true) / "model.safetensors");
   QuantizeOptions options;
   options.output = place.results() / "dense";
   options.dense_output = true;
@@ -460,7 +448,7 @@ TEST(DenseOutput, IsResumedWithTheSameBytes) {
   options.force = false;
   options.resume = true;
   place.quantize(recipe, options);
-  EXPECT_TRUE(read_bytes(options.output / "model.safetensors") == undisturbed);
+  EXPECT_TRUE(read_all(options.output / "model.safetensors") == undisturbed);
 }
 
 TEST(Blocks, BeyondTheFirstStayDense) {
@@ -508,7 +496,7 @@ TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
   options.max_memory = plan_memory(spec, calibration, recipe, options).peak_bytes - (4 << 20);
   ASSERT_TRUE(plan_memory(spec, calibration, recipe, options).spill);
   const QuantizeResult spilled = quantize_model(checkpoint, calibration, recipe, options);
-  EXPECT_TRUE(read_bytes(place.results() / "in-memory") == read_bytes(place.results() / "spilled"));
+  EXPECT_TRUE(read_all(place.results() / "in-memory") == read_all(place.results() / "spilled"));
   EXPECT_EQ(list(place.results()), (std::vector<std::string>{"in-memory", "spilled"}));
   ASSERT_EQ(spilled.blocks.size(), in_memory.blocks.size());
   for (size_t i = 0; i < spilled.blocks.size(); ++i)

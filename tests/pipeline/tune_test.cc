@@ -10,6 +10,7 @@
 #include "stbllm/model/decoder.h"
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/pipeline/plan_model.h"
+#include "stbllm/pipeline/quantize_model.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
 #include "support/threads.h"

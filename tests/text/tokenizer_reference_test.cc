@@ -2,12 +2,12 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "stbllm/text/corpus.h"
 #include "stbllm/text/sha256.h"
 #include "stbllm/text/tokenizer.h"
+#include "support/files.h"
 
 namespace stbllm {
 namespace {
@@ -58,10 +58,7 @@ TEST(TokenizerReference, VocabAndMergesGiveTheIdsOfTokenizerJson) {
   const fs::path directory = kShared / "models" / "tiny-opt";
   if (!fs::exists(directory)) GTEST_SKIP() << directory << " is not there";
   json files = json::object();
-  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json"}) {
-    std::ifstream file(directory / name);
-    files[name] = std::string(std::istreambuf_iterator<char>(file), {});
-  }
+  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json"}) files[name] = test::read_all(directory / name);
   const Corpus corpus = read_corpus(kShared / "data" / "wiki.test.raw");
   EXPECT_EQ(Tokenizer::from_serialized(files.dump())->encode(corpus.text),
             Tokenizer::load(directory)->encode(corpus.text));

@@ -55,6 +55,7 @@ void run(const Options& options) {
                {"tokens", result.tokens},
                {"windows", result.windows},
                {"seqlen", result.seqlen},
+               {"second_half", options.evaluation.second_half},
                {"seconds", result.seconds},
                {"tokens_per_second", result.tokens_per_second},
                {"backend", model.backend},
@@ -81,7 +82,7 @@ void add_eval_ppl(CLI::App& app) {
   command->add_option("--data", options->data, "'wikitext2', 'wikitext2-valid', 'c4', or a file (.txt, .raw, .jsonl, .jsonl.gz)")->capture_default_str();
   command->add_option("--seqlen", options->seqlen, "Tokens per window; default min(2048, model)")->check(CLI::PositiveNumber);
   command->add_option("--windows", options->windows, "Only the first so many windows")->check(CLI::PositiveNumber);
-  command->add_option("--backend", options->backend, "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")->capture_default_str();
+  command->add_option("--backend", options->backend, "Of packed linears: auto ($STBLLM_BACKEND, else the fastest), reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda; a checkpoint runs dense, on cuda or not")->capture_default_str();
   command->add_option("--dtype", options->dtype, "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
       ->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
   command->add_option("--kl", options->reference, "Also the divergence from this model (the dense checkpoint)");

@@ -14,7 +14,6 @@
 #include "stbllm/pipeline/estimate.h"
 #include "stbllm/pipeline/ledger.h"
 #include "stbllm/pipeline/quantize_model.h"
-#include "stbllm/pipeline/work_directory.h"
 #include "stbllm/text/corpus.h"
 
 namespace stbllm {
@@ -133,8 +132,10 @@ void run(Options options) {
   if (!first) log::set_level(log::Level::kWarn);
   if (options.dry_run && group.size() > 1) fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
   if (options.quantize.dense_output && !options.quantize.output.has_filename()) options.quantize.output = options.quantize.output.parent_path();
-  check_request(options.checkpoint, recipe, options.quantize, group);
-  if (first && !options.report.empty()) check_report(options.report, options.quantize.force);
+  QuantizeOptions request = options.quantize;
+  request.force |= options.dry_run;  // which overwrites nothing
+  check_request(options.checkpoint, recipe, request, group);
+  if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
@@ -165,7 +166,7 @@ void run(Options options) {
                          {"peak_memory_bytes", peak_memory_bytes()},
                          {"predicted_peak_memory_bytes", memory.peak_bytes},
                          {"verified_logits", result.verified_logits}};
-  if (result.distill) json["distill"] = to_json(*result.distill);
+  if (result.distill) json["distill"] = *result.distill;
   if (options.profile) json["stages"] = stages_json(profiled_stages());
   nlohmann::json ledger_json;
   if (!options.quantize.dense_output) {
@@ -179,12 +180,7 @@ void run(Options options) {
     nlohmann::json report = json;
     report["linears"] = nlohmann::json::array();
     for (const LinearResult& linear : result.linears) report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
-    report["blocks"] = nlohmann::json::array();
-    for (const BlockResult& block : result.blocks) {
-      nlohmann::json entry = {{"cosine", block.cosine}, {"relative_error", block.relative_error}};
-      if (block.tune) entry["tune"] = to_json(*block.tune);
-      report["blocks"].push_back(entry);
-    }
+    report["blocks"] = result.blocks;
     if (!ledger_json.is_null()) report["ledger"] = ledger_json;
     report["stages"] = stages_json(profiled_stages());
     write_text(options.report, report.dump(1) + '\n');
@@ -229,7 +225,7 @@ void add_quantize(CLI::App& app) {
       ->excludes("--target-bpw")
       ->excludes("--nm");
   command->add_option("--set", options->fields, "Override a field of the recipe: --set descend=2 --set shrink=0.3");
-  command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'");
+  command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; default: the first of these two that is there");
   command->add_option("--effort", options->effort, "fast: linear algebra alone; default: what the recipe says; best: also tune and distil (--dry-run predicts the minutes)")
       ->check(CLI::IsMember({"fast", "default", "best"}))
       ->capture_default_str();

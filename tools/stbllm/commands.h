@@ -1,10 +1,9 @@
 #pragma once
-// The subcommands. Each file holds an options struct, add_*() that describes it to CLI11, and run_*().
+// The subcommands. Each file holds an options struct, add_*() that describes it to CLI11, and run().
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 

@@ -57,14 +57,15 @@ int run(int argc, char** argv) {
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
       "  stbllm eval-ppl model.safetensors --data wikitext2\n"
       "  stbllm inspect model.safetensors\n"
-      "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"};
+      "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"
+      "  stbllm report run.json -o run.html\n"};
   app.set_version_flag("--version", STBLLM_VERSION);
   app.require_subcommand(1);
   std::string level = "info";
   app.add_option("--log-level", level, "trace, debug, info, warning, error or off");
   app.fallthrough();
   app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
-  app.footer("Exit codes: 0 done, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 not supported, 7 text too short,\n"
+  app.footer("Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 not supported, 7 text too short,\n"
              "8 output exists, 9 cannot write, 10 verification failed, 130 interrupted.");
   add_quantize(app);
   add_eval_ppl(app);

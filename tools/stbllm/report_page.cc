@@ -186,29 +186,35 @@ std::string bar_chart(const std::vector<Bar>& bars, const std::string& what) {
   return out + "</svg>";
 }
 
-/// Roles down, blocks across; a cell's colour is its N:M.
-std::string pattern_grid(const std::vector<Linear>& linears, const std::vector<std::string>& roles,
-                         const std::vector<std::string>& patterns) {
+/// "3:8", with several levels "2:4x3".
+std::string code_of(const json& entry) {
+  const int levels = entry.value("levels", 1);
+  return entry.at("nm").get<std::string>() + (levels > 1 ? fmt::format("x{}", levels) : "");
+}
+
+/// Roles down, blocks across; a cell's colour is its code.
+std::string code_grid(const std::vector<Linear>& linears, const std::vector<std::string>& roles,
+                      const std::vector<std::string>& codes) {
   constexpr double kWidth = 1000, kLeft = 90, kRow = 22;
   int64_t last = 0;
   for (const Linear& linear : linears) last = std::max(last, linear.block);
   const double cell = std::min(40.0, (kWidth - kLeft) / static_cast<double>(last + 1));
   const double height = kRow * static_cast<double>(roles.size()) + 22;
-  std::string out = fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"N:M of each linear\">",
+  std::string out = fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"code of each linear\">",
                                 kWidth, height);
   for (size_t r = 0; r < roles.size(); ++r)
     out += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>", kLeft - 10,
                        kRow * static_cast<double>(r) + 15, escape(roles[r]));
   for (const Linear& linear : linears) {
     if (linear.block < 0) continue;
-    const std::string nm = linear.entry->at("nm");
+    const std::string code = code_of(*linear.entry);
     const auto row = std::find(roles.begin(), roles.end(), linear.role) - roles.begin();
-    const auto which = std::find(patterns.begin(), patterns.end(), nm) - patterns.begin();
+    const auto which = std::find(codes.begin(), codes.end(), code) - codes.begin();
     out += fmt::format(
         "<rect x=\"{:.1f}\" y=\"{}\" width=\"{:.1f}\" height=\"{}\" rx=\"2\" fill=\"{}\"><title>{}: "
         "{}</title></rect>",
         kLeft + cell * static_cast<double>(linear.block), kRow * static_cast<double>(row), cell - 2, kRow - 2,
-        colour(which), escape(linear.entry->at("name")), escape(nm));
+        colour(which), escape(linear.entry->at("name")), escape(code));
   }
   const auto tick = std::max<int64_t>(1, static_cast<int64_t>(grid_step(static_cast<double>(last + 1), 12)));
   for (int64_t block = 0; block <= last; block += tick)
@@ -234,7 +240,7 @@ std::string number(const json& entry, const char* key, int digits) {
 std::string linear_table(const std::vector<Linear>& linears,
                          const std::map<std::string, const json*>& stored) {
   std::string out =
-      "<table><thead><tr><th>linear</th><th>shape</th><th>N:M</th><th>stored "
+      "<table><thead><tr><th>linear</th><th>shape</th><th>code</th><th>stored "
       "bits</th><th>salient</th><th>threshold</th>"
       "<th>error</th><th>held out</th><th>shrink</th><th>damping</th><th>seconds</th></tr></thead><tbody>\n";
   for (const Linear& linear : linears) {
@@ -250,7 +256,7 @@ std::string linear_table(const std::vector<Linear>& linears,
         "{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{:g}</"
         "td><td>{}</td></tr>\n",
         escape(entry.at("name")), entry.at("rows").get<int64_t>(), entry.at("cols").get<int64_t>(),
-        escape(entry.at("nm")), found == stored.end() ? "–" : number(*found->second, "stored_bits", 3),
+        escape(code_of(entry)), found == stored.end() ? "–" : number(*found->second, "stored_bits", 3),
         std::accumulate(counts.begin(), counts.end(), int64_t{0}),
         mean < 0 ? "–" : fmt::format("{:.4g}", mean), number(entry, "output_error", 4),
         number(entry, "holdout_error", 4), number(entry, "shrink", 2), entry.value("damping", 0.0),
@@ -263,14 +269,14 @@ std::string linear_table(const std::vector<Linear>& linears,
 
 std::string report_page(const json& run) {
   std::vector<Linear> linears;
-  std::vector<std::string> roles, patterns;
+  std::vector<std::string> roles, codes;
   const auto note = [](std::vector<std::string>& known, const std::string& name) {
     if (std::find(known.begin(), known.end(), name) == known.end()) known.push_back(name);
   };
   for (const json& entry : run.at("linears")) {
     linears.push_back(parse_linear(entry));
     note(roles, linears.back().role);
-    note(patterns, entry.at("nm"));
+    note(codes, code_of(entry));
   }
   std::vector<Series> errors;
   for (const std::string& role : roles) {
@@ -308,8 +314,8 @@ std::string report_page(const json& run) {
   page += section("Error of each linear",
                   "Relative squared error of the outputs on the calibration inputs, tr(D H Dᵀ) / tr(W H Wᵀ).",
                   line_chart(errors, "error of each linear over depth") + legend(roles));
-  page += section("N:M of each linear", "How many weights of each group are kept.",
-                  pattern_grid(linears, roles, patterns) + legend(patterns));
+  page += section("Code of each linear", "N:M: how many weights of each group are kept; xL: at how many levels.",
+                  code_grid(linears, roles, codes) + legend(codes));
 
   if (const json blocks = run.value("blocks", json::array()); !blocks.empty()) {
     Series error{"relative error", {}}, angle{"1 − cosine", {}}, before{"before tuning", {}},

@@ -46,8 +46,8 @@ class Backend {
   /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null: this backend has no product
   /// with them.
   virtual std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows&) const { return nullptr; }
-  /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any ElementType
-  /// that the backend lists. `stream` is a cudaStream_t for CUDA, ignored elsewhere.
+  /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any ElementType.
+  /// `stream` is a cudaStream_t for CUDA, ignored elsewhere.
   virtual void matmul(const PreparedMatrix& matrix, const ActivationView& x, const ActivationView& y,
                       void* stream = nullptr) const = 0;
   /// The same for every product, whose matrices have equally many columns. One by one, unless a backend does better.

@@ -1,5 +1,5 @@
 #pragma once
-// Little-endian bit streams, half precision, binomials. Outside kernels/, bits are shifted here and in lanes.h.
+// Little-endian bit streams, half precision, binomials.
 
 #include <bit>
 #include <cstddef>

@@ -39,15 +39,12 @@ class Checkpoint {
   const nlohmann::json& config() const { return config_; }
 
   bool contains(const std::string& name) const;
-  std::vector<std::string> names() const;
   /// Throws Error(kMismatch) when the tensor is missing.
   std::vector<int64_t> shape(const std::string& name) const;
   /// The tensor `name`, which must have `shape`, in the file's dtype (F32, F16, BF16), a view of the mapping.
   /// Throws Error(kMismatch) naming tensor, file, expected and found; Error(kUnsupported) for another dtype.
   at::Tensor load(const std::string& name, const std::vector<int64_t>& shape) const;
   void release(const std::string& name) const;
-  /// Bytes of all tensor files.
-  int64_t file_bytes() const { return file_bytes_; }
 
  private:
   void add(std::shared_ptr<const TensorSource> source);
@@ -57,7 +54,6 @@ class Checkpoint {
   std::filesystem::path directory_;
   nlohmann::json config_;
   std::map<std::string, std::shared_ptr<const TensorSource>> tensors_;  // by tensor name
-  int64_t file_bytes_ = 0;
 };
 
 }  // namespace stbllm

@@ -12,7 +12,6 @@ struct Divergence {
   double mean_kl = 0;         ///< nats per position
   double kl_error = 0;        ///< standard error of mean_kl over windows
   double top1_agreement = 0;  ///< share of positions, 0 .. 1
-  int64_t positions = 0;      ///< windows * (seqlen - 1), as many as perplexity predicts from
   Perplexity reference;
   Perplexity model;
 };
@@ -20,6 +19,6 @@ struct Divergence {
 /// Both decoders have the same vocabulary, else Error(kMismatch). Memory is bounded and windows are checked
 /// as in evaluate_perplexity.
 Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, const Windows& windows,
-                               const EvaluationOptions& options = {});
+                               int64_t hidden_bytes = EvaluationOptions{}.hidden_bytes);
 
 }  // namespace stbllm

@@ -40,7 +40,6 @@ class KeyValueCache {
   KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
                 at::Device device);
 
-  int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
   /// Writes the keys and values (batch, kv_heads, n, head_dim) of block `block` at positions length() ..
   /// length() + n - 1 and replaces both by views of all length() + n. Throws Error(kUsage) when they exceed

@@ -28,9 +28,9 @@ class PackedWriter {
   void add_quantized_rows(const std::string& name, const QuantizedRows& rows);
   void add_dense(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
                  std::span<const std::byte> data);
-  /// "config" (the checkpoint's config.json), "tokenizer", "recipe", "plan", "calibration", "version", ...
-  /// The keys of the format itself ("format", "format_version", "linears", "quantized_rows") are not to be
-  /// set.
+  /// "config" (the checkpoint's config.json), "tokenizer", "recipe", "calibration", "results", "version", ...
+  /// The keys of the format itself ("format", "format_version", "linears", "quantized_rows", "checksums", "header_checksum") are not
+  /// to be set.
   void set_metadata(const std::string& key, std::string value);
   std::filesystem::path finish();  ///< a complete temporary file, to be verified
   void commit();                   ///< renamed into place

@@ -35,6 +35,9 @@ void write_packed(PackedWriter& file, const Assembly& assembly);
 /// Error(kWriteFailed).
 void export_dense(const std::filesystem::path& output, const std::filesystem::path& scratch, const Assembly& assembly);
 
+/// Tokens whose logits verify_packed compares at a time.
+inline constexpr int64_t kTokensPerVerification = 128;
+
 /// Relative L2 distance between the logits of the packed file and those of the assembled blocks as dense weights in float32.
 /// Throws Error(kVerifyFailed).
 double verify_packed(const std::filesystem::path& path, const Assembly& assembly, std::span<const std::vector<int32_t>> windows);

@@ -17,6 +17,9 @@
 
 namespace stbllm {
 
+/// Those whose logits of both models exist at a time.
+inline constexpr int64_t kTokensPerDivergence = 256;
+
 /// `student` has the tables of the packed file and yields dense blocks; the first of them are quantized as `blocks` say, and
 /// these are optimised in place (the final norm becomes one of the last block's tensors). `teacher` is the dense model.
 /// ids (windows, seqlen); teacher_hidden (windows, seqlen, hidden): what leaves the teacher's last block. The last `holdout`

@@ -33,7 +33,7 @@ MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, co
                        const QuantizeOptions& options);
 
 /// Runs block 0 over a few windows and quantizes one linear of its widest tap; writes nothing. Throws as
-/// quantize_model does before its first expensive step, except for an output that exists.
+/// plan_memory and check_windows do.
 Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& calibration,
                                const Recipe& recipe, const QuantizeOptions& options);
 

@@ -1,12 +1,18 @@
 #pragma once
 // The one place that sees both a tensor and a packed matrix.
 
+#include <span>
 #include <string_view>
 
 #include "stbllm/pack/structured_binary_matrix.h"
 #include "stbllm/quantize/binarized_weight.h"
 
 namespace stbllm {
+
+/// The elements of a contiguous tensor as they lie in memory.
+inline std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()};
+}
 
 /// The planes of a quantized linear, in memory of their own. matrix.at(r, c) == weight.to_dense()[r][c], exactly.
 StructuredBinaryMatrix pack_weight(const BinarizedWeight& weight, std::string_view name);

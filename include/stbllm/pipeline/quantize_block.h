@@ -10,11 +10,14 @@
 
 #include "stbllm/model/decoder_block.h"
 #include "stbllm/pipeline/process_group.h"
-#include "stbllm/pipeline/quantize_model.h"
+#include "stbllm/pipeline/results.h"
 #include "stbllm/quantize/binarized_weight.h"
 #include "stbllm/quantize/input_stats.h"
 
 namespace stbllm {
+
+/// Tokens that go through a block in one call, unless a window has more: enough for full-speed products, few enough for small intermediates.
+inline constexpr int64_t kTokensPerPass = 2048;
 
 /// The recipe of each linear, by full name.
 using Plan = std::map<std::string, Recipe>;

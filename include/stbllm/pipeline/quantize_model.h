@@ -18,7 +18,8 @@
 #include "stbllm/eval/perplexity.h"
 #include "stbllm/model/model_spec.h"
 #include "stbllm/pipeline/process_group.h"
-#include "stbllm/quantize/quantize_linear.h"
+#include "stbllm/pipeline/results.h"
+#include "stbllm/quantize/recipe.h"
 
 namespace stbllm {
 
@@ -48,42 +49,19 @@ struct QuantizeOptions {
   int64_t quantized_blocks(const ModelSpec& spec) const { return blocks < 0 ? spec.layers : std::min(blocks, spec.layers); }
 };
 
-struct LinearResult {
-  std::string name;
-  NmPattern nm;
-  int64_t rows = 0, cols = 0;
-  double salient_share = 0;
-  LinearReport report;
-};
-
-struct TuneReport {
-  double loss_before = 0, loss_after = 0;  ///< on the held-out windows, or on all when there are none
-  double changed = 0;                      ///< share of weights whose symbol changed
-  int epochs = 0;                          ///< until the best held-out loss
-};
-
-struct DistillReport {
-  double divergence_before = 0, divergence_after = 0;  ///< nats per token on the held-out windows, or on all when there are none
-  double changed = 0;                                  ///< share of weights whose symbol changed
-  int epochs = 0;                                      ///< until the smallest held-out divergence
-};
-
-/// The hidden states after a block against those of the dense model, over all calibration windows; tokens weigh the same,
-/// whatever their norm.
-struct BlockResult {
-  double cosine = 1;               ///< mean over tokens
-  double relative_error = 0;       ///< mean over tokens of ||h - h_dense||^2 / ||h_dense||^2
-  std::optional<TuneReport> tune;  ///< where the block was tuned
-};
-
 struct QuantizeResult {
   std::vector<LinearResult> linears;
-  std::vector<BlockResult> blocks;  ///< of the quantized blocks; empty unless they were compared or tuned
+  std::vector<BlockResult> blocks;  ///< of the quantized blocks; empty unless there is a report, or training
   std::optional<DistillReport> distill;  ///< where the whole model was distilled
   double nominal_bits = 0;      ///< mean of N/M (1 + share of salient columns) over the quantized weights
   double seconds = 0;
   double verified_logits = -1;  ///< relative L2 distance of packed and dense logits; -1: nothing to verify
 };
+
+/// Whether the dense model's hidden states go along beside the quantized one's.
+inline bool needs_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
+  return recipe.tune_epochs > 0 || recipe.distill_epochs > 0 || options.compare_blocks;
+}
 
 /// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is impossible.
 at::Device calibration_device(const QuantizeOptions& options);

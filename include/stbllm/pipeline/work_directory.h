@@ -51,11 +51,4 @@ class WorkDirectory {
 /// "nsamples: 16 there, 32 here" for the first field that differs; empty when none does.
 std::string first_difference(const nlohmann::json& there, const nlohmann::json& here);
 
-nlohmann::json to_json(const LinearResult& result, bool with_seconds);
-LinearResult linear_result_from_json(const nlohmann::json& json);
-nlohmann::json to_json(const TuneReport& report);
-TuneReport tune_report_from_json(const nlohmann::json& json);
-nlohmann::json to_json(const DistillReport& report);
-DistillReport distill_report_from_json(const nlohmann::json& json);
-
 }  // namespace stbllm

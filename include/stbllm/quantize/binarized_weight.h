@@ -45,7 +45,7 @@ struct BinarizedWeight {
 /// What codes of 4, 5 or 6 bits multiply a row scale by, 2^(-code / 2^(scale_bits - 2)): twin of scale_code_factor() in pack/.
 const std::array<float, 64>& scale_code_factors(int scale_bits);
 
-/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the layer's outputs. H is symmetric.
+/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the linear's outputs. H is symmetric.
 double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian);
 /// Operations of its products.
 double output_error_flops(int64_t rows, int64_t cols);

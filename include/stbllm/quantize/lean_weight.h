@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/quantize/group_search.h"
 #include "stbllm/quantize/recipe.h"
 
@@ -20,7 +21,7 @@ struct LeanWeight {
   int scale_bits = 16;
 
   at::Tensor target;       ///< float32 (cols, rows): W; zero in columns that are stored exactly
-  at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of exact columns are zero
+  at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of outlier columns are zero
   at::Tensor hessian_target;  ///< float32 (cols, rows): H W; refit makes it when it is first needed
   at::Tensor symbols;      ///< int8 (cols, rows): 0 or +-(1 + level)
   at::Tensor scales;       ///< float32 (column blocks, rows): representable values, > 0
@@ -30,7 +31,7 @@ struct LeanWeight {
 
   int64_t cols() const { return target.size(0); }
   int64_t rows() const { return target.size(1); }
-  int64_t column_blocks() const { return (cols() + column_block - 1) / column_block; }
+  int64_t column_blocks() const { return ceil_div(cols(), column_block); }
 
   /// Q, float32 (cols, rows).
   at::Tensor dense() const;

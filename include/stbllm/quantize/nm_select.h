@@ -7,12 +7,12 @@
 
 namespace stbllm {
 
-/// Importance of the weights of a layer, transposed like them.
+/// Importance of the weights of a linear, transposed like them.
 class ImportanceScore {
  public:
-  /// layer_t: (cols, rows) float32, the whole layer: sums over a row, mean and deviation are its.
-  ImportanceScore(const at::Tensor& layer_t, Importance metric);
-  /// Of some columns of the layer, whose weights may have changed since. columns_t: (columns, rows) float32; norm_sq: (columns)
+  /// weight_t: (cols, rows) float32, the whole linear: sums over a row, mean and deviation are its.
+  ImportanceScore(const at::Tensor& weight_t, Importance metric);
+  /// Of some columns of the linear, whose weights may have changed since. columns_t: (columns, rows) float32; norm_sq: (columns)
   /// S_j^2; inverse_diag: (columns) d_j, diagonal of the upper factor of H^-1. Returns (columns, rows) float32.
   at::Tensor operator()(const at::Tensor& columns_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag) const;
 
@@ -22,7 +22,7 @@ class ImportanceScore {
 
   Importance metric_;
   at::Tensor row_sum_;            // (1, rows)
-  at::Tensor mean_, deviation_;   // of mu over the layer, float64
+  at::Tensor mean_, deviation_;   // of mu over the linear, float64
 };
 
 /// 1 for the N most important weights of each group of M consecutive columns, 0 elsewhere; ties go to the lower column.

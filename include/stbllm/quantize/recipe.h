@@ -59,7 +59,7 @@ struct Recipe {
   double outlier_share = 0;                    ///< a column with at least this share of trace(H) is stored exactly; 0: none
   int max_outliers = 0;                        ///< at most so many
   bool token_weights = false;                  ///< w_t = min(1, 3 median / ||x_t||) on the rows of X in H
-  int refit = 0;                               ///< rounds of least squares for all scales in the H metric; levels move in the first two
+  int refit = 0;                               ///< least squares for all scales in the H metric, after the first codes and after so many sweeps; 0: never
   int descend = 0;                             ///< sweeps of coordinate descent over group codes, alternating with refit
   RowCoding embedding = RowCoding::kKeep;
   RowCoding head = RowCoding::kKeep;
