@@ -147,7 +147,7 @@ for type in BF16 "${speed[@]}"; do
   "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
-prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8)  # about 512 tokens
+prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8 || true)  # about 512 tokens; the last character may be cut
 for name in checkpoint packed; do
   model=$packed
   [ $name = packed ] || model=$checkpoint

@@ -10,15 +10,17 @@
 #
 # Everything is kept in .demo/: run it again and only the measurements are repeated.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 say() { printf '[demo] %s\n' "$*" >&2; }
 die() { printf '[demo] error: %s\n' "$*" >&2; exit 2; }
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$here" "$1" ;; esac; }  # from where the script was started
 model='' data='' windows=10
 while (($#)); do
   case $1 in
-    --model) model=${2:?$1 needs a value}; shift 2 ;;
-    --data) data=${2:?$1 needs a value}; shift 2 ;;
+    --model) model=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
+    --data) data=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
     *) die "unknown option $1; scripts/demo.sh --help lists them" ;;

@@ -109,6 +109,8 @@ class Point:
             quantized = call("quantize", self.options["checkpoint"], "-o", packed, "--force", *self.options["quantize"])
             inspected = call("inspect", packed)
             evaluated = [call("eval-ppl", packed, *options) for options in self.options["eval"]]
+        if any(result["perplexity"] is None for result in evaluated):
+            raise ValueError("its perplexity is not a finite number")
         wanted = ("perplexity", "standard_error", "kl", "windows", "seqlen", "tokens", "seconds", "data")
         return {
             "options": self.options,
@@ -174,7 +176,7 @@ def main():
             say(f"{number}/{len(points)}  {label}: log in {point.stem}.log")
             try:
                 done[key] = point.run()
-            except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError) as error:
+            except (subprocess.CalledProcessError, ValueError, KeyError) as error:
                 if isinstance(error, subprocess.CalledProcessError):
                     with open(point.stem + ".log", encoding="utf-8", errors="replace") as log:
                         error = f"exit status {error.returncode}: {log.read().splitlines()[-1]}"

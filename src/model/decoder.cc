@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <fmt/ranges.h>
 
+#include <cmath>
 #include <map>
 
 #include "stbllm/base/error.h"
@@ -114,6 +115,8 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
     const at::Tensor mapped = checkpoint.load(spec.name, spec.shape);
     at::Tensor owned = mapped.to(options.device, options.dtype, /*non_blocking=*/false, /*copy=*/true);
     checkpoint.release(spec.name);
+    if (!std::isfinite(owned.sum().item<float>()))
+      fail(ErrorCode::kCorrupt, "{}: tensor {} holds values that are not finite; check the checkpoint", checkpoint.directory().string(), spec.name);
     return owned;
   };
   decoder.load_outer(load, [&](const TensorSpec& table) { return Table(load(table)); });

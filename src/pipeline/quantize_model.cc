@@ -63,16 +63,21 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
   return bits / weights;
 }
 
-/// Tells models of one shape apart: of the first row of every linear's weight.
+/// Tells models of one shape apart: of rows of every linear's weight, and of all other tensors.
 std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
   std::string sums;
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) {
       const TensorSpec weight = linear.weight();
-      const at::Tensor row = checkpoint.load(weight.name, weight.shape)[0].contiguous();
-      sums += checksum(bytes_of(row));
+      constexpr int64_t kRowsApart = 64;
+      const at::Tensor rows = checkpoint.load(weight.name, weight.shape).slice(0, 0, std::nullopt, kRowsApart).contiguous();
+      sums += checksum(bytes_of(rows));
       checkpoint.release(weight.name);
     }
+  for (const TensorSpec& tensor : spec.other_tensors()) {
+    sums += checksum(bytes_of(checkpoint.load(tensor.name, tensor.shape).contiguous()));
+    checkpoint.release(tensor.name);
+  }
   return checksum(std::as_bytes(std::span(sums)));
 }
 
@@ -93,6 +98,11 @@ nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spe
           {"processes", group.size()}};
 }
 
+/// JSON holds nothing else; a path may.
+std::string as_utf8(const std::string& text) {
+  return nlohmann::json::parse(nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+}
+
 }  // namespace
 
 Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
@@ -106,7 +116,7 @@ Calibration make_calibration(const Checkpoint& checkpoint, const std::string& da
       calibration_windows(ids, samples + distill_samples, {samples - calibration.holdout, calibration.holdout}, seqlen, seed, corpus.description);
   std::rotate(calibration.windows.begin(), calibration.windows.begin() + samples, calibration.windows.end());
   calibration.distill_only = distill_samples;
-  calibration.provenance = {{"corpus", corpus.description}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
+  calibration.provenance = {{"corpus", as_utf8(corpus.description)}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
                             {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout},
                             {"distill_nsamples", distill_samples}, {"windows", "disjoint"}};
   return calibration;
@@ -145,8 +155,8 @@ void check_request(const fs::path& checkpoint, const Recipe& recipe, const Quant
     fail(ErrorCode::kUnsupported, "recipe '{}' tunes or distils, which works on the CPU only; leave out --device cuda, or set tune_epochs and "
                                   "distill_epochs to 0", recipe.name);
   if (!options.output.has_filename()) fail(ErrorCode::kUsage, "{}: the output is a file; write its name behind the directory", options.output.string());
-  if (group.rank() > 0 || !fs::exists(options.output)) return;
   std::error_code ignored;
+  if (group.rank() > 0 || !fs::exists(fs::symlink_status(options.output, ignored))) return;
   const fs::path directory = options.dense_output ? options.output : fs::absolute(options.output).parent_path();
   if (fs::equivalent(directory, checkpoint, ignored))
     fail(ErrorCode::kUsage, "{}: this would overwrite a part of the checkpoint itself; choose another path", options.output.string());
@@ -333,7 +343,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kInterrupted) throw;
     const fs::path work = work_path(options.output);
-    fail(ErrorCode::kInterrupted, "interrupted; {}",
+    fail(ErrorCode::kInterrupted, "{}; {}", error.what(),
          fs::exists(work) ? work.string() + " holds the blocks that are finished, continue with --resume" : "no block was finished, nothing is left");
   }
 }

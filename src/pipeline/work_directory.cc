@@ -1,7 +1,11 @@
 #include "stbllm/pipeline/work_directory.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -41,13 +45,26 @@ std::string first_difference(const nlohmann::json& before, const nlohmann::json&
 
 fs::path work_path(const fs::path& output) { return output.string() + ".work"; }
 
+WorkDirectory::Lock::Lock(const fs::path& directory) : descriptor_(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+  if (descriptor_ < 0 || ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;  // some file systems have no locks
+  ::close(descriptor_);
+  fail(ErrorCode::kExists, "{}: another run is at work there; wait for its end or choose another output", directory.string());
+}
+
+WorkDirectory::Lock::~Lock() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
 WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& fingerprint, bool resume, bool force)
     : path_(work_path(output)) {
   const fs::path fingerprint_path = path_ / "fingerprint.json";
   if (resume) {
     if (!fs::exists(fingerprint_path))
       fail(ErrorCode::kNotFound, "{}: there is no unfinished run to resume; leave out --resume", path_.string());
-    const std::string difference = first_difference(read_json(fingerprint_path), fingerprint);
+    lock_.emplace(path_);
+    const nlohmann::json before = read_json(fingerprint_path);
+    if (!before.is_object()) fail(ErrorCode::kCorrupt, "{}: damaged; start again with --force", fingerprint_path.string());
+    const std::string difference = first_difference(before, fingerprint);
     if (!difference.empty())
       fail(ErrorCode::kMismatch, "{}: the unfinished run was made with other inputs ({}); use the same, or --force to start again",
            path_.string(), difference);
@@ -58,10 +75,12 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
       fail(ErrorCode::kExists, "{}: an unfinished run is there; continue it with --resume or discard it with --force", path_.string());
     if (!fs::exists(fingerprint_path))
       fail(ErrorCode::kExists, "{}: this is in the way and no work directory of an unfinished run; move it or choose another output", path_.string());
+    const Lock others(path_);
     fs::remove_all(path_);
   }
   std::error_code error;
   fs::create_directories(path_, error);
+  if (!error) lock_.emplace(path_);
   std::ofstream file(fingerprint_path);
   file << fingerprint.dump(1) << '\n';
   file.close();

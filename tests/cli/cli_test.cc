@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
 
@@ -290,6 +291,20 @@ TEST_F(Cli, AnOutputThatIsThere) {
   EXPECT_EQ(read_all(results_ / "packed"), "mine");
   EXPECT_EQ(run_program(quantize("packed", {"--force"})).status, 0);
   EXPECT_EQ(run_program({"inspect", (results_ / "packed").string()}).status, 0);
+}
+
+TEST_F(Cli, AReportInPlaceOfTheOutput) {
+  expect_fault(quantize("packed", {"--report", (results_ / "." / "packed").string()}), ErrorCode::kUsage, "the output itself");
+}
+
+TEST_F(Cli, AWeightThatIsNotANumber) {
+  std::string bytes = read_all(checkpoint_ / "model.safetensors");
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  bytes.replace(8 + header, 4, 4, '\xff');  // in every float type
+  test::write_all(checkpoint_ / "model.safetensors", bytes);
+  expect_fault(quantize("packed"), ErrorCode::kCorrupt, "values that are not finite");
+  expect_fault({"eval-ppl", checkpoint_.string(), "--data", text_}, ErrorCode::kCorrupt, "values that are not finite");
 }
 
 TEST_F(Cli, AnOutputInsideAFile) {

@@ -21,6 +21,7 @@
 #include "stbllm/pipeline/load_model.h"
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/pipeline/spill.h"
+#include "stbllm/pipeline/work_directory.h"
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/files.h"
@@ -382,6 +383,19 @@ TEST(Overwriting, AnUnfinishedRunNeedsForce) {
   options.force = true;
   place.quantize(recipe, options);
   EXPECT_EQ(list(place.results()), std::vector<std::string>{"packed"});
+}
+
+TEST(Overwriting, ARunThatIsAtWorkIsLeftAlone) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  const WorkDirectory other(options.output, {{"some", "run"}}, /*resume=*/false, /*force=*/false);
+  for (const bool resume : {false, true}) {
+    options.resume = resume;
+    options.force = !resume;
+    expect_error(ErrorCode::kExists, "another run is at work there", [&] { place.quantize(Recipe::load("rtn"), options); });
+    EXPECT_EQ(list(other.path()), std::vector<std::string>{"fingerprint.json"});
+  }
 }
 
 TEST(Overwriting, AResultNeedsForce) {

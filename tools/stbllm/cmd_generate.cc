@@ -28,14 +28,16 @@ void run(const Options& options) {
   std::vector<int32_t> ids = prompt;
   std::string shown;
   const auto show = [&](const std::string& text) {  // what is new of it
-    if (text.size() > shown.size() && text.starts_with(shown)) fmt::print("{}", text.substr(shown.size()));
+    const auto common = std::ranges::mismatch(text, shown).in1 - text.begin();  // a character that was incomplete may have changed
+    fmt::print("{}", text.substr(common));
     std::fflush(stdout);
     shown = text;
   };
   if (!options.common.json) show(model.tokenizer->decode(ids));
+  const std::string prompt_text = model.tokenizer->decode(prompt);
   const Generation result = generate(model.decoder, prompt, generate_options, [&](int32_t id) {
-    if (options.common.json) return true;
     ids.push_back(id);
+    if (options.common.json) return true;
     const std::string text = model.tokenizer->decode(ids);
     if (!text.ends_with("\uFFFD")) show(text);  // the token may end inside a character: the next one completes it
     return true;
@@ -44,7 +46,7 @@ void run(const Options& options) {
   const double prefill = static_cast<double>(result.prompt_tokens) / result.prefill_seconds;
   const double decode = result.decode_seconds > 0 ? static_cast<double>(result.decode_passes) / result.decode_seconds : 0;
   if (options.common.json) {
-    std::cout << nlohmann::json{{"text", model.tokenizer->decode(result.ids)},
+    std::cout << nlohmann::json{{"text", model.tokenizer->decode(ids).substr(prompt_text.size())},
                                 {"ids", result.ids},
                                 {"prompt_tokens", result.prompt_tokens},
                                 {"prefill_tokens_per_second", prefill},

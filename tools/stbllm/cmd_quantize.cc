@@ -1,7 +1,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <csignal>
+#include <cstdlib>
 #include <iostream>
 
 #include "commands.h"
@@ -100,7 +102,10 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
 }
 
 /// Refuses a report that could not be written at the end of the run.
-void check_report(const std::filesystem::path& path, bool force) {
+void check_report(const std::filesystem::path& path, const std::filesystem::path& output, bool force) {
+  if (std::filesystem::weakly_canonical(path) == std::filesystem::weakly_canonical(output))
+    fail(ErrorCode::kUsage, "--report {}: this is the output itself; choose another path", path.string());
+  if (std::filesystem::is_directory(path)) fail(ErrorCode::kUsage, "--report {}: a directory is there; name a file", path.string());
   if (std::filesystem::exists(path) && !force) fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", path.string());
   const std::string probe = path.string() + ".probe";
   write_text(probe, "");
@@ -108,7 +113,10 @@ void check_report(const std::filesystem::path& path, bool force) {
 }
 
 void run(Options options) {
+  ::setenv("MKL_CBWR", "AUTO,STRICT", /*overwrite=*/0);  // read by the first product: none depends on the number of threads
   apply(options.common);
+  if (options.quantize.max_memory < 0 || options.target_size < 0 || !std::isfinite(options.target_bits))
+    fail(ErrorCode::kUsage, "--max-memory, --target-size and --target-bpw: expected numbers above 0");
   options.quantize.compare_blocks = !options.report.empty();
   nlohmann::json fields = Recipe::load(options.recipe).to_json();
   if (!options.nm.empty()) {
@@ -135,7 +143,7 @@ void run(Options options) {
   QuantizeOptions request = options.quantize;
   request.force |= options.dry_run;  // which overwrites nothing
   check_request(options.checkpoint, recipe, request, group);
-  if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.force);
+  if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.output, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
@@ -151,10 +159,11 @@ void run(Options options) {
   }
   const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
-  std::signal(SIGINT, [](int) {  // the second one stops at once
-    request_interrupt();
-    std::signal(SIGINT, SIG_DFL);
-  });
+  for (const int signal : {SIGINT, SIGTERM})
+    std::signal(signal, [](int again) {  // the second one stops at once
+      request_interrupt();
+      std::signal(again, SIG_DFL);
+    });
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
   if (!first) return;
 

@@ -1,12 +1,14 @@
 // stbllm: structured binary weights for LLaMA, OPT and Mistral checkpoints.
 
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 #include <omp.h>
 #include <sys/resource.h>
 
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <iostream>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -78,6 +80,7 @@ int run(int argc, char** argv) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     fail(ErrorCode::kUsage, "{}; --help explains", error.what());
   }
+  if (std::fflush(stdout) != 0 || !std::cout.flush()) fail(ErrorCode::kWriteFailed, "the result cannot be written to the standard output; check where it leads");
   return 0;
 }
 
@@ -92,6 +95,8 @@ int main(int argc, char** argv) {
     return static_cast<int>(error.code());
   } catch (const std::bad_alloc&) {
     stbllm::log::write(stbllm::log::Level::kError, "out of memory; use fewer or shorter windows");
+  } catch (const c10::Error& error) {
+    stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what_without_backtrace());
   } catch (const std::exception& error) {
     stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what());
   }

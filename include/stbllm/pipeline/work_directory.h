@@ -17,7 +17,8 @@ class WorkDirectory {
  public:
   /// work_path(output) with a fingerprint of everything that decides the blocks. With `resume` the directory of an earlier run is
   /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
-  /// existing one is discarded with `force`, and Error(kExists) without, or where it is not a work directory.
+  /// existing one is discarded with `force`, and Error(kExists) without, where it is not a work directory, or where another run is
+  /// at work in it.
   WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
   /// A directory without a finished block is of no use and goes.
   ~WorkDirectory();
@@ -42,10 +43,23 @@ class WorkDirectory {
   void remove() const;
 
  private:
+  /// Keeps other runs out of a directory. Throws Error(kExists) when one is there.
+  class Lock {
+   public:
+    explicit Lock(const std::filesystem::path& directory);
+    ~Lock();
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+   private:
+    int descriptor_;
+  };
+
   void save(const std::filesystem::path& path, const QuantizedBlock& quantized) const;
   std::optional<QuantizedBlock> load(const std::filesystem::path& path) const;
   void save_all(const std::filesystem::path& directory, const std::vector<QuantizedBlock>& blocks) const;
   std::filesystem::path path_;
+  std::optional<Lock> lock_;
 };
 
 /// "nsamples: 16 there, 32 here" for the first field that differs; empty when none does.
