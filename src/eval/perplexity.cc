@@ -14,13 +14,8 @@
 namespace stbllm {
 namespace {
 
-/// Tokens that go through a block in one call. Windows shorter than that are batched; a fixed number, because
-/// the shape of a product decides how it is rounded.
-constexpr int64_t kTokensPerPass = 2048;
 /// Bound on the float32 logits held at a time.
 constexpr int64_t kLogitBytes = int64_t{64} << 20;
-
-int64_t windows_per_pass(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerPass / seqlen); }
 
 }  // namespace
 

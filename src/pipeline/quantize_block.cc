@@ -9,6 +9,7 @@
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/eval/perplexity.h"
 #include "stbllm/pipeline/spill.h"
 
 namespace stbllm {
@@ -29,7 +30,7 @@ double statistics_flops(const DecoderBlock& block, int64_t tokens) {
 /// Calls visit(first, count, held out) for windows that go through a block together; the last `holdout` go apart.
 void for_each_pass(const at::Tensor& hidden, int64_t holdout, const std::function<void(int64_t, int64_t, bool)>& visit) {
   const int64_t windows = hidden.size(0), training = windows - holdout;
-  const int64_t step = std::max<int64_t>(1, kTokensPerPass / hidden.size(1));
+  const int64_t step = windows_per_pass(hidden.size(1));
   for (int64_t first = 0; first < training; first += step) visit(first, std::min(step, training - first), false);
   for (int64_t first = training; first < windows; first += step) visit(first, std::min(step, windows - first), true);
 }

@@ -66,18 +66,13 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
 /// Tells models of one shape apart: of rows of every linear's weight, and of all other tensors.
 std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
   std::string sums;
-  for (int64_t i = 0; i < spec.layers; ++i)
-    for (const LinearSpec& linear : spec.linears(i)) {
-      const TensorSpec weight = linear.weight();
-      constexpr int64_t kRowsApart = 64;
-      const at::Tensor rows = checkpoint.load(weight.name, weight.shape).slice(0, 0, std::nullopt, kRowsApart).contiguous();
-      sums += checksum(bytes_of(rows));
-      checkpoint.release(weight.name);
-    }
-  for (const TensorSpec& tensor : spec.other_tensors()) {
-    sums += checksum(bytes_of(checkpoint.load(tensor.name, tensor.shape).contiguous()));
+  const auto add = [&](const TensorSpec& tensor, int64_t rows_apart) {
+    sums += checksum(bytes_of(checkpoint.load(tensor.name, tensor.shape).slice(0, 0, std::nullopt, rows_apart).contiguous()));
     checkpoint.release(tensor.name);
-  }
+  };
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) add(linear.weight(), 64);
+  for (const TensorSpec& tensor : spec.other_tensors()) add(tensor, 1);
   return checksum(std::as_bytes(std::span(sums)));
 }
 
@@ -98,11 +93,6 @@ nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spe
           {"processes", group.size()}};
 }
 
-/// JSON holds nothing else; a path may.
-std::string as_utf8(const std::string& text) {
-  return nlohmann::json::parse(nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
-}
-
 }  // namespace
 
 Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
@@ -116,7 +106,7 @@ Calibration make_calibration(const Checkpoint& checkpoint, const std::string& da
       calibration_windows(ids, samples + distill_samples, {samples - calibration.holdout, calibration.holdout}, seqlen, seed, corpus.description);
   std::rotate(calibration.windows.begin(), calibration.windows.begin() + samples, calibration.windows.end());
   calibration.distill_only = distill_samples;
-  calibration.provenance = {{"corpus", as_utf8(corpus.description)}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
+  calibration.provenance = {{"corpus", corpus.description}, {"sha256", corpus.sha256}, {"tokens", ids.size()}, {"nsamples", samples},
                             {"seqlen", seqlen},             {"seed", seed},            {"holdout", calibration.holdout},
                             {"distill_nsamples", distill_samples}, {"windows", "disjoint"}};
   return calibration;

@@ -122,7 +122,7 @@ Corpus read_file(const fs::path& path) {
   }
   corpus.text = unit.empty() ? content : joiner.take();
   corpus.sha256 = sha256(corpus.text);
-  corpus.description = path.filename().string();
+  corpus.description = replace_invalid_utf8(path.filename().string());  // it goes into JSON
   for (const KnownCorpus& known : kKnownCorpora) {  // a known text goes by its name wherever it lies
     if (corpus.sha256 == known.sha256) corpus.description = known.description;
   }

@@ -8,8 +8,8 @@
 #include <fstream>
 
 #include "stbllm/base/error.h"
-#include "support/random_matrix.h"
 #include "support/files.h"
+#include "support/random_matrix.h"
 #include "support/scratch_directory.h"
 
 namespace stbllm {

@@ -1,6 +1,8 @@
 #pragma once
 // Whole files and directories.
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -10,9 +12,9 @@
 
 namespace stbllm::test {
 
-/// "" when the file is not there.
 inline std::string read_all(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file) << path;
   return {std::istreambuf_iterator<char>(file), {}};
 }
 

@@ -14,6 +14,7 @@
 #include "shapes.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/base/reproducible.h"
 #include "stbllm/quantize/quantize_linear.h"
 #include "timing.h"
 
@@ -120,6 +121,7 @@ struct Derived {
 }  // namespace
 
 void measure_quantizer(const QuantizerOptions& options) {
+  make_products_reproducible();  // as the quantizer does
   std::vector<Recipe> recipes;
   for (const std::string& name : options.recipes) recipes.push_back(Recipe::load(name));
   const c10::InferenceMode guard;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <csignal>
-#include <cstdlib>
 #include <iostream>
 
 #include "commands.h"
@@ -11,6 +10,7 @@
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/base/reproducible.h"
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/estimate.h"
@@ -113,7 +113,7 @@ void check_report(const std::filesystem::path& path, const std::filesystem::path
 }
 
 void run(Options options) {
-  ::setenv("MKL_CBWR", "AUTO,STRICT", /*overwrite=*/0);  // read by the first product: none depends on the number of threads
+  make_products_reproducible();
   apply(options.common);
   if (options.quantize.max_memory < 0 || options.target_size < 0 || !std::isfinite(options.target_bits))
     fail(ErrorCode::kUsage, "--max-memory, --target-size and --target-bpw: expected numbers above 0");
@@ -140,9 +140,8 @@ void run(Options options) {
   if (!first) log::set_level(log::Level::kWarn);
   if (options.dry_run && group.size() > 1) fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
   if (options.quantize.dense_output && !options.quantize.output.has_filename()) options.quantize.output = options.quantize.output.parent_path();
-  QuantizeOptions request = options.quantize;
-  request.force |= options.dry_run;  // which overwrites nothing
-  check_request(options.checkpoint, recipe, request, group);
+  options.quantize.force |= options.dry_run;  // which overwrites nothing
+  check_request(options.checkpoint, recipe, options.quantize, group);
   if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.output, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "commands.h"
+#include "stbllm/plan/allocate.h"
 
 namespace stbllm {
 namespace {
@@ -186,10 +187,8 @@ std::string bar_chart(const std::vector<Bar>& bars, const std::string& what) {
   return out + "</svg>";
 }
 
-/// "3:8", with several levels "2:4x3".
 std::string code_of(const json& entry) {
-  const int levels = entry.value("levels", 1);
-  return entry.at("nm").get<std::string>() + (levels > 1 ? fmt::format("x{}", levels) : "");
+  return Code{NmPattern::parse(entry.at("nm").get<std::string>()), entry.value("levels", 1)}.str();
 }
 
 /// Roles down, blocks across; a cell's colour is its code.

@@ -2,6 +2,7 @@
 // Perplexity by the GPTQ protocol: non-overlapping windows; every window predicts its tokens 1 .. seqlen - 1;
 // mean NLL over all predicted tokens; perplexity = exp(mean NLL). Natural logarithms.
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -44,6 +45,11 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
 /// Throws Error(kUsage) when windows are empty, unequal, shorter than two tokens or longer than the model's
 /// positions; Error(kMismatch) for an id beyond the vocabulary.
 void check_windows(const Decoder& decoder, const Windows& windows);
+
+/// Tokens that go through a block in one call: enough for full-speed products, few enough for small intermediates. Shorter windows
+/// are batched; a fixed number, because the shape of a product decides how it is rounded.
+inline constexpr int64_t kTokensPerPass = 2048;
+inline int64_t windows_per_pass(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerPass / seqlen); }
 
 /// Token ids (windows, seqlen), int32.
 at::Tensor ids_of(std::span<const std::vector<int32_t>> windows);

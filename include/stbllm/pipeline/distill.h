@@ -17,7 +17,7 @@
 
 namespace stbllm {
 
-/// Those whose logits of both models exist at a time.
+/// Tokens whose logits of both models exist at a time.
 inline constexpr int64_t kTokensPerDivergence = 256;
 
 /// `student` has the tables of the packed file and yields dense blocks; the first of them are quantized as `blocks` say, and

@@ -16,9 +16,6 @@
 
 namespace stbllm {
 
-/// Tokens that go through a block in one call, unless a window has more: enough for full-speed products, few enough for small intermediates.
-inline constexpr int64_t kTokensPerPass = 2048;
-
 /// The recipe of each linear, by full name.
 using Plan = std::map<std::string, Recipe>;
 
