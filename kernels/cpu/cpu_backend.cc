@@ -268,7 +268,7 @@ void scale_rows(const MatrixView& m, int64_t tile, int64_t tokens, float* sums, 
 struct Lookup {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t first_tile;  // of all matrices in a row
+  int64_t first_byte;  // of a chunk's codes of all matrices in a row
   int64_t padded_rows;
   size_t maker = 0;  // whose tables serve this one
   uint8_t* tables = nullptr;
@@ -285,12 +285,13 @@ bool share_tables(const MatrixView& a, const MatrixView& b) {
   return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group && same_outliers(a, b);
 }
 
-// The thread's tiles of a matrix: those of all matrices are dealt out, in whole strips.
+// The thread's tiles of a matrix: those of all matrices are dealt out by the bytes of their codes, in whole strips.
 struct TileRange {
   int64_t first, last;
-  TileRange(const Lookup& lookup, int64_t all_tiles) {
+  TileRange(const Lookup& lookup, int64_t all_bytes) {
     const auto tiles_before = [&](int64_t thread) {
-      const int64_t tile = std::clamp<int64_t>(all_tiles * thread / omp_get_num_threads() - lookup.first_tile, 0, lookup.m.tiles);
+      const int64_t bytes = all_bytes * thread / omp_get_num_threads() - lookup.first_byte;
+      const int64_t tile = std::clamp<int64_t>(bytes / lookup.m.chunk_bytes, 0, lookup.m.tiles);
       return tile == lookup.m.tiles ? tile : tile - tile % lookup.m.strip_tiles;
     };
     first = tiles_before(omp_get_thread_num());
@@ -301,13 +302,14 @@ struct TileRange {
 void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
   const int64_t batch = std::min(kTokenBatch, x.tokens);
   std::vector<Lookup> lookups;
-  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
+  int64_t tiles = 0, code_bytes = 0, rows = 0, padded_rows = 0, table_bytes = 0;
   for (const Product& product : products) {
     const MatrixView& m = matrix_of(product);
-    lookups.push_back({m, product.y, tiles, m.tiles * kTileRows});
+    lookups.push_back({m, product.y, code_bytes, m.tiles * kTileRows});
     Lookup& lookup = lookups.back();
     lookup.maker = find_maker(lookups, share_tables);
     tiles += m.tiles;
+    code_bytes += m.tiles * m.chunk_bytes;
     rows += m.rows;
     padded_rows += lookup.padded_rows;
     if (lookup.maker + 1 == lookups.size()) table_bytes += lookup.chunk_table_bytes();
@@ -334,7 +336,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   for (int64_t first = 0; first < x.tokens; first += batch) {
     const int64_t tokens = std::min(batch, x.tokens - first);
     for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, tiles);
+      const TileRange own(lookup, code_bytes);
       for (int64_t t = 0; t < tokens; ++t)
         std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows, lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
     }
@@ -353,7 +355,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
       }
 #pragma omp barrier
       for (const Lookup& lookup : lookups) {
-        const TileRange own(lookup, tiles);
+        const TileRange own(lookup, code_bytes);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           kernels.look_up(lookup.m, panel + chunk, own.first, own.last, lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
                           lookup.steps + chunk * tokens, tokens, lookup.sums, lookup.padded_rows);
@@ -365,7 +367,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
     }
 
     for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, tiles);
+      const TileRange own(lookup, code_bytes);
       for (int64_t tile = own.first; tile < own.last; ++tile) {
         float* tile_sums = lookup.sums + tile * kTileRows;
         scale_rows(lookup.m, tile, tokens, tile_sums, lookup.padded_rows);

@@ -21,8 +21,8 @@ constexpr int64_t kQueries = 64, kKeys = 64;
 /// Products that are worth a second thread.
 constexpr int64_t kProductsPerThread = 1 << 17;
 
-/// Heads of a single query that share keys and are not worth lanes of their own.
-constexpr int64_t kFewHeads = 4;
+/// Heads of a single query that share keys and are not worth lanes of their own; keys that it meets in one go.
+constexpr int64_t kFewHeads = 4, kKeysAlone = 64;
 
 template <typename T>
 struct Attention {
@@ -192,61 +192,131 @@ STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scrat
 STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
 STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_of(a, item, scratch); }
 
-/// One query of each head that shares keys, `kFewHeads` at most: lanes are dimensions, and all scores are kept.
-template <typename T>
-STBLLM_INLINE void attend_alone_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
-  const int64_t kv_head = item % a.kv_heads, batch = item / a.kv_heads, heads = a.heads_per_key(), padded = a.padded_dim();
-  const int64_t oldest = a.oldest_seen(a.first), count = a.first + 1 - oldest;
-  const int64_t stride = ceil_div(count, int64_t{kLanes}) * kLanes;
-  float* queries = scratch.reserve(heads * (padded + stride));
-  float* scores = queries + heads * padded;  // (heads, stride)
+/// What a single query makes of parts of the keys: for each head and part the largest score, the sum of exponentials below it, and
+/// the values (padded dim) weighted by these.
+struct Parts {
+  float* memory;
+  int64_t count, heads, padded;  // per head of keys; query heads that share it; dim
+
+  int64_t stride() const { return padded + 2; }
+  float* at(int64_t kv_item, int64_t part, int64_t head) const { return memory + ((kv_item * count + part) * heads + head) * stride(); }
+};
+
+/// A single query of each of the `Heads` heads that share keys meets kKeysAlone keys at most; lanes are dimensions. `item` counts
+/// parts of the keys, then heads of keys, then sequences.
+template <int Heads, typename T>
+STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, const Parts& parts, float* queries) {
+  constexpr int kTogether = 4;  // keys, and vectors of values: as many loads are under way
+  const int64_t part = item % parts.count, kv_item = item / parts.count, kv_head = kv_item % a.kv_heads, batch = kv_item / a.kv_heads;
+  const int64_t seen = a.first + 1 - a.oldest_seen(a.first), first_key = seen * part / parts.count;
+  const int64_t count = seen * (part + 1) / parts.count - first_key, padded = parts.padded;
   const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
-  for (int64_t h = 0; h < heads; ++h) {
-    const T* from = a.query(batch, kv_head * heads + h, 0);
+  for (int h = 0; h < Heads; ++h) {
+    const T* from = a.query(batch, kv_head * Heads + h, 0);
     for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
       store_lanes(queries + h * padded + at, load(from + at, lanes) * scale);
     });
   }
 
-  const T* keys = a.key(batch, kv_head, oldest);
-  for (int64_t key = 0; key < count; ++key) {
-    Lanes sums[kFewHeads] = {};
+  alignas(sizeof(Lanes)) float scores[Heads][kKeysAlone];
+  const T* keys = a.key(batch, kv_head, a.oldest_seen(a.first) + first_key);
+  for (int64_t key = 0; key < count; key += kTogether) {
+    Lanes sums[kTogether][Heads] = {};
     for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-      const Lanes k = load(keys + key * a.key_strides[2] + at, lanes);
-      for (int64_t h = 0; h < kFewHeads; ++h)
-        if (h < heads) sums[h] += load_lanes(queries + h * padded + at) * k;
+      for (int k = 0; k < kTogether; ++k) {  // the last key again behind the last
+        const Lanes x = load(keys + std::min(key + k, count - 1) * a.key_strides[2] + at, lanes);
+        for (int h = 0; h < Heads; ++h) sums[k][h] += load_lanes(queries + h * padded + at) * x;
+      }
     });
-    for (int64_t h = 0; h < heads; ++h) scores[h * stride + key] = sum_of(sums[h]);
+    for (int k = 0; k < kTogether; ++k)
+      for (int h = 0; h < Heads; ++h) scores[h][key + k] = sum_of(sums[k][h]);
   }
 
-  float inverse[kFewHeads];
-  for (int64_t h = 0; h < heads; ++h) {
-    float* own = scores + h * stride;
-    std::fill(own + count, own + stride, -std::numeric_limits<float>::infinity());
-    const float highest = *std::max_element(own, own + count);
+  float* out[Heads];
+  for (int h = 0; h < Heads; ++h) {
+    float* own = scores[h];
+    const int64_t end = ceil_div(count, int64_t{kLanes}) * kLanes;
+    std::fill(own + count, own + end, -std::numeric_limits<float>::infinity());
+    const float largest = *std::max_element(own, own + count);
     Lanes total = {};
-    for (int64_t at = 0; at < stride; at += kLanes) {
-      const Lanes weight = exp_of(load_lanes(own + at) - highest);
+    for (int64_t at = 0; at < end; at += kLanes) {
+      const Lanes weight = exp_of(load_lanes(own + at) - largest);
       store_lanes(own + at, weight);
       total += weight;
     }
-    inverse[h] = 1 / sum_of(total);
+    float* result = parts.at(kv_item, part, h);
+    result[0] = largest;
+    result[1] = sum_of(total);
+    out[h] = result + 2;
   }
 
-  const T* values = a.value(batch, kv_head, oldest);
-  T* out = a.out + (batch * a.heads + kv_head * heads) * a.dim;
-  for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-    Lanes sums[kFewHeads] = {};
-    for (int64_t key = 0; key < count; ++key) {
-      const Lanes v = load(values + key * a.value_strides[2] + at, lanes);
-      for (int64_t h = 0; h < kFewHeads; ++h)
-        if (h < heads) sums[h] += v * scores[h * stride + key];
-    }
-    for (int64_t h = 0; h < heads; ++h) store(out + h * a.dim + at, rounded<T>(sums[h] * inverse[h]), lanes);
-  });
+  const T* values = a.value(batch, kv_head, a.oldest_seen(a.first) + first_key);
+  const auto mix = [&](int64_t at, int lanes, auto vectors) __attribute__((always_inline)) {
+    Lanes sums[vectors][Heads] = {};
+    for (int64_t key = 0; key < count; ++key)
+      for (int v = 0; v < vectors; ++v) {
+        const Lanes x = load(values + key * a.value_strides[2] + at + v * kLanes, lanes);
+        for (int h = 0; h < Heads; ++h) sums[v][h] += x * scores[h][key];
+      }
+    for (int v = 0; v < vectors; ++v)
+      for (int h = 0; h < Heads; ++h) store_lanes(out[h] + at + v * kLanes, sums[v][h]);
+  };
+  int64_t at = 0;
+  for (; at + kTogether * kLanes <= a.dim; at += kTogether * kLanes) mix(at, kLanes, std::integral_constant<int, kTogether>());
+  for_each_lanes(at, a.dim, [&](int64_t rest, int lanes) __attribute__((always_inline)) { mix(rest, lanes, std::integral_constant<int, 1>()); });
 }
-STBLLM_CLONES void attend_alone(const Attention<float>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
-STBLLM_CLONES void attend_alone(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) { attend_alone_of(a, item, scratch); }
+template <typename T>
+STBLLM_INLINE void attend_parts_of(const Attention<T>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
+  for (int64_t item = begin; item < end; ++item) switch (a.heads_per_key()) {
+      case 1: attend_part_of<1>(a, item, parts, queries); break;
+      case 2: attend_part_of<2>(a, item, parts, queries); break;
+      case 3: attend_part_of<3>(a, item, parts, queries); break;
+      case kFewHeads: attend_part_of<kFewHeads>(a, item, parts, queries); break;
+    }
+}
+STBLLM_CLONES void attend_parts(const Attention<float>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
+  attend_parts_of(a, begin, end, parts, queries);
+}
+STBLLM_CLONES void attend_parts(const Attention<uint16_t>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
+  attend_parts_of(a, begin, end, parts, queries);
+}
+
+/// The parts of each head as one.
+template <typename T>
+STBLLM_INLINE void merge_parts_of(const Attention<T>& a, int64_t kv_items, const Parts& parts) {
+  for (int64_t row = 0; row < kv_items * parts.heads; ++row) {
+    const auto part_at = [&](int64_t part) { return parts.at(row / parts.heads, part, row % parts.heads); };
+    float largest = part_at(0)[0], total = 0;
+    for (int64_t part = 1; part < parts.count; ++part) largest = std::max(largest, part_at(part)[0]);
+    for (int64_t part = 0; part < parts.count; ++part) {
+      float* const own = part_at(part);
+      own[0] = std::exp(own[0] - largest);
+      total += own[0] * own[1];
+    }
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+      Lanes sum = {};
+      for (int64_t part = 0; part < parts.count; ++part) sum += load_lanes(part_at(part) + 2 + at) * part_at(part)[0];
+      store(a.out + row * a.dim + at, rounded<T>(sum / total), lanes);
+    });
+  }
+}
+STBLLM_CLONES void merge_parts(const Attention<float>& a, int64_t kv_items, const Parts& parts) { merge_parts_of(a, kv_items, parts); }
+STBLLM_CLONES void merge_parts(const Attention<uint16_t>& a, int64_t kv_items, const Parts& parts) { merge_parts_of(a, kv_items, parts); }
+
+/// One query of each head: the keys are split, the same way whatever the number of threads, so that all of these have work.
+template <typename T>
+void attend_alone(const Attention<T>& a, int64_t batch) {
+  const int64_t kv_items = batch * a.kv_heads, heads = a.heads_per_key(), padded = a.padded_dim();
+  const int64_t seen = a.first + 1 - a.oldest_seen(a.first), count = ceil_div(seen, kKeysAlone);
+  thread_local Scratch results;
+  const Parts parts{results.reserve(kv_items * count * heads * (padded + 2)), count, heads, padded};
+  const int64_t products_per_item = 2 * heads * std::min(seen, kKeysAlone) * a.dim;
+  at::parallel_for(0, kv_items * count, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    attend_parts(a, begin, end, parts, scratch.reserve(heads * padded));
+  });
+  merge_parts(a, kv_items, parts);
+}
 
 template <typename T>
 void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first, int64_t window,
@@ -259,12 +329,12 @@ void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::T
     a.key_strides[i] = keys.stride(i);
     a.value_strides[i] = values.stride(i);
   }
-  const bool alone = a.tokens == 1 && a.heads_per_key() <= kFewHeads;
+  if (a.tokens == 1 && a.heads_per_key() <= kFewHeads) return attend_alone(a, queries.size(0));
   const int64_t items = queries.size(0) * a.kv_heads * a.query_blocks();
   const int64_t products_per_item = 2 * a.heads_per_key() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
   at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    for (int64_t item = begin; item < end; ++item) alone ? attend_alone(a, item, scratch) : attend(a, item, scratch);
+    for (int64_t item = begin; item < end; ++item) attend(a, item, scratch);
   });
 }
 
