@@ -1,11 +1,16 @@
 #include "stbllm/quantize/compensate.h"
 
+#include <cmath>
+
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 
 namespace stbllm {
 
 namespace {
+
+/// A sum in float64 of float32 values that are finite is finite.
+bool is_finite(const at::Tensor& x) { return std::isfinite(x.sum(at::kDouble).item<double>()); }
 
 /// The factor of a positive definite `h`, or an undefined tensor when a Cholesky fails.
 at::Tensor factor_in_three_steps(const at::Tensor& h) {
@@ -39,7 +44,7 @@ at::Tensor factor_in_one_step(const at::Tensor& h) {
 }  // namespace
 
 InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool three_steps) {
-  if (!hessian.isfinite().all().item<bool>())
+  if (!is_finite(hessian))
     fail(ErrorCode::kCorrupt,
          "the Hessian of the inputs holds values that are not finite; the checkpoint's activations overflow: check its weights");
   const at::Tensor diagonal = hessian.diagonal();
@@ -50,7 +55,7 @@ InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool thr
     at::Tensor h = hessian.clone();
     h.diagonal().add_(dead).add_(damping * mean);
     const at::Tensor upper = three_steps ? factor_in_three_steps(h) : factor_in_one_step(h);
-    if (upper.defined() && upper.isfinite().all().item<bool>()) return {upper.contiguous(), damping, retries};
+    if (upper.defined() && is_finite(upper)) return {upper.contiguous(), damping, retries};
     if (retries == kMaxRetries)
       fail(ErrorCode::kCorrupt, "the Hessian of the inputs is not positive definite even with damping {:g}; use more calibration text", damping);
     log::debug("the Cholesky of a Hessian failed with damping {:g}; trying again with more", damping);

@@ -39,6 +39,22 @@ STBLLM_CLONES bool change_values(const float (*values)[kTileRows], int width, fl
   return any != 0;
 }
 
+/// Puts `chosen` in place of `lanes` rows of symbols, columns `stride` apart. Returns how many differ.
+STBLLM_CLONES int64_t replace_symbols(const int8_t (*chosen)[kTileRows], int width, int lanes, int8_t* symbols, int64_t stride) {
+  int changes = 0;
+  for (int c = 0; c < width; ++c)
+    for (int lane = 0; lane < lanes; ++lane) {
+      changes += symbols[c * stride + lane] != chosen[c][lane];
+      symbols[c * stride + lane] = chosen[c][lane];
+    }
+  return changes;
+}
+
+/// to = `width` columns of `lanes` rows, `stride` apart, and zeros behind the last row.
+void load_tile(const float* from, int64_t stride, int width, int lanes, float (*to)[kTileRows]) {
+  for (int c = 0; c < width; ++c) std::fill(std::copy_n(from + c * stride, lanes, to[c]), to[c] + kTileRows, 0.f);
+}
+
 /// gradient[c] += sum_k delta[k] H[k][c] over the columns of the block that are still to come
 STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end, const float (*delta)[kTileRows],
                               float (*gradient)[kTileRows]) {
@@ -93,12 +109,8 @@ double descend(LeanWeight& lean) {
         const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
         alignas(64) float scale[kTileRows];
         for (int lane = 0; lane < kTileRows; ++lane) scale[lane] = lane < lanes ? scales[first_row + lane] : 1.f;
-        for (int c = 0; c < width; ++c)
-          for (int lane = 0; lane < kTileRows; ++lane) {
-            const bool inside = lane < lanes;
-            value[c][lane] = inside ? q[c * rows + first_row + lane] : 0.f;
-            slope[c][lane] = inside ? g[c * rows + first_row + lane] : 0.f;
-          }
+        load_tile(q + first_row, rows, width, lanes, value);
+        load_tile(g + first_row, rows, width, lanes, slope);
         for (size_t index = 0; index < metrics.size(); ++index) {
           const int first = static_cast<int>(index) * group_size, w = std::min(group_size, width - first);
           make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first, target);
@@ -112,16 +124,10 @@ double descend(LeanWeight& lean) {
           }
           dequantize(chosen, lean.level_values, scale, w, target);
           if (!change_values(target, w, value + first, delta)) continue;
-          for (int c = 0; c < w; ++c)
-            for (int lane = 0; lane < lanes; ++lane) {
-              int8_t& symbol = symbols[(first + c) * rows + first_row + lane];
-              local_changes += symbol != chosen[c][lane];
-              symbol = chosen[c][lane];
-            }
+          local_changes += replace_symbols(chosen, w, lanes, symbols + first * rows + first_row, rows);
           add_change(h + (start + first) * cols + start, cols, w, first + w, width, delta, slope);
           float* out = change.data_ptr<float>();
-          for (int c = 0; c < w; ++c)
-            for (int lane = 0; lane < lanes; ++lane) out[(first + c) * rows + first_row + lane] = delta[c][lane];
+          for (int c = 0; c < w; ++c) std::copy_n(delta[c], lanes, out + (first + c) * rows + first_row);
         }
       }
       changed += local_changes;

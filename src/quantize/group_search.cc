@@ -26,7 +26,7 @@ bool GroupCodebook::enumerable(NmPattern nm, int levels) {
   return states <= static_cast<double>(kMaxEnumeratedStates);
 }
 
-GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::min(nm.keep, width)) {
+GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::min(nm.keep, width)), words_(ceil_div(width, 4)) {
   const int64_t total = pair_count(width, kept_, levels);
   STBLLM_CHECK(total <= kMaxEnumeratedStates, "{} states of {} with {} levels", total, nm.str(), levels);
   position_.reserve(total * kept_);
@@ -51,6 +51,10 @@ GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::m
       }
     }
   }
+  packed_.assign(total * words_, 0);
+  for (int64_t state = 0; state < total; ++state)
+    for (int k = 0; k < kept_; ++k)
+      packed_[state * words_ + positions(state)[k] / 4] |= uint32_t{static_cast<uint8_t>(symbols(state)[k])} << positions(state)[k] % 4 * 8;
 }
 
 GroupCodebooks::GroupCodebooks(NmPattern nm, int levels, int64_t cols) {
@@ -94,15 +98,17 @@ GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_v
 namespace {
 
 /// The loop over all states, for a fixed number of kept weights so that it unrolls; two vectors of rows share what is read for
-/// a state.
+/// a state. negated: -1 where the negative of the state is meant, else 0.
 template <int kKept>
-STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state) {
+STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state,
+                               int32_t* negated) {
   const auto states = static_cast<int32_t>(table.codebook->states());
   const uint8_t* positions = table.codebook->positions(0);
   const float *coefficients = table.coefficient.data(), *half_energy = table.half_energy.data();
   for (int first = 0; first < kTileRows; first += 2 * kLanes) {
     const Lanes a[] = {load_lanes(scale + first), load_lanes(scale + first + kLanes)};
     Lanes cost_min[] = {std::numeric_limits<float>::infinity() + Lanes{}, std::numeric_limits<float>::infinity() + Lanes{}};
+    Lanes dot_min[] = {{}, {}};
     IntLanes state_min[] = {{}, {}};
     for (int32_t state = 0; state < states; ++state) {
       for (int half = 0; half < 2; ++half) {
@@ -112,16 +118,20 @@ STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kT
         const Lanes cost = a[half] * half_energy[state] - magnitude_of(dot);  // over 2 a, which is the same for all states
         const IntLanes better = cost < cost_min[half];
         cost_min[half] = better ? cost : cost_min[half];
+        dot_min[half] = better ? dot : dot_min[half];
         state_min[half] = better ? state + IntLanes{} : state_min[half];
       }
     }
+    const IntLanes below_zero[] = {dot_min[0] < 0, dot_min[1] < 0};
     std::memcpy(best_state + first, state_min, sizeof(state_min));
+    std::memcpy(negated + first, below_zero, sizeof(below_zero));
   }
 }
 
-#define STBLLM_SCAN(kept)                                                                                                  \
-  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state) { \
-    scan_states<kept>(table, target, scale, best_state);                                                                    \
+#define STBLLM_SCAN(kept)                                                                                                            \
+  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state, \
+                                 int32_t* negated) {                                                                                 \
+    scan_states<kept>(table, target, scale, best_state, negated);                                                                    \
   }
 STBLLM_SCAN(1)
 STBLLM_SCAN(2)
@@ -132,6 +142,20 @@ STBLLM_SCAN(6)
 STBLLM_SCAN(7)
 STBLLM_SCAN(8)
 #undef STBLLM_SCAN
+
+/// symbols[c][lane] = those of the lane's state, or of its negative.
+STBLLM_CLONES void spread_symbols(const GroupCodebook& codebook, const int32_t* state, const int32_t* negated, int width,
+                                  int8_t (*symbols)[kTileRows]) {
+  for (int word = 0; word < codebook.words(); ++word)
+    for (int first = 0; first < kTileRows; first += kLanes) {
+      IntLanes four, sign;
+      for (int lane = 0; lane < kLanes; ++lane)
+        four[lane] = static_cast<int32_t>(codebook.packed()[int64_t{state[first + lane]} * codebook.words() + word]);
+      std::memcpy(&sign, negated + first, sizeof(sign));
+      for (int c = 4 * word; c < std::min(4 * word + 4, width); ++c)
+        store_byte_lanes(symbols[c] + first, (signed_bytes_of(four, c % 4) ^ sign) - sign);
+    }
+}
 
 STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale, float* values) {
   for (int first = 0; first < kTileRows; first += kLanes) {
@@ -147,20 +171,13 @@ STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, 
 
 void best_codes(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int width,
                 int8_t (*symbols)[kTileRows]) {
-  alignas(64) int32_t state[kTileRows];
-  using Scan = void (*)(const GroupTable&, const float (*)[kTileRows], const float*, int32_t*);
+  alignas(64) int32_t state[kTileRows], negated[kTileRows];
+  using Scan = void (*)(const GroupTable&, const float (*)[kTileRows], const float*, int32_t*, int32_t*);
   static constexpr Scan kScan[] = {nullptr, scan_1, scan_2, scan_3, scan_4, scan_5, scan_6, scan_7, scan_8};
   const int kept = table.codebook->kept();
   STBLLM_CHECK(kept <= 8, "{} kept weights in an enumerated group", kept);
-  kScan[kept](table, target, scale, state);
-  for (int c = 0; c < width; ++c) std::fill_n(symbols[c], kTileRows, int8_t{0});
-  for (int lane = 0; lane < kTileRows; ++lane) {
-    const uint8_t* position = table.codebook->positions(state[lane]);
-    const int8_t* symbol = table.codebook->symbols(state[lane]);
-    float dot = 0;
-    for (int k = 0; k < kept; ++k) dot += table.coefficient[state[lane] * kept + k] * target[position[k]][lane];
-    for (int k = 0; k < kept; ++k) symbols[position[k]][lane] = dot < 0 ? static_cast<int8_t>(-symbol[k]) : symbol[k];
-  }
+  kScan[kept](table, target, scale, state, negated);
+  spread_symbols(*table.codebook, state, negated, width, symbols);
 }
 
 void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale, int width,

@@ -189,14 +189,18 @@ void refit_scales(LeanWeight& lean, const RowParts& parts) {
           const float start = std::isfinite(exact[b]) && exact[b] > 0 ? static_cast<float>(exact[b]) : static_cast<float>(old[b]);
           now[b] = representable_scale(lean.scale_bits, base, start, codes[b]);
         }
-        for (int sweep = 0; sweep < 3; ++sweep)
+        for (int sweep = 0, moved = 1; moved != 0 && sweep < 3; ++sweep) {
+          moved = 0;
           for (int64_t b = 0; b < blocks; ++b) {
             if (pr[b * blocks + b] <= 0) continue;
             double rest = rr[b];
             for (int64_t c = 0; c < blocks; ++c)
               if (c != b) rest -= pr[b * blocks + c] * now[c];
+            const double last = now[b];
             now[b] = representable_scale(lean.scale_bits, base, static_cast<float>(rest / pr[b * blocks + b]), codes[b]);
+            moved += now[b] != last;
           }
+        }
         const double after = quadratic(pr, rr, now);
         if (!(after < best)) continue;
         best = after;

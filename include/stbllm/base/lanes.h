@@ -45,6 +45,13 @@ STBLLM_INLINE IntLanes load_byte_lanes(const int8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(bytes, SignedWordLanes), IntLanes);
 }
 
+STBLLM_INLINE void store_byte_lanes(int8_t* to, IntLanes x) {
+  using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
+  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
+  const ByteLanes bytes = __builtin_convertvector(__builtin_convertvector(x, SignedWordLanes), ByteLanes);
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
 /// Sixteen words, as bfloat16 numbers or nibbles come.
 using WordLanes = uint16_t __attribute__((vector_size(2 * kLanes)));
 

@@ -26,13 +26,17 @@ class GroupCodebook {
   int64_t states() const { return static_cast<int64_t>(position_.size()) / kept_; }  ///< one of each +- pair
   const uint8_t* positions(int64_t state) const { return &position_[state * kept_]; }
   const int8_t* symbols(int64_t state) const { return &symbol_[state * kept_]; }  ///< +-(1 + level), the last one positive
+  /// The symbols of all columns of a group, pruned ones too: (states, words), four columns in a word, the first lowest.
+  const uint32_t* packed() const { return packed_.data(); }
+  int words() const { return words_; }
   /// Whether the states of such a group are few enough to be tried one by one.
   static bool enumerable(NmPattern nm, int levels);
 
  private:
-  int kept_;
+  int kept_, words_;
   std::vector<uint8_t> position_;
   std::vector<int8_t> symbol_;
+  std::vector<uint32_t> packed_;
 };
 
 /// The codebooks of a matrix with `cols` columns: of whole groups, and of a narrower last one. None when there are too many states.
