@@ -4,6 +4,7 @@
 #   scripts/compare_llama_cpp.sh [--packed FILE] [--threads N] [--windows N] [--stbllm PROGRAM]
 #
 #   --packed FILE      what `stbllm quantize` made of the demo checkpoint   default: .demo/packed.safetensors
+#                      (may be given again: a row each)
 #   --threads N        for every program                                   default: all cores
 #   --windows N        windows of 512 tokens for the perplexity            default: 40
 #   --stbllm PROGRAM   default: build/stbllm, which is built
@@ -18,17 +19,19 @@
 # that is evaluated.
 # Everything is kept in .demo/llama.cpp: run it again and only the measurements are repeated. Optional: no test needs it.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 say() { printf '[compare] %s\n' "$*" >&2; }
 die() { printf '[compare] error: %s\n' "$*" >&2; exit 2; }
-packed=.demo/packed.safetensors threads=$(nproc) windows=40 stbllm=''
+packed=() threads=$(nproc) windows=40 stbllm=''
+path_from_here() { [[ $1 = /* ]] && printf '%s' "$1" || printf '%s' "$here/$1"; }
 while (($#)); do
   case $1 in
-    --packed) packed=${2:?$1 needs a value}; shift 2 ;;
+    --packed) packed+=("$(path_from_here "${2:?$1 needs a value}")"); shift 2 ;;
     --threads) threads=${2:?$1 needs a value}; shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
-    --stbllm) stbllm=${2:?$1 needs a value}; shift 2 ;;
+    --stbllm) stbllm=$(path_from_here "${2:?$1 needs a value}"); shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
     *) die "unknown option $1; scripts/compare_llama_cpp.sh --help lists them" ;;
   esac
@@ -36,7 +39,10 @@ done
 for tool in python3 cmake ninja c++; do
   command -v "$tool" >/dev/null || die "$tool is not installed; scripts/setup.sh installs what is needed"
 done
-[ -f "$packed" ] || die "$packed: no such file; scripts/demo.sh makes it, or name another with --packed"
+((${#packed[@]})) || packed=(.demo/packed.safetensors)
+for file in "${packed[@]}"; do
+  [ -f "$file" ] || die "$file: no such file; scripts/demo.sh makes .demo/packed.safetensors, or name another with --packed"
+done
 home=.demo/llama.cpp
 mkdir -p "$home"
 
@@ -148,9 +154,8 @@ for type in BF16 "${speed[@]}"; do
     >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
 done
 prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8 || true)  # about 512 tokens; the last character may be cut
-for name in checkpoint packed; do
-  model=$packed
-  [ $name = packed ] || model=$checkpoint
+for model in "$checkpoint" "${packed[@]}"; do
+  name=$(basename "$model")
   say "stbllm $name"
   "$stbllm" eval-ppl "$model" --data "$data" --seqlen 512 --windows "$windows" --second-half --dtype bfloat16 --threads "$threads" --json \
     >"$run/$name.perplexity.json"
@@ -159,17 +164,16 @@ for name in checkpoint packed; do
     # llama-bench generates its tokens from an empty context.
     "$stbllm" generate "$model" --prompt The -n 64 --threads "$threads" --json >"$run/$name.generate.$repetition.json"
   done
+  [ -d "$model" ] || "$stbllm" inspect "$model" --json >"$run/$name.inspect.json"
 done
 
-"$stbllm" inspect "$packed" --json >"$run/packed.inspect.json"
-
-python3 - "$home" "$packed" "$checkpoint" "$threads" "$windows" <<'PY'
+python3 - "$home" "$threads" "$windows" "$checkpoint" "${packed[@]}" <<'PY'
 import glob, json, mmap, os, re, sys
 
 sys.path.insert(0, "scripts")
 import fetch_smollm2
 
-home, packed, checkpoint, threads, windows = sys.argv[1:]
+home, threads, windows, checkpoint, *packed = sys.argv[1:]
 run = os.path.join(home, "run")
 
 
@@ -220,15 +224,16 @@ def llama_row(kind, perplexity, speed):
     return row
 
 
-def stbllm_row(kind, path):
-    perplexity = json.loads(read(f"{kind}.perplexity.json"))
-    prompts, generated = ([json.loads(read(f"{kind}.{what}.{i}.json")) for i in (1, 2, 3)] for what in ("prompt", "generate"))
-    files = glob.glob(os.path.join(path, "*.safetensors")) if os.path.isdir(path) else [path]
+def stbllm_row(path):
+    name, dense = os.path.basename(path), os.path.isdir(path)
+    perplexity = json.loads(read(f"{name}.perplexity.json"))
+    prompts, generated = ([json.loads(read(f"{name}.{what}.{i}.json")) for i in (1, 2, 3)] for what in ("prompt", "generate"))
+    files = glob.glob(os.path.join(path, "*.safetensors")) if dense else [path]
     return {
         "program": "stbllm",
-        "model": "bf16 checkpoint" if kind == "checkpoint" else os.path.basename(path),
+        "model": "bf16 checkpoint" if dense else name,
         "file_bytes": sum(map(os.path.getsize, files)),
-        "linear_bits": 16 if kind == "checkpoint" else json.loads(read("packed.inspect.json"))["stored_bits"],
+        "linear_bits": 16 if dense else json.loads(read(f"{name}.inspect.json"))["stored_bits"],
         "perplexity": perplexity["perplexity"],
         "perplexity_tokens_per_second": perplexity["tokens_per_second"],
         "prompt_tokens_per_second": max(p["prefill_tokens_per_second"] for p in prompts),
@@ -238,7 +243,7 @@ def stbllm_row(kind, path):
 
 rows = [llama_row(kind, kind in ("BF16", "IQ1_S"), True) for kind in ("BF16", "IQ1_S", "TQ1_0", "Q4_0")]
 rows += [llama_row(f"{kind}-padded", True, False) for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "Q2_K")]
-rows += [stbllm_row("checkpoint", checkpoint), stbllm_row("packed", packed)]
+rows += [stbllm_row(path) for path in (checkpoint, *packed)]
 results = os.path.join(home, "results.jsonl")
 with open(results, "w", encoding="utf-8") as file:
     for row in rows:

@@ -73,6 +73,7 @@ STBLLM_CLONES float dot(const float* a, const float* b, int64_t count) {
 
 /// tr(D H D^T) for a symmetric H: panels on and above its diagonal, those above count twice.
 double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
+  if (!d.is_cpu()) return (d.mm(hessian) * d).sum(at::kDouble).item<double>();
   const int64_t rows = d.size(0), cols = d.size(1);
   STBLLM_CHECK(d.is_contiguous(), "rows are adjacent");
   std::vector<double> energy(static_cast<size_t>(rows));  // a row's own: no sum depends on the number of threads
@@ -92,8 +93,8 @@ double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
 }  // namespace
 
 double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian) {
-  const at::Tensor w = weight.to(at::kFloat).contiguous();
-  const double error = output_energy((quantized - w).contiguous(), hessian), energy = output_energy(w, hessian);
+  const at::Tensor w = weight.to(hessian.device(), at::kFloat).contiguous();
+  const double error = output_energy((quantized.to(hessian.device()) - w).contiguous(), hessian), energy = output_energy(w, hessian);
   return energy > 0 ? error / energy : 0;
 }
 

@@ -9,10 +9,11 @@
 #include <atomic>
 #include <cstring>
 
+#include "column_groups.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/lanes.h"
 #include "stbllm/base/profile.h"
-#include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/tensor_search.h"
 
 namespace stbllm {
 namespace {
@@ -68,8 +69,9 @@ STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, i
 }  // namespace
 
 double descend(LeanWeight& lean) {
+  if (!lean.target.is_cpu()) return by_tensors::descend(lean);
   const int64_t rows = lean.rows(), cols = lean.cols();
-  const int levels = static_cast<int>(lean.level_values.size()), group_size = lean.nm.group;
+  const int levels = static_cast<int>(lean.level_values.size());
   const GroupCodebooks codebooks(lean.nm, levels, cols);
   at::Tensor dense = lean.dense();
   at::Tensor gradient = [&] {
@@ -80,17 +82,10 @@ double descend(LeanWeight& lean) {
   std::atomic<int64_t> changed{0};
 
   for (int64_t b = 0; b < lean.column_blocks(); ++b) {
-    const int64_t start = b * lean.column_block;
-    const int width = static_cast<int>(std::min<int64_t>(lean.column_block, cols - start));
-    std::vector<GroupTable> tables;
-    std::vector<std::array<double, 256>> metrics;
-    for (int first = 0; first < width; first += group_size) {
-      const int w = std::min(group_size, width - first);
-      auto& metric = metrics.emplace_back();
-      for (int i = 0; i < w; ++i)
-        for (int j = 0; j < w; ++j) metric[i * w + j] = h[(start + first + i) * cols + start + first + j];
-      if (const GroupCodebook* book = codebooks.find(w)) tables.emplace_back(*book, lean.level_values, metric.data(), w);
-    }
+    const BlockColumns block(lean, b);
+    const int64_t start = block.start, rest = block.rest;
+    const int width = static_cast<int>(block.width);
+    const std::vector<ColumnGroup> groups = groups_by_hessian(lean, codebooks, block, block.host_part(lean.hessian));
     at::Tensor change = at::zeros({width, rows}, at::kFloat);
     const float* q = dense.data_ptr<float>() + start * rows;
     const float* g = gradient.data_ptr<float>() + start * rows;
@@ -111,16 +106,16 @@ double descend(LeanWeight& lean) {
         for (int lane = 0; lane < kTileRows; ++lane) scale[lane] = lane < lanes ? scales[first_row + lane] : 1.f;
         load_tile(q + first_row, rows, width, lanes, value);
         load_tile(g + first_row, rows, width, lanes, slope);
-        for (size_t index = 0; index < metrics.size(); ++index) {
-          const int first = static_cast<int>(index) * group_size, w = std::min(group_size, width - first);
+        for (const ColumnGroup& group : groups) {
+          const int first = group.first, w = group.width;
           make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first, target);
-          if (!tables.empty()) {
-            best_codes(tables[index], target, scale, w, chosen);
+          if (group.table) {
+            best_codes(*group.table, target, scale, w, chosen);
           } else {
             for (int c = 0; c < w; ++c)
               for (int lane = 0; lane < kTileRows; ++lane)
                 chosen[c][lane] = lane < lanes ? symbols[(first + c) * rows + first_row + lane] : int8_t{0};
-            improve_codes_locally(lean.nm, lean.level_values, metrics[index].data(), target, scale, w, lanes, chosen);
+            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, w, lanes, chosen);
           }
           dequantize(chosen, lean.level_values, scale, w, target);
           if (!change_values(target, w, value + first, delta)) continue;
@@ -132,7 +127,6 @@ double descend(LeanWeight& lean) {
       }
       changed += local_changes;
     });
-    const int64_t rest = cols - start - width;
     if (rest > 0) {
       const StageTimer timer("products", 2.0 * static_cast<double>(rest * width * rows));
       gradient.narrow(0, start + width, rest).addmm_(lean.hessian.narrow(0, start + width, rest).narrow(1, start, width), change);

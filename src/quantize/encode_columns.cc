@@ -11,35 +11,14 @@
 #include <cmath>
 #include <numeric>
 
+#include "column_groups.h"
 #include "stbllm/base/bits.h"
-#include "stbllm/base/error.h"
 #include "stbllm/base/lanes.h"
 #include "stbllm/base/profile.h"
-#include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/tensor_search.h"
 
 namespace stbllm {
 namespace {
-
-/// U_gg^-1 of an upper triangular (width, width) block, row-major, in double.
-std::array<double, 256> invert_upper(const float* upper, int64_t stride, int width) {
-  std::array<double, 256> inverse{};
-  for (int j = 0; j < width; ++j) {
-    inverse[j * width + j] = 1.0 / upper[j * stride + j];
-    for (int i = j - 1; i >= 0; --i) {
-      double sum = 0;
-      for (int k = i + 1; k <= j; ++k) sum += upper[i * stride + k] * inverse[k * width + j];
-      inverse[i * width + j] = -sum / upper[i * stride + i];
-    }
-  }
-  return inverse;
-}
-
-struct Group {
-  int first, width;                   // columns within the column block
-  std::array<double, 256> metric;     // U_gg^-1 U_gg^-T
-  std::array<float, 256> metric_f;
-  std::array<float, 256> transposed;  // U_gg^-T
-};
 
 STBLLM_CLONES void apply_matrix(const float* matrix, const float (*in)[kTileRows], int width, float (*out)[kTileRows]) {
   for (int i = 0; i < width; ++i) {
@@ -87,6 +66,7 @@ STBLLM_CLONES void push_error(const float* upper, int64_t stride, int width, int
 }  // namespace
 
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate) {
+  if (!lean.target.is_cpu()) return by_tensors::encode_columns(lean, upper, compensate);
   const int64_t rows = lean.rows(), cols = lean.cols(), stride = cols;
   const int levels = static_cast<int>(lean.level_values.size());
   const GroupCodebooks codebooks(lean.nm, levels, cols);
@@ -95,32 +75,11 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
   const float mean_level = std::accumulate(lean.level_values.begin(), lean.level_values.end(), 0.f) / static_cast<float>(levels);
 
   for (int64_t b = 0; b < lean.column_blocks(); ++b) {
-    const int64_t start = b * lean.column_block;
-    const int width = static_cast<int>(std::min<int64_t>(lean.column_block, cols - start));
-    std::vector<Group> groups;
-    std::vector<GroupTable> tables;
-    for (int first = 0; first < width; first += lean.nm.group) {
-      Group& group = groups.emplace_back();
-      group.first = first;
-      group.width = std::min(lean.nm.group, width - first);
-      std::array<double, 256> inverse{};
-      if (compensate == Compensate::kColumn) {
-        inverse = invert_upper(u + (start + first) * (stride + 1), stride, group.width);
-      } else {
-        for (int i = 0; i < group.width; ++i)
-          inverse[i * group.width + i] = u == nullptr ? 1.0 : 1.0 / u[(start + first + i) * (stride + 1)];
-      }
-      for (int i = 0; i < group.width; ++i)
-        for (int j = 0; j < group.width; ++j) {
-          double sum = 0;
-          for (int k = 0; k < group.width; ++k) sum += inverse[i * group.width + k] * inverse[j * group.width + k];
-          group.metric[i * group.width + j] = sum;
-          group.metric_f[i * group.width + j] = static_cast<float>(sum);
-          group.transposed[j * group.width + i] = static_cast<float>(inverse[i * group.width + j]);
-        }
-      if (const GroupCodebook* book = codebooks.find(group.width))
-        tables.emplace_back(*book, lean.level_values, group.metric.data(), group.width);
-    }
+    const BlockColumns block(lean, b);
+    const int64_t start = block.start, rest = block.rest;
+    const int width = static_cast<int>(block.width);
+    const std::vector<ColumnGroup> groups =
+        groups_by_factor(lean, codebooks, block, u == nullptr ? at::Tensor() : block.host_part(upper), compensate);
     at::Tensor errors = at::zeros({width, rows}, at::kFloat);
     float* w = work.data_ptr<float>() + start * rows;
     int8_t* symbols = lean.symbols.data_ptr<int8_t>() + start * rows;
@@ -136,10 +95,10 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           for (int lane = 0; lane < kTileRows; ++lane) weights[c][lane] = lane < lanes ? w[c * rows + first_row + lane] : 0.f;
 
         const auto choose = [&](size_t g, const float* scale) {  // fills target, chosen and values
-          const Group& group = groups[g];
+          const ColumnGroup& group = groups[g];
           apply_matrix(group.metric_f.data(), weights + group.first, group.width, target);
-          if (!tables.empty()) {
-            best_codes(tables[g], target, scale, group.width, chosen);
+          if (group.table) {
+            best_codes(*group.table, target, scale, group.width, chosen);
           } else {
             for (int c = 0; c < group.width; ++c) std::fill_n(chosen[c], kTileRows, int8_t{0});
             improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, group.width, lanes, chosen);
@@ -150,7 +109,7 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
         // The block's scale on its current weights: codes and scale in turn, without feedback, from the mean kept magnitude.
         alignas(64) float scale[kTileRows], top[kTileRows] = {}, bottom[kTileRows];
         int kept = 0;
-        for (const Group& group : groups) {
+        for (const ColumnGroup& group : groups) {
           add_largest(weights + group.first, group.width, lean.nm.keep, top);
           kept += std::min(lean.nm.keep, group.width);
         }
@@ -159,7 +118,7 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           std::fill_n(top, kTileRows, 0.f);
           std::fill_n(bottom, kTileRows, 0.f);
           for (size_t g = 0; g < groups.size(); ++g) {
-            const Group& group = groups[g];
+            const ColumnGroup& group = groups[g];
             choose(g, scale);
             add_dot(values, target, group.width, top);
             apply_matrix(group.metric_f.data(), values, group.width, target);
@@ -168,17 +127,10 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           for (int lane = 0; lane < lanes; ++lane)
             if (bottom[lane] > 0 && top[lane] > 0) scale[lane] = std::max(scale[lane] * (top[lane] / bottom[lane]), kSmallestScale);
         }
-        for (int lane = 0; lane < lanes; ++lane) {
-          uint8_t unused = 0;
-          const bool coded = lean.scale_bits < 16;
-          uint8_t& code = coded ? lean.scale_codes.data_ptr<uint8_t>()[b * rows + first_row + lane] : unused;
-          const float base = coded ? lean.row_scales.data_ptr<float>()[first_row + lane] : 0.f;
-          scale[lane] = representable_scale(lean.scale_bits, base, scale[lane], code);
-          lean.scales.data_ptr<float>()[b * rows + first_row + lane] = scale[lane];
-        }
+        for (int lane = 0; lane < lanes; ++lane) scale[lane] = lean.set_scale(b, first_row + lane, scale[lane]);
 
         for (size_t g = 0; g < groups.size(); ++g) {
-          const Group& group = groups[g];
+          const ColumnGroup& group = groups[g];
           choose(g, scale);
           subtract(weights + group.first, values, group.width, target);
           apply_matrix(group.transposed.data(), target, group.width, error + group.first);
@@ -193,7 +145,6 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           for (int lane = 0; lane < lanes; ++lane) out[c * rows + first_row + lane] = error[c][lane];
       }
     });
-    const int64_t rest = cols - start - width;
     if (compensate != Compensate::kNone && rest > 0) {
       const StageTimer timer("products", 2.0 * static_cast<double>(rest * width * rows));
       work.narrow(0, start + width, rest).addmm_(upper.narrow(0, start, width).narrow(1, start + width, rest).t(), errors, 1, -1);

@@ -42,26 +42,25 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
   (holdout ? holdout_tokens_ : tokens_) += tokens;
 }
 
-void StatsAccumulator::move_to_host() {
-  sum_ = sum_.cpu();
-  if (holdout_sum_.defined()) holdout_sum_ = holdout_sum_.cpu();
-}
-
 void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
-  move_to_host();
   at::Tensor tokens = at::tensor({tokens_, holdout_tokens_}, at::kLong);
   add_up(tokens);
   tokens_ = tokens[0].item<int64_t>();
   holdout_tokens_ = tokens[1].item<int64_t>();
-  add_up(sum_);
+  const auto add_in_host_memory = [&](at::Tensor& sum) {
+    const at::Device device = sum.device();
+    sum = sum.cpu();
+    add_up(sum);
+    sum = sum.to(device);
+  };
+  add_in_host_memory(sum_);
   if (holdout_tokens_ == 0) return;
   if (!holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);  // held-out windows are elsewhere
-  add_up(holdout_sum_);
+  add_in_host_memory(holdout_sum_);
 }
 
 InputStats StatsAccumulator::finish() {
   STBLLM_CHECK(tokens_ > 0, "no calibration token was seen");
-  move_to_host();
   InputStats stats;
   stats.hessian = mirrored(sum_, 2.0 / static_cast<double>(tokens_));
   if (holdout_tokens_ > 0) stats.holdout_hessian = mirrored(holdout_sum_, 2.0 / static_cast<double>(holdout_tokens_));

@@ -10,19 +10,25 @@
 #include "stbllm/base/error.h"
 #include "stbllm/quantize/binarized_weight.h"
 #include "stbllm/quantize/nm_select.h"
+#include "stbllm/quantize/tensor_search.h"
 
 namespace stbllm {
 namespace {
 
 float round_to_half(float x) { return half_to_float(float_to_half(x)); }
 
-/// Symbols as +-level value, float32 of the same shape.
-at::Tensor unit_values(const at::Tensor& symbols, const std::vector<float>& level_values) {
+}  // namespace
+
+at::Tensor unit_values(const at::Tensor& symbols, std::span<const float> level_values) {
   const int levels = static_cast<int>(level_values.size());
   std::array<float, 7> table{};  // by symbol + levels
   for (int level = 0; level < levels; ++level) {
     table[levels + 1 + level] = level_values[level];
     table[levels - 1 - level] = -level_values[level];
+  }
+  if (!symbols.is_cpu()) {
+    const at::Tensor on_device = at::tensor(at::ArrayRef<float>(table.data(), 2 * levels + 1), at::kFloat).to(symbols.device());
+    return on_device.index_select(0, symbols.to(at::kInt).add_(levels).flatten()).view(symbols.sizes());
   }
   at::Tensor values = at::empty(symbols.sizes(), at::kFloat);
   at::parallel_for(0, symbols.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
@@ -33,13 +39,11 @@ at::Tensor unit_values(const at::Tensor& symbols, const std::vector<float>& leve
   return values;
 }
 
-}  // namespace
-
 at::Tensor LeanWeight::dense() const {
   at::Tensor values = unit_values(symbols, level_values);
   for (int64_t b = 0; b < column_blocks(); ++b) {
     const int64_t first = b * column_block, width = std::min<int64_t>(column_block, cols() - first);
-    values.narrow(0, first, width).mul_(scales[b].unsqueeze(0));
+    values.narrow(0, first, width).mul_(scales[b].to(values.device()).unsqueeze(0));
   }
   return values;
 }
@@ -47,6 +51,14 @@ at::Tensor LeanWeight::dense() const {
 double LeanWeight::error() const {
   const at::Tensor d = dense().sub_(target);
   return hessian.mm(d).mul_(d).sum(0, false, at::kDouble).sum().item<double>();
+}
+
+float LeanWeight::set_scale(int64_t block, int64_t row, float wanted) {
+  const bool coded = scale_bits < 16;
+  const int64_t at = block * rows() + row;
+  uint8_t unused = 0;
+  uint8_t& code = coded ? scale_codes.data_ptr<uint8_t>()[at] : unused;
+  return scales.data_ptr<float>()[at] = representable_scale(scale_bits, coded ? row_scales.data_ptr<float>()[row] : 0.f, wanted, code);
 }
 
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code) {
@@ -102,7 +114,7 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
     lean.level_values.resize(levels);
     for (int l = 0; l < levels; ++l) lean.level_values[l] = round_to_half(static_cast<float>(centre[l]));
   }
-  float* scales = lean.scales.data_ptr<float>();
+  const float* scales = lean.scales.const_data_ptr<float>();
   if (lean.scale_bits < 16) {
     // One step of headroom above the largest block, since feedback tends to make later blocks larger.
     lean.row_scales = at::empty({rows}, at::kFloat);
@@ -112,12 +124,7 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
       lean.row_scales.data_ptr<float>()[row] = std::max(round_to_half(largest.data_ptr<float>()[row]), kSmallestScale);
   }
   for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t row = 0; row < rows; ++row) {
-      uint8_t unused = 0;
-      uint8_t& code = lean.scale_bits < 16 ? lean.scale_codes.data_ptr<uint8_t>()[b * rows + row] : unused;
-      const float base = lean.scale_bits < 16 ? lean.row_scales.data_ptr<float>()[row] : 0.f;
-      scales[b * rows + row] = representable_scale(lean.scale_bits, base, scales[b * rows + row], code);
-    }
+    for (int64_t row = 0; row < rows; ++row) lean.set_scale(b, row, scales[b * rows + row]);
   lean.symbols = at::zeros({cols, rows}, at::kChar);
 }
 

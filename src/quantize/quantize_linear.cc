@@ -54,7 +54,7 @@ at::Tensor round_to_half(const at::Tensor& x) { return x.to(at::kHalf).to(at::kF
 std::vector<int64_t> find_outliers(const at::Tensor& hessian, double share, int limit) {
   std::vector<int64_t> columns;
   if (share <= 0 || limit <= 0) return columns;
-  const at::Tensor diagonal = hessian.diagonal().contiguous();
+  const at::Tensor diagonal = hessian.diagonal().cpu().contiguous();
   const float* energy = diagonal.data_ptr<float>();
   const double threshold = share * diagonal.sum(at::kDouble).item<double>();
   for (int64_t j = 0; j < diagonal.numel(); ++j)
@@ -71,7 +71,8 @@ at::Tensor shrink_hessian(const at::Tensor& hessian, double s) {
   return h;
 }
 
-void zero_columns(at::Tensor& hessian, const at::Tensor& columns) {
+void zero_columns(at::Tensor& hessian, const std::vector<int64_t>& outliers) {
+  const at::Tensor columns = at::tensor(outliers, at::kLong).to(hessian.device());
   hessian.index_fill_(0, columns, 0);
   hessian.index_fill_(1, columns, 0);
 }
@@ -115,13 +116,16 @@ std::shared_ptr<const CodeMetric> code_metric(const InputStats& stats, const Rec
   stats.metric.reset();  // not two of them in memory
   CodeMetric metric{recipe.outlier_share, shrink, recipe.damping, recipe.max_outliers, factored,
                     find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers), shrink_hessian(stats.hessian, shrink), {}};
-  if (!metric.outliers.empty()) zero_columns(metric.hessian, at::tensor(metric.outliers, at::kLong));
+  if (!metric.outliers.empty()) zero_columns(metric.hessian, metric.outliers);
   if (factored)
     metric.factor = timed("factor", factor_flops(stats.hessian.size(0), false), [&] { return inverse_factor(metric.hessian, recipe.damping); });
   return stats.metric = std::make_shared<const CodeMetric>(std::move(metric));
 }
 
-/// The paper's path: fixed support, salient columns, regions by magnitude, block-wise compensation.
+/// Columns of inputs that are always zero, in host memory.
+at::Tensor dead_columns(const at::Tensor& hessian) { return hessian.diagonal().eq(0).nonzero().flatten().cpu(); }
+
+/// The paper's path, in host memory: fixed support, salient columns, regions by magnitude, block-wise compensation.
 BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& norm_sq,
                                     const std::vector<int64_t>& outliers, const Recipe& recipe, LinearReport& report) {
   const int64_t cols = weight_t.size(0), rows = weight_t.size(1);
@@ -131,10 +135,10 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
             [&] { return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable()); });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
-  const at::Tensor& upper = factor.upper;
+  const at::Tensor upper = factor.upper.cpu();
   const at::Tensor d = upper.diagonal().contiguous();
   at::Tensor work = weight_t.clone();
-  work.index_fill_(0, hessian.diagonal().eq(0).nonzero().flatten(), 0);  // dead inputs
+  work.index_fill_(0, dead_columns(hessian), 0);
 
   const int slots = recipe.levels + 2;
   const int64_t blocks = ceil_div(cols, recipe.column_block);
@@ -249,21 +253,26 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
   return result;
 }
 
-/// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards.
+/// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards. Where `metric` is, if all states of a
+/// group can be tried there. weight_t in host memory.
 LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, int sweeps, const Recipe& recipe, LinearReport& report) {
   LeanWeight lean;
   lean.nm = recipe.nm;
   lean.column_block = recipe.column_block;
   lean.scale_bits = recipe.scale_bits;
   lean.target = weight_t.clone();
-  lean.hessian = metric.hessian;
-  lean.target.index_fill_(0, lean.hessian.diagonal().eq(0).nonzero().flatten(), 0);  // outlier columns and dead inputs
+  const at::Device device = GroupCodebook::enumerable(recipe.nm, recipe.levels) ? metric.hessian.device() : at::kCPU;
+  lean.hessian = metric.hessian.to(device);
+  const at::Tensor upper = metric.factored ? metric.factor.upper.to(device) : at::Tensor();
+  lean.target.index_fill_(0, dead_columns(lean.hessian), 0);  // outlier columns among them
   report.damping = metric.factor.damping;
   report.damping_retries = metric.factor.retries;
   const double one_search = search_flops(lean, recipe.levels);
   timed("encode", kEncodeSearches * one_search, [&] {
-    initialize_scales(lean, recipe.levels, lean.hessian.diagonal().contiguous());
-    encode_columns(lean, metric.factor.upper, recipe.compensate);
+    initialize_scales(lean, recipe.levels, lean.hessian.diagonal().cpu().contiguous());
+    lean.target = lean.target.to(device);
+    lean.symbols = lean.symbols.to(device);
+    encode_columns(lean, upper, recipe.compensate);
   });
   if (recipe.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
@@ -280,7 +289,7 @@ BinarizedWeight finish_lean(const LeanWeight& lean) {
   result.levels = static_cast<int>(lean.level_values.size());
   result.column_block = lean.column_block;
   result.scale_bits = lean.scale_bits;
-  result.symbols = lean.symbols.t().contiguous();
+  result.symbols = lean.symbols.t().contiguous().cpu();
   if (lean.scale_bits == 16) {
     result.scales = lean.scales.t().contiguous().unsqueeze(2);
   } else {
@@ -314,7 +323,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
           const auto metric = code_metric(stats, recipe, candidate);
           const LeanWeight trial = optimize_lean(weight_t, *metric, std::min(recipe.descend, 1), recipe, out);
           at::Tensor holdout = stats.holdout_hessian.clone();
-          if (!metric->outliers.empty()) zero_columns(holdout, at::tensor(metric->outliers, at::kLong));
+          if (!metric->outliers.empty()) zero_columns(holdout, metric->outliers);
           const double error = relative_output_error(weight_t.t(), trial.dense().t(), holdout);
           if (error < best) best = error, shrink = candidate;
         }
@@ -326,7 +335,7 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     result = finish_lean(optimize_lean(weight_t, *metric, recipe.descend, recipe, out));
   } else {
     outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
-    result = quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq(), outliers, recipe, out);
+    result = quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq().cpu(), outliers, recipe, out);
   }
   if (!outliers.empty()) {
     const at::Tensor outlier_columns = at::tensor(outliers, at::kLong);

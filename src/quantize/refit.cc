@@ -11,10 +11,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "column_groups.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/lanes.h"
 #include "stbllm/base/profile.h"
-#include "stbllm/quantize/lean_weight.h"
+#include "stbllm/quantize/tensor_search.h"
 
 namespace stbllm {
 namespace {
@@ -119,6 +120,42 @@ RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, boo
       }
     });
   }
+  return parts;
+}
+
+/// The same by libtorch's operations, where the matrices are.
+RowParts make_parts_by_tensors(const LeanWeight& lean, int64_t first_row, int64_t rows, bool by_level) {
+  const int64_t blocks = lean.column_blocks();
+  RowParts parts{first_row, rows, blocks, by_level ? lean.level_values : std::vector<float>{1}, {}, {}};
+  const int64_t levels = parts.levels();
+  const at::Tensor symbols = lean.symbols.narrow(1, first_row, rows), target = lean.hessian_target.narrow(1, first_row, rows).unsqueeze(1);
+  std::vector<at::Tensor> signs_of;  // (cols, rows) each
+  if (by_level)
+    for (int64_t l = 0; l < levels; ++l) signs_of.push_back(symbols.eq(1 + l).to(at::kFloat) - symbols.eq(-1 - l).to(at::kFloat));
+  else
+    signs_of.push_back(unit_values(symbols.contiguous(), lean.level_values));
+  const at::Tensor signs = at::stack(signs_of, 1);  // (cols, levels, rows)
+  const at::Tensor p = at::empty({parts.pairs(), levels, levels, rows}, signs.options()), r = at::empty({blocks, levels, rows}, signs.options());
+  for (int64_t b = 0, pair = 0; b < blocks; ++b) {
+    const BlockColumns own(lean, b);
+    const at::Tensor own_signs = signs.narrow(0, own.start, own.width);
+    r[b].copy_((own_signs * target.narrow(0, own.start, own.width)).sum(0));
+    const StageTimer timer("products", 2.0 * static_cast<double>((own.width + own.rest) * own.width * levels * rows));
+    const at::Tensor product = lean.hessian.narrow(0, own.start, own.width + own.rest)
+                                   .narrow(1, own.start, own.width)
+                                   .mm(own_signs.flatten(1))
+                                   .view({own.width + own.rest, levels, 1, rows});
+    for (int64_t c = b; c < blocks; ++c, ++pair) {
+      const BlockColumns their(lean, c);
+      p[pair].copy_((product.narrow(0, their.start - own.start, their.width) * signs.narrow(0, their.start, their.width).unsqueeze(1)).sum(0));
+    }
+  }
+  const auto to_host = [&](const at::Tensor& tensor) {  // rows come first there
+    const at::Tensor host = tensor.movedim(-1, 0).contiguous().cpu();
+    return std::vector<float>(host.const_data_ptr<float>(), host.const_data_ptr<float>() + host.numel());
+  };
+  parts.p = to_host(p);
+  parts.r = to_host(r);
   return parts;
 }
 
@@ -264,9 +301,8 @@ void refit_levels(LeanWeight& lean, const LevelProblem& problem) {
     for (int i = 0; i < levels; ++i) lean.level_values[i] = static_cast<float>(rounded[i]);
 }
 
-}  // namespace
-
-void refit(LeanWeight& lean, bool with_levels) {
+template <typename MakeParts>
+void refit_with(const MakeParts& make, LeanWeight& lean, bool with_levels) {
   if (!lean.hessian_target.defined()) {
     const StageTimer timer("products", 2.0 * static_cast<double>(lean.cols() * lean.cols()) * static_cast<double>(lean.rows()));
     lean.hessian_target = lean.hessian.mm(lean.target);
@@ -274,11 +310,20 @@ void refit(LeanWeight& lean, bool with_levels) {
   with_levels = with_levels && lean.level_values.size() > 1;
   LevelProblem levels(static_cast<int64_t>(lean.level_values.size()));
   for (int64_t first = 0; first < lean.rows(); first += kRowsPerPass) {
-    const RowParts parts = make_parts(lean, first, std::min(kRowsPerPass, lean.rows() - first), with_levels);
+    const RowParts parts = make(lean, first, std::min(kRowsPerPass, lean.rows() - first), with_levels);
     refit_scales(lean, parts);
     if (with_levels) levels.add(lean, parts);
   }
   if (with_levels) refit_levels(lean, levels);
 }
+
+}  // namespace
+
+void refit(LeanWeight& lean, bool with_levels) {
+  if (!lean.target.is_cpu()) return by_tensors::refit(lean, with_levels);
+  refit_with(make_parts, lean, with_levels);
+}
+
+void by_tensors::refit(LeanWeight& lean, bool with_levels) { refit_with(make_parts_by_tensors, lean, with_levels); }
 
 }  // namespace stbllm

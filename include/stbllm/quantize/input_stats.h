@@ -31,12 +31,10 @@ class StatsAccumulator {
   void add(const at::Tensor& inputs, bool holdout);
   /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor by its sum over all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
-  /// In host memory.
+  /// On the device of the inputs.
   InputStats finish();
 
  private:
-  void move_to_host();
-
   at::Tensor sum_, holdout_sum_;
   int64_t tokens_ = 0, holdout_tokens_ = 0;
   bool token_weights_;

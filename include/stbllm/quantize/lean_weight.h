@@ -20,10 +20,12 @@ struct LeanWeight {
   int column_block = 128;
   int scale_bits = 16;
 
+  // Where these are the products run; the rest is in host memory.
   at::Tensor target;       ///< float32 (cols, rows): W; zero in columns that are stored exactly
   at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of outlier columns are zero
   at::Tensor hessian_target;  ///< float32 (cols, rows): H W; refit makes it when it is first needed
   at::Tensor symbols;      ///< int8 (cols, rows): 0 or +-(1 + level)
+
   at::Tensor scales;       ///< float32 (column blocks, rows): representable values, > 0
   at::Tensor scale_codes;  ///< uint8 (column blocks, rows)    when scale_bits < 16
   at::Tensor row_scales;   ///< float32 (rows), fp16 values    when scale_bits < 16
@@ -35,6 +37,8 @@ struct LeanWeight {
 
   /// Q, float32 (cols, rows).
   at::Tensor dense() const;
+  /// Gives a row the scale nearest to `wanted` (> 0) in a column block; returns it.
+  float set_scale(int64_t block, int64_t row, float wanted);
   /// tr(D H D^T).
   double error() const;
 };
@@ -45,8 +49,11 @@ inline constexpr float kSmallestScale = 0x1p-20f;
 /// The scale nearest to `wanted` (> 0) that the coding can represent, given the row's base; sets the code.
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code);
 
-/// First level values and scales from the weights alone (a Lloyd iteration on |w| over the row block's scale).
+/// First level values and scales from the weights alone (a Lloyd iteration on |w| over the row block's scale), and no symbols. `target`
+/// in host memory.
 void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_weight);
+
+// The three steps. Where `target` is on a device they are those of tensor_search.h.
 
 /// How often encode_columns searches each group: twice for the scale of its column block, then for good.
 inline constexpr int kEncodeSearches = 3;
