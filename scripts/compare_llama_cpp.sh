@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # llama.cpp and stbllm side by side on the same weights, the same machine and the same number of threads.
 #
-#   scripts/compare_llama_cpp.sh [--packed FILE] [--threads N] [--windows N] [--stbllm PROGRAM]
+#   scripts/compare_llama_cpp.sh [--packed FILE].. [--threads N] [--windows N] [--stbllm PROGRAM]
 #
 #   --packed FILE      what `stbllm quantize` made of the demo checkpoint   default: .demo/packed.safetensors
 #                      (may be given again: a row each)
@@ -25,14 +25,14 @@ cd "$(dirname "$0")/.."
 say() { printf '[compare] %s\n' "$*" >&2; }
 die() { printf '[compare] error: %s\n' "$*" >&2; exit 2; }
 packed=() threads=$(nproc) windows=40 stbllm=''
-path_from_here() { [[ $1 = /* ]] && printf '%s' "$1" || printf '%s' "$here/$1"; }
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$here" "$1" ;; esac; }  # from where the script was started
 while (($#)); do
   case $1 in
-    --packed) packed+=("$(path_from_here "${2:?$1 needs a value}")"); shift 2 ;;
+    --packed) packed+=("$(absolute "${2:?$1 needs a value}")"); shift 2 ;;
     --threads) threads=${2:?$1 needs a value}; shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
-    --stbllm) stbllm=$(path_from_here "${2:?$1 needs a value}"); shift 2 ;;
-    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
+    --stbllm) stbllm=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "scripts/${0##*/}"; exit ;;
     *) die "unknown option $1; scripts/compare_llama_cpp.sh --help lists them" ;;
   esac
 done
@@ -43,6 +43,8 @@ done
 for file in "${packed[@]}"; do
   [ -f "$file" ] || die "$file: no such file; scripts/demo.sh makes .demo/packed.safetensors, or name another with --packed"
 done
+twice=$(printf '%s\n' "${packed[@]##*/}" | sort | uniq -d)
+[ -z "$twice" ] || die "two of the packed files are called $twice; rows are told apart by file names: rename one"
 home=.demo/llama.cpp
 mkdir -p "$home"
 

@@ -22,7 +22,7 @@ while (($#)); do
     --model) model=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --data) data=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
-    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "scripts/${0##*/}"; exit ;;
     *) die "unknown option $1; scripts/demo.sh --help lists them" ;;
   esac
 done

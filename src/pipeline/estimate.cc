@@ -95,7 +95,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
   const int64_t stream = calibrating * seqlen * spec.hidden * 4;
   const int64_t dense_stream = needs_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
-  const bool resident = !spill && options.device == "cpu";
+  const bool on_host = options.device == "cpu", resident = !spill && on_host;
   const int64_t hidden = resident ? stream + dense_stream : 0;
   const int64_t tables = table_bytes(spec);
   const int64_t tokens = std::max(seqlen, kTokensPerPass);
@@ -109,11 +109,11 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     weights += count;
     tap_bytes[static_cast<size_t>(linear.tap)] =
         4 * linear.cols * linear.cols * (calibration.holdout > 0 ? 2 : 1);
-    // A Cholesky and its inverse in float64 with their permuted copies, H shrunk; W, targets, gradients,
+    // A Cholesky and its inverse in float64 with their permuted copies, H shrunk (of a device's at most H and U); W, targets, gradients,
     // dense values: 216 MB where rows x cols = 576 x 1536.
-    workspace = std::max(workspace, 64 * linear.cols * linear.cols + 64 * count);
+    workspace = std::max(workspace, (on_host ? 64 : 8) * linear.cols * linear.cols + 64 * count);
   }
-  const int64_t hessians = std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0});
+  const int64_t hessians = on_host ? std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0}) : 0;
   // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
   const bool copies = fast_product_dtype() != at::kFloat;
   const int64_t product_bytes = copies ? 2 : 4, dense_block = (copies ? 6 : 4) * weights;

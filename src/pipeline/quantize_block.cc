@@ -91,7 +91,7 @@ std::array<InputStats, kTapCount> TapStats::finish(const ProcessGroup& group) {
   std::array<InputStats, kTapCount> stats;
   for (size_t tap = 0; tap < kTapCount; ++tap) {
     if (!accumulators_[tap]) continue;
-    accumulators_[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
+    if (group.size() > 1) accumulators_[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
     stats[tap] = accumulators_[tap]->finish();
     accumulators_[tap].reset();
   }

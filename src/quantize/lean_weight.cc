@@ -10,7 +10,6 @@
 #include "stbllm/base/error.h"
 #include "stbllm/quantize/binarized_weight.h"
 #include "stbllm/quantize/nm_select.h"
-#include "stbllm/quantize/tensor_search.h"
 
 namespace stbllm {
 namespace {

@@ -263,9 +263,15 @@ TEST_P(EveryBackend, MultipliesSeveralMatricesLikeEachAlone) {
     }
     std::vector<Product> products;
     for (size_t i = 0; i < matrices.size(); ++i) products.push_back({prepared[i].get(), together[i].view()});
-    backend.matmul_all(products, x.view());
-    for (size_t i = 0; i < matrices.size(); ++i)
-      EXPECT_TRUE(together[i].bytes == run(GetParam(), matrices[i], x).bytes) << describe(matrices[i].layout()) << ", tokens " << tokens;
+    const int threads = omp_get_max_threads();
+    for (const int count : {1, 3, 5}) {
+      omp_set_num_threads(count);
+      backend.matmul_all(products, x.view());
+      omp_set_num_threads(threads);
+      for (size_t i = 0; i < matrices.size(); ++i)
+        EXPECT_TRUE(together[i].bytes == run(GetParam(), matrices[i], x).bytes)
+            << describe(matrices[i].layout()) << ", tokens " << tokens << ", threads " << count;
+    }
   }
 }
 

@@ -42,8 +42,8 @@ at::Tensor composed(const Inputs& in, int64_t first, int64_t window) {
 TEST(Attention, IsSoftmaxAttention) {
   const at::NoGradGuard no_grad;
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
-    for (const auto& [heads, kv_heads, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {2, 2, 80}, {4, 1, 8}, {3, 3, 20}})
-      for (const auto& [tokens, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {1, 70}, {2, 0}, {12, 3}, {5, 63}, {64, 0}, {65, 64}, {131, 0}, {200, 17}})
+    for (const auto& [heads, kv_heads, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {4, 2, 128}, {2, 2, 80}, {4, 1, 8}, {3, 3, 20}})
+      for (const auto& [tokens, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {1, 70}, {1, 300}, {2, 0}, {12, 3}, {5, 63}, {64, 0}, {65, 64}, {131, 0}, {200, 17}})
         for (const int64_t window : {0, 1, 7, 64, 100}) {
           const Inputs in = make_inputs(heads, kv_heads, tokens, first, dim, type);
           const at::Tensor mixed = causal_attention(in.queries, in.keys, in.values, first, window), exact = composed(in, first, window);
@@ -61,8 +61,12 @@ TEST(Attention, StandsScoresOfAnySize) {
   const at::NoGradGuard no_grad;
   Inputs in = make_inputs(2, 1, 100, 0, 16, at::kFloat);
   in.queries = in.queries * 200;
-  EXPECT_TRUE(at::allclose(causal_attention(in.queries, in.keys, in.values, 0, 0).to(at::kDouble), composed(in, 0, 0), 0, /*atol=*/0.05));  // scores of 1e4, 2^-10 apart
-  EXPECT_TRUE(causal_attention(in.queries, in.keys, in.values, 0, 0).isfinite().all().item<bool>());
+  const Inputs last{in.queries.slice(2, 99), in.keys, in.values};
+  for (const auto& [inputs, first] : {std::pair(in, 0), std::pair(last, 99)}) {
+    const at::Tensor mixed = causal_attention(inputs.queries, in.keys, in.values, first, 0);
+    EXPECT_TRUE(at::allclose(mixed.to(at::kDouble), composed(inputs, first, 0), 0, /*atol=*/0.05));  // scores of 1e4, 2^-10 apart
+    EXPECT_TRUE(mixed.isfinite().all().item<bool>());
+  }
 }
 
 TEST(Attention, ShowsAFaultyKeyOnlyToThoseWhoSeeIt) {
@@ -72,6 +76,11 @@ TEST(Attention, ShowsAFaultyKeyOnlyToThoseWhoSeeIt) {
   const at::Tensor finite = causal_attention(in.queries, in.keys, in.values, 0, 0).isfinite().all(-1);
   EXPECT_TRUE(finite.slice(1, 0, 70).all().item<bool>());
   EXPECT_FALSE(finite.slice(1, 70).any().item<bool>());
+  for (const int64_t seen : {70, 90}) {  // by one query
+    const at::Tensor alone = causal_attention(in.queries.slice(2, seen - 1, seen), in.keys.slice(2, 0, seen), in.values.slice(2, 0, seen), seen - 1, 0);
+    EXPECT_EQ(alone.isfinite().all().item<bool>(), seen == 70);
+    EXPECT_EQ(alone.isfinite().any().item<bool>(), seen == 70);
+  }
 }
 
 TEST(Attention, GivesTheSameBytesForAnyNumberOfThreads) {

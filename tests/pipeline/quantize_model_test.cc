@@ -488,9 +488,18 @@ TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
     EXPECT_EQ(list(place.results()), std::vector<std::string>{});
     return;
   }
-  place.quantize(Recipe::load("stbllm"), options);
-  // Products round to bfloat16 in another order, which decides close calls between codes another way.
-  EXPECT_NEAR(place.perplexity(options.output) / place.perplexity(place.quantize(Recipe::load("stbllm"), "cpu")), 1, 0.02);
+  Recipe choosing = Recipe::load("stbllm"), local = choosing, alone = choosing;
+  choosing.shrink = -1;
+  local.nm = {4, 8};  // with three levels more states than are tried, so that the search returns to the host
+  alone.compensate = Compensate::kNone;
+  options.force = true;
+  for (const Recipe& recipe : {Recipe::load("stbllm"), choosing, local, alone, Recipe::load("stbllm-paper")}) {
+    place.quantize(recipe, options);
+    const fs::path on_host = place.quantize(recipe, "cpu");
+    // Products round to bfloat16 in another order, which decides close calls between codes another way.
+    EXPECT_NEAR(place.perplexity(options.output) / place.perplexity(on_host), 1, 0.02);
+    fs::remove(on_host);
+  }
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class LeanCode : public ::testing::TestWithParam<std::tuple<NmPattern, int, int>
 
 TEST_P(LeanCode, KeepsExactlyNOfEveryGroup) {
   const auto [nm, levels, scale_bits] = GetParam();
-  const Layer layer = make_layer(70, 172, 1);  // 172 is no multiple of 8 or 128, 70 none of 64
+  const Layer layer = make_layer(70, 171, 1);  // 171 is no multiple of 4, 8 or 128, 70 none of 64
   const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
   expect_exactly_n_kept(result.symbols, nm);
   EXPECT_TRUE(result.to_dense().isfinite().all().item<bool>());
@@ -76,7 +76,7 @@ TEST_P(LeanCode, KeepsExactlyNOfEveryGroup) {
 
 TEST_P(LeanCode, RefitAndDescendNeverRaiseTheError) {
   const auto [nm, levels, scale_bits] = GetParam();
-  LeanWeight lean = start(make_layer(70, 172, 2), nm, levels, scale_bits);
+  LeanWeight lean = start(make_layer(70, 171, 2), nm, levels, scale_bits);
   double error = lean.error();
   const double first = error;
   for (int round = 0; round < 3; ++round) {
@@ -102,12 +102,13 @@ double share_that_differs(const at::Tensor& a, const at::Tensor& b) { return a.n
 TEST_P(LeanCode, TensorsFindWhatLanesFind) {
   const auto [nm, levels, scale_bits] = GetParam();
   if (!GroupCodebook::enumerable(nm, levels)) GTEST_SKIP() << nm.str() << " is searched over lanes only";
-  const Layer layer = make_layer(70, 172, 5);
-  // Sums of other order decide otherwise where two candidates are equal to 2^-20 or so; with 12040 weights that is once or never.
+  const Layer layer = make_layer(70, 171, 5);
+  // Sums of other order decide otherwise where two candidates are equal to 2^-20 or so; with 11970 weights that is once or never.
   constexpr double kFew = 1e-3;
   for (const Compensate compensate : {Compensate::kColumn, Compensate::kBlock, Compensate::kNone}) {
     LeanWeight lanes = start(layer, nm, levels, scale_bits, compensate), tensors = clone(lanes);
     tensors.symbols.zero_();
+    tensors.scales.zero_();
     by_tensors::encode_columns(tensors, inverse_factor(tensors.hessian, 0.01).upper, compensate);
     EXPECT_LE(share_that_differs(tensors.symbols, lanes.symbols), kFew);
     EXPECT_LE(share_that_differs(tensors.scales, lanes.scales), 0.02);  // 140 of them
@@ -118,7 +119,7 @@ TEST_P(LeanCode, TensorsFindWhatLanesFind) {
     LeanWeight tensors = clone(lanes);
     by_tensors::refit(tensors, with_levels);
     refit(lanes, with_levels);
-    EXPECT_EQ(tensors.level_values, lanes.level_values);
+    for (size_t l = 0; l < lanes.level_values.size(); ++l) EXPECT_NEAR(tensors.level_values[l], lanes.level_values[l], 0x1p-10 * lanes.level_values[l]);  // a step of fp16
     EXPECT_LE(share_that_differs(tensors.scales, lanes.scales), 0.02);
     tensors = clone(lanes);
     const double changed = by_tensors::descend(tensors);
@@ -143,12 +144,25 @@ TEST_P(LeanCode, ScalesAreWhatTheCodingCanRepresent) {
 
 INSTANTIATE_TEST_SUITE_P(Codes, LeanCode,
                          ::testing::Values(std::tuple(NmPattern{1, 8}, 1, 5), std::tuple(NmPattern{1, 4}, 1, 4),
-                                           std::tuple(NmPattern{2, 8}, 1, 6), std::tuple(NmPattern{3, 8}, 1, 5),
+                                           std::tuple(NmPattern{2, 8}, 1, 6), std::tuple(NmPattern{2, 16}, 1, 5), std::tuple(NmPattern{3, 8}, 1, 5),
                                            std::tuple(NmPattern{2, 4}, 1, 16), std::tuple(NmPattern{2, 4}, 1, 5),
                                            std::tuple(NmPattern{2, 4}, 2, 5), std::tuple(NmPattern{2, 4}, 3, 5),
                                            std::tuple(NmPattern{4, 8}, 1, 5), std::tuple(NmPattern{7, 8}, 1, 5),
                                            std::tuple(NmPattern{8, 8}, 1, 5), std::tuple(NmPattern{4, 8}, 3, 5),
                                            std::tuple(NmPattern{6, 16}, 1, 5)));
+
+TEST(TensorSearch, TakesManyRowsAndStatesInPasses) {
+  const Layer layer = make_layer(1100, 48, 6);
+  LeanWeight lanes = start(layer, {4, 8}, 2, 5), tensors = clone(lanes);  // 8960 states
+  tensors.symbols.zero_();
+  by_tensors::encode_columns(tensors, inverse_factor(tensors.hessian, 0.01).upper, Compensate::kColumn);
+  EXPECT_LE(share_that_differs(tensors.symbols, lanes.symbols), 1e-3);
+  tensors = clone(lanes);
+  by_tensors::refit(tensors);
+  refit(lanes);
+  EXPECT_LE(share_that_differs(tensors.scales, lanes.scales), 1e-2);
+  EXPECT_NEAR(tensors.error(), lanes.error(), 1e-3 * lanes.error());
+}
 
 TEST(GroupSearch, FindsTheBestStateOfAll) {
   at::manual_seed(4);
@@ -239,7 +253,7 @@ TEST(RelativeOutputError, IsTheRatioOfTwoTraces) {
 }
 
 TEST(Refit, WithoutLevelsMovesScalesAlone) {
-  LeanWeight lean = start(make_layer(70, 172, 9), {2, 4}, 3, 4);
+  LeanWeight lean = start(make_layer(70, 171, 9), {2, 4}, 3, 4);
   const std::vector<float> levels = lean.level_values;
   const double before = lean.error();
   refit(lean, /*with_levels=*/false);

@@ -249,7 +249,7 @@ void add_quantize(CLI::App& app) {
       ->add_option("--max-memory", options->quantize.max_memory,
                    "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
-  command->add_option("--device", options->quantize.device, "Where forward passes, Hessians and searches run: cpu or cuda")->capture_default_str();
+  command->add_option("--device", options->quantize.device, "Where forward passes, Hessians and the searches of lean recipes run: cpu or cuda")->capture_default_str();
   command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead")->excludes(target_size);
   command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
   command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");

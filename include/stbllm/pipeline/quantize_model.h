@@ -42,7 +42,7 @@ struct QuantizeOptions {
   bool force = false;            ///< overwrite `output`, discard an unfinished run
   bool resume = false;           ///< continue the unfinished run beside `output`
   int64_t blocks = -1;           ///< quantize only so many blocks, the others stay dense; below 0: all
-  std::string device = "cpu";    ///< "cuda": forward passes and sums of x x^T run on the current CUDA device; all else on the CPU
+  std::string device = "cpu";    ///< "cuda": forward passes, Hessians and what quantize_linear() does there run on the current device
   bool compare_blocks = false;   ///< run the dense model beside, for QuantizeResult::blocks
   int64_t max_memory = 0;        ///< bytes; hidden states go to a file where more would be needed. 0: no limit
 

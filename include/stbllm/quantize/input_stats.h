@@ -29,7 +29,8 @@ class StatsAccumulator {
   StatsAccumulator(int64_t cols, bool token_weights);
   /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their own.
   void add(const at::Tensor& inputs, bool holdout);
-  /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor by its sum over all processes.
+  /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor in host memory by its sum over
+  /// all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
   /// On the device of the inputs.
   InputStats finish();

@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 
+#include <span>
 #include <vector>
 
 #include "stbllm/base/bits.h"
@@ -20,7 +21,7 @@ struct LeanWeight {
   int column_block = 128;
   int scale_bits = 16;
 
-  // Where these are the products run; the rest is in host memory.
+  // Products run where these four are; all else is in host memory.
   at::Tensor target;       ///< float32 (cols, rows): W; zero in columns that are stored exactly
   at::Tensor hessian;      ///< float32 (cols, cols): H, shrunk; rows and columns of outlier columns are zero
   at::Tensor hessian_target;  ///< float32 (cols, rows): H W; refit makes it when it is first needed
@@ -48,6 +49,9 @@ inline constexpr float kSmallestScale = 0x1p-20f;
 
 /// The scale nearest to `wanted` (> 0) that the coding can represent, given the row's base; sets the code.
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code);
+
+/// Symbols as 0 or +- level value: float32 of the same shape, where `symbols` are.
+at::Tensor unit_values(const at::Tensor& symbols, std::span<const float> level_values);
 
 /// First level values and scales from the weights alone (a Lloyd iteration on |w| over the row block's scale), and no symbols. `target`
 /// in host memory.

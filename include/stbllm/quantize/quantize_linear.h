@@ -21,9 +21,9 @@ struct LinearReport {
   double seconds = 0;
 };
 
-/// weight: (rows, cols) of any float type, on any device. The work of lean recipes whose codes are enumerated is done on
-/// the device of `stats`, of others but the Cholesky on the CPU; the result is in host memory. On the CPU deterministic, whatever the
-/// number of threads unless the recipe is not packable().
+/// weight: (rows, cols) of any float type, on any device. Factors are made on the device of `stats`. There, too, lean recipes
+/// whose codes are enumerated multiply and search; other recipes, first scales and the solves of refit() work in host memory, where the
+/// result is. On the CPU deterministic, whatever the number of threads unless the recipe is not packable().
 /// Equations: STBLLM sections 3.2-3.4; compensation: GPTQ.
 BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe,
                                 LinearReport* report = nullptr);
