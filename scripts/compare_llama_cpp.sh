@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # llama.cpp and stbllm side by side on the same weights, the same machine and the same number of threads.
 #
-#   scripts/compare_llama_cpp.sh [--packed FILE].. [--threads N] [--windows N] [--stbllm PROGRAM]
+#   scripts/compare_llama_cpp.sh [--packed FILE].. [--threads N] [--windows N] [--rounds N] [--stbllm PROGRAM]
 #
 #   --packed FILE      what `stbllm quantize` made of the demo checkpoint   default: .demo/packed.safetensors
 #                      (may be given again: a row each)
 #   --threads N        for every program                                   default: all cores
 #   --windows N        windows of 512 tokens for the perplexity            default: 40
+#   --rounds N         of the speeds of prompts and generation, of which the best counts   default: 5
 #   --stbllm PROGRAM   default: build/stbllm, which is built
 #
 # Perplexities are those of llama.cpp's protocol in both programs: the second half of each window, of rows joined by two
@@ -24,13 +25,14 @@ cd "$(dirname "$0")/.."
 
 say() { printf '[compare] %s\n' "$*" >&2; }
 die() { printf '[compare] error: %s\n' "$*" >&2; exit 2; }
-packed=() threads=$(nproc) windows=40 stbllm=''
+packed=() threads=$(nproc) windows=40 rounds=5 stbllm=''
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$here" "$1" ;; esac; }  # from where the script was started
 while (($#)); do
   case $1 in
     --packed) packed+=("$(absolute "${2:?$1 needs a value}")"); shift 2 ;;
     --threads) threads=${2:?$1 needs a value}; shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
+    --rounds) rounds=${2:?$1 needs a value}; shift 2 ;;
     --stbllm) stbllm=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "scripts/${0##*/}"; exit ;;
     *) die "unknown option $1; scripts/compare_llama_cpp.sh --help lists them" ;;
@@ -150,32 +152,36 @@ for type in BF16 IQ1_S "${quality[@]}"; do
   say "llama.cpp $type: perplexity"
   llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$run/text" -c 512 --chunks "$windows" -t "$threads"
 done
-for type in BF16 "${speed[@]}"; do
-  say "llama.cpp $type: speed"
-  "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 3 -o json \
-    >"$run/$type.bench.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
-done
 prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8 || true)  # about 512 tokens; the last character may be cut
 for model in "$checkpoint" "${packed[@]}"; do
-  name=$(basename "$model")
-  say "stbllm $name"
+  name=${model##*/}
+  say "stbllm $name: perplexity"
   "$stbllm" eval-ppl "$model" --data "$data" --seqlen 512 --windows "$windows" --second-half --dtype bfloat16 --threads "$threads" --json \
     >"$run/$name.perplexity.json"
-  for repetition in 1 2 3; do
-    "$stbllm" generate "$model" --prompt "$prompt" -n 1 --threads "$threads" --json >"$run/$name.prompt.$repetition.json"
-    # llama-bench generates its tokens from an empty context.
-    "$stbllm" generate "$model" --prompt The -n 64 --threads "$threads" --json >"$run/$name.generate.$repetition.json"
-  done
   [ -d "$model" ] || "$stbllm" inspect "$model" --json >"$run/$name.inspect.json"
 done
+for ((round = 1; round <= rounds; ++round)); do  # all models in turn, since a shared machine is not always as fast
+  say "speed: round $round of $rounds"
+  for type in BF16 "${speed[@]}"; do
+    "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 1 -o json \
+      >"$run/$type.bench.$round.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
+  done
+  for model in "$checkpoint" "${packed[@]}"; do
+    name=${model##*/}
+    "$stbllm" generate "$model" --prompt "$prompt" -n 1 --threads "$threads" --json >"$run/$name.prompt.$round.json"
+    # llama-bench generates its tokens from an empty context.
+    "$stbllm" generate "$model" --prompt The -n 64 --threads "$threads" --json >"$run/$name.generate.$round.json"
+  done
+done
 
-python3 - "$home" "$threads" "$windows" "$checkpoint" "${packed[@]}" <<'PY'
+python3 - "$home" "$threads" "$windows" "$rounds" "$checkpoint" "${packed[@]}" <<'PY'
 import glob, json, mmap, os, re, sys
 
 sys.path.insert(0, "scripts")
 import fetch_smollm2
 
-home, threads, windows, checkpoint, *packed = sys.argv[1:]
+home, threads, windows, rounds, checkpoint, *packed = sys.argv[1:]
+rounds = range(1, int(rounds) + 1)
 run = os.path.join(home, "run")
 
 
@@ -221,15 +227,16 @@ def llama_row(kind, perplexity, speed):
         if speed:
             row["perplexity_tokens_per_second"] = 512 * int(windows) / seconds
     if speed:
-        for test in json.loads(read(f"{kind}.bench.json")):
-            row["prompt_tokens_per_second" if test["n_gen"] == 0 else "generated_tokens_per_second"] = max(test["samples_ts"])
+        for test in (test for i in rounds for test in json.loads(read(f"{kind}.bench.{i}.json"))):
+            key = "prompt_tokens_per_second" if test["n_gen"] == 0 else "generated_tokens_per_second"
+            row[key] = max(row.get(key, 0), *test["samples_ts"])
     return row
 
 
 def stbllm_row(path):
     name, dense = os.path.basename(path), os.path.isdir(path)
     perplexity = json.loads(read(f"{name}.perplexity.json"))
-    prompts, generated = ([json.loads(read(f"{name}.{what}.{i}.json")) for i in (1, 2, 3)] for what in ("prompt", "generate"))
+    prompts, generated = ([json.loads(read(f"{name}.{what}.{i}.json")) for i in rounds] for what in ("prompt", "generate"))
     files = glob.glob(os.path.join(path, "*.safetensors")) if dense else [path]
     return {
         "program": "stbllm",
@@ -263,7 +270,7 @@ for row in rows:
     )
 print(f"""
 Both programs score the second half of each window and compute no other logits; the speeds of these runs are without
-loading and tokenizing. Prompt and generation are the best of three. The padded files have rows of 768 instead of 576
+loading and tokenizing. Prompt and generation are the best of {len(rounds)}. The padded files have rows of 768 instead of 576
 weights, so that they are of the type they are named after; those beside them hold 4-bit types in most linears. Written to
 {results}""")
 PY
