@@ -309,7 +309,8 @@ void attend_alone(const Attention<T>& a, int64_t batch) {
   const int64_t kv_items = batch * a.kv_heads, heads = a.heads_per_key(), padded = a.padded_dim();
   const int64_t seen = a.first + 1 - a.oldest_seen(a.first), count = ceil_div(seen, kKeysAlone);
   thread_local Scratch results;
-  const Parts parts{results.reserve(kv_items * count * heads * (padded + 2)), count, heads, padded};
+  Parts parts{nullptr, count, heads, padded};
+  parts.memory = results.reserve(kv_items * count * heads * parts.stride());
   const int64_t products_per_item = 2 * heads * std::min(seen, kKeysAlone) * a.dim;
   at::parallel_for(0, kv_items * count, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;

@@ -28,7 +28,6 @@ std::vector<ColumnGroup> make_groups(const LeanWeight& lean, const GroupCodebook
     group.first = first;
     group.width = static_cast<int>(std::min<int64_t>(lean.nm.group, block_width - first));
     set_metric(group);
-    std::transform(group.metric.begin(), group.metric.end(), group.metric_f.begin(), [](double x) { return static_cast<float>(x); });
     if (const GroupCodebook* book = codebooks.find(group.width))
       group.table.emplace(*book, lean.level_values, group.metric.data(), group.width);
   }
@@ -52,6 +51,7 @@ std::vector<ColumnGroup> groups_by_factor(const LeanWeight& lean, const GroupCod
         double sum = 0;
         for (int k = 0; k < width; ++k) sum += inverse[i * width + k] * inverse[j * width + k];
         group.metric[i * width + j] = sum;
+        group.metric_f[i * width + j] = static_cast<float>(sum);
         group.transposed[j * width + i] = static_cast<float>(inverse[i * width + j]);
       }
   });

@@ -13,8 +13,8 @@ namespace stbllm {
 struct ColumnGroup {
   int first, width;                    // columns within the column block
   std::array<double, 256> metric{};    // (width, width): what the error of a group is measured in
-  std::array<float, 256> metric_f{};   // the same
-  std::array<float, 256> transposed{}; // U_gg^-T; by factor only
+  std::array<float, 256> metric_f{};   // the same; by factor only, like U_gg^-T:
+  std::array<float, 256> transposed{};
   std::optional<GroupTable> table;     // where the states are enumerated
 };
 
@@ -34,5 +34,16 @@ std::vector<ColumnGroup> groups_by_factor(const LeanWeight& lean, const GroupCod
 /// Metrics H_gg of descend, from the block's part of H.
 std::vector<ColumnGroup> groups_by_hessian(const LeanWeight& lean, const GroupCodebooks& codebooks, const BlockColumns& block,
                                            const at::Tensor& hessian);
+
+// Tiles of `lanes` rows, columns `stride` apart in memory.
+
+/// Zeros behind the last row.
+inline void load_tile(const float* from, int64_t stride, int width, int lanes, float (*to)[kTileRows]) {
+  for (int c = 0; c < width; ++c) std::fill(std::copy_n(from + c * stride, lanes, to[c]), to[c] + kTileRows, 0.f);
+}
+template <typename T>
+void store_tile(const T (*from)[kTileRows], int width, int lanes, T* to, int64_t stride) {
+  for (int c = 0; c < width; ++c) std::copy_n(from[c], lanes, to + c * stride);
+}
 
 }  // namespace stbllm

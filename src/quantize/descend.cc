@@ -51,11 +51,6 @@ STBLLM_CLONES int64_t replace_symbols(const int8_t (*chosen)[kTileRows], int wid
   return changes;
 }
 
-/// to = `width` columns of `lanes` rows, `stride` apart, and zeros behind the last row.
-void load_tile(const float* from, int64_t stride, int width, int lanes, float (*to)[kTileRows]) {
-  for (int c = 0; c < width; ++c) std::fill(std::copy_n(from + c * stride, lanes, to[c]), to[c] + kTileRows, 0.f);
-}
-
 /// gradient[c] += sum_k delta[k] H[k][c] over the columns of the block that are still to come
 STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end, const float (*delta)[kTileRows],
                               float (*gradient)[kTileRows]) {
@@ -121,8 +116,7 @@ double descend(LeanWeight& lean) {
           if (!change_values(target, w, value + first, delta)) continue;
           local_changes += replace_symbols(chosen, w, lanes, symbols + first * rows + first_row, rows);
           add_change(h + (start + first) * cols + start, cols, w, first + w, width, delta, slope);
-          float* out = change.data_ptr<float>();
-          for (int c = 0; c < w; ++c) std::copy_n(delta[c], lanes, out + (first + c) * rows + first_row);
+          store_tile(delta, w, lanes, change.data_ptr<float>() + first * rows + first_row, rows);
         }
       }
       changed += local_changes;

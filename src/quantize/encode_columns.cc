@@ -91,8 +91,7 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first_row = t * kTileRows;
         const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
-        for (int c = 0; c < width; ++c)
-          for (int lane = 0; lane < kTileRows; ++lane) weights[c][lane] = lane < lanes ? w[c * rows + first_row + lane] : 0.f;
+        load_tile(w + first_row, rows, width, lanes, weights);
 
         const auto choose = [&](size_t g, const float* scale) {  // fills target, chosen and values
           const ColumnGroup& group = groups[g];
@@ -137,12 +136,9 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
           if (compensate == Compensate::kColumn)
             push_error(u + (start + group.first) * stride + start, stride, group.width, group.first + group.width, width,
                        error + group.first, weights);
-          for (int i = 0; i < group.width; ++i)
-            for (int lane = 0; lane < lanes; ++lane) symbols[(group.first + i) * rows + first_row + lane] = chosen[i][lane];
+          store_tile(chosen, group.width, lanes, symbols + group.first * rows + first_row, rows);
         }
-        float* out = errors.data_ptr<float>();
-        for (int c = 0; c < width; ++c)
-          for (int lane = 0; lane < lanes; ++lane) out[c * rows + first_row + lane] = error[c][lane];
+        store_tile(error, width, lanes, errors.data_ptr<float>() + first_row, rows);
       }
     });
     if (compensate != Compensate::kNone && rest > 0) {

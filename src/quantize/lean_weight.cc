@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 
+#include "column_groups.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 #include "stbllm/quantize/binarized_weight.h"
@@ -41,8 +42,8 @@ at::Tensor unit_values(const at::Tensor& symbols, std::span<const float> level_v
 at::Tensor LeanWeight::dense() const {
   at::Tensor values = unit_values(symbols, level_values);
   for (int64_t b = 0; b < column_blocks(); ++b) {
-    const int64_t first = b * column_block, width = std::min<int64_t>(column_block, cols() - first);
-    values.narrow(0, first, width).mul_(scales[b].to(values.device()).unsqueeze(0));
+    const BlockColumns block(*this, b);
+    values.narrow(0, block.start, block.width).mul_(scales[b].to(values.device()).unsqueeze(0));
   }
   return values;
 }
@@ -82,11 +83,11 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
   lean.scales = at::empty({blocks, rows}, at::kFloat);
   at::Tensor relative = at::empty_like(magnitude);
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
-    const at::Tensor m = magnitude.narrow(0, first, width), w = kept.narrow(0, first, width);
+    const BlockColumns block(lean, b);
+    const at::Tensor m = magnitude.narrow(0, block.start, block.width), w = kept.narrow(0, block.start, block.width);
     const at::Tensor mean = (m * w).sum(0) / w.sum(0).clamp_min(1);
     lean.scales[b].copy_(mean.clamp_min(kSmallestScale));
-    relative.narrow(0, first, width).copy_(m / lean.scales[b].unsqueeze(0));
+    relative.narrow(0, block.start, block.width).copy_(m / lean.scales[b].unsqueeze(0));
   }
   lean.level_values.assign(1, 1.f);
   if (levels > 1) {

@@ -93,7 +93,8 @@ RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, boo
   at::Tensor target = at::zeros({cols, lanes}, at::kFloat);
   target.narrow(1, 0, rows).copy_(lean.hessian_target.narrow(1, first_row, rows));
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * lean.column_block, width = std::min<int64_t>(lean.column_block, cols - first);
+    const BlockColumns block(lean, b);
+    const int64_t first = block.start, width = block.width;
     const at::Tensor product = [&] {  // (cols - first, levels * lanes)
       const StageTimer timer("products", 2.0 * static_cast<double>((cols - first) * width) * static_cast<double>(levels * lanes));
       return lean.hessian.narrow(0, first, cols - first).narrow(1, first, width).mm(signs.narrow(0, first, width).flatten(1));
@@ -109,11 +110,11 @@ RowParts make_parts(const LeanWeight& lean, int64_t first_row, int64_t rows, boo
           for (int64_t i = 0; i < count; ++i) parts.r[parts.block(lane + i, b) + l] = static_cast<float>(sums[i]);
         }
         for (int64_t c = b; c < blocks; ++c) {
-          const int64_t from = c * lean.column_block, their_width = std::min<int64_t>(lean.column_block, cols - from);
+          const BlockColumns their(lean, c);
           for (int64_t l = 0; l < levels; ++l)
             for (int64_t m = 0; m < levels; ++m) {
-              dot_tile(product.const_data_ptr<float>() + (from - first) * stride + l * lanes + lane, stride,
-                       signs.const_data_ptr<float>() + (from * levels + m) * lanes + lane, stride, their_width, sums);
+              dot_tile(product.const_data_ptr<float>() + (their.start - first) * stride + l * lanes + lane, stride,
+                       signs.const_data_ptr<float>() + (their.start * levels + m) * lanes + lane, stride, their.width, sums);
               for (int64_t i = 0; i < count; ++i) parts.p[parts.pair(lane + i, b, c) + l * levels + m] = static_cast<float>(sums[i]);
             }
         }

@@ -1,6 +1,7 @@
 #pragma once
 // Causal softmax attention on the CPU, block after block of keys with a running maximum (FlashAttention, arXiv:2205.14135), so that no
-// matrix of scores is ever written. For one query the keys are split into parts, whose results are merged (split-K, as Flash-Decoding does). Without autograd; elsewhere DecoderBlock calls libtorch's.
+// matrix of scores is ever written. For one query the keys are split into parts, whose results are merged (split-K, as Flash-Decoding
+// does). Without autograd; elsewhere DecoderBlock calls libtorch's.
 
 #include <ATen/core/Tensor.h>
 
