@@ -82,7 +82,7 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   };
   // Divergence per token; with `gradient`, of its derivative with respect to hidden too, and the final norm's gradients.
   const auto compare = [&](const at::Tensor& hidden, int64_t first, at::Tensor* gradient) {
-    const at::Tensor target = teacher_hidden.narrow(0, first, hidden.size(0)), y = teacher.before_head(target).flatten(0, 1);
+    const at::Tensor target = teacher_hidden.narrow(0, first, hidden.size(0)), y = teacher.before_head(target.to(at::kFloat)).flatten(0, 1);
     release_spilled(target);
     const double tokens = static_cast<double>(y.size(0));
     if (gradient == nullptr) return divergence(student_head, student.before_head(hidden).flatten(0, 1), teacher_head, y, nullptr) / tokens;

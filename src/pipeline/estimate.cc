@@ -82,9 +82,12 @@ int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, 
   return bytes;
 }
 
-/// Bytes of the tables at both ends, float32.
-int64_t table_bytes(const ModelSpec& spec) {
-  return (spec.tied_head ? 1 : 2) * 4 * spec.vocab * spec.embedding_width;
+/// Bytes of the tables at both ends as `recipe` codes them; a value that stays a float takes `kept` bytes.
+int64_t table_bytes(const ModelSpec& spec, const Recipe& recipe, int64_t kept) {
+  const auto half_bytes = [&](RowCoding coding) {  // of a value
+    return coding == RowCoding::kInt4 ? 1 : coding == RowCoding::kInt8 ? 2 : 2 * kept;
+  };
+  return (half_bytes(recipe.embedding) + (spec.tied_head ? 0 : half_bytes(recipe.head))) * spec.vocab * spec.embedding_width / 2;
 }
 
 int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
@@ -93,11 +96,12 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const int64_t calibrating = windows - calibration.distill_only;
   const int64_t quantized_blocks = options.quantized_blocks(spec);
   const bool tuning = recipe.tune_epochs > 0, distilling = recipe.distill_epochs > 0 && quantized_blocks > 0;
-  const int64_t stream = calibrating * seqlen * spec.hidden * 4;
-  const int64_t dense_stream = needs_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * seqlen * spec.hidden * 4 : 0;
+  const int64_t window = seqlen * spec.hidden * static_cast<int64_t>(c10::elementSize(kHiddenDtype));
+  const int64_t stream = calibrating * window;
+  const int64_t dense_stream = needs_dense_stream(recipe, options) ? (distilling ? windows : calibrating) * window : 0;
   const bool on_host = options.device == "cpu", resident = !spill && on_host;
   const int64_t hidden = resident ? stream + dense_stream : 0;
-  const int64_t tables = table_bytes(spec);
+  const int64_t tables = (spec.tied_head ? 1 : 2) * 4 * spec.vocab * spec.embedding_width;  // float32
   const int64_t tokens = std::max(seqlen, kTokensPerPass);
   const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
   const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + mask;
@@ -135,10 +139,11 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
                            (spec.layers - quantized_blocks) * dense_block);
   }
   if (!options.dense_output) {
-    // Verification: the packed model, where dense blocks are float32, and its file, beside the quantizer's.
-    const int64_t packed = quantized_blocks * weights + (spec.layers - quantized_blocks) * 4 * weights;
-    const int64_t file =
-        quantized_blocks * weights / 4 + (spec.layers - quantized_blocks) * 2 * weights + tables / 2;
+    // Verification: the packed model, where dense blocks are float32, and its file, beside the quantizer's. A product with a float32
+    // table makes a copy of it.
+    const int64_t quantized = quantized_blocks * weights * (recipe.max_salient > 0 ? 28 : 20) / 64;  // 3.5 or 2.5 bits
+    const int64_t packed = quantized + (spec.layers - quantized_blocks) * 4 * weights + table_bytes(spec, recipe, /*kept=*/4);
+    const int64_t file = quantized + (spec.layers - quantized_blocks) * 2 * weights + table_bytes(spec, recipe, /*kept=*/2);
     const int64_t logits = 4 * kTokensPerVerification * spec.vocab * 4;
     peak = std::max(peak, 2 * tables + packed + file + dense_block + quantized_block + pass + logits +
                               (distilling ? quantized_blocks * quantized_block : 0));

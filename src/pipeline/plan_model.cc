@@ -91,7 +91,7 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
   const ModelSpec& spec = decoder.spec();
   const int64_t training = all.size(0) - all_held_out;
   const at::Tensor held_out = some_windows(all, training, all_held_out, kPlanTokens / 4);
-  at::Tensor hidden = at::cat({some_windows(all, 0, training, kPlanTokens), held_out});
+  at::Tensor hidden = at::cat({some_windows(all, 0, training, kPlanTokens), held_out}).to(at::kFloat);
   const int64_t holdout = held_out.size(0), judged = holdout > 0 ? holdout : hidden.size(0);  // the last so many windows judge
   Plan plan = uniform_plan(spec, recipe);
   std::vector<std::string> names;

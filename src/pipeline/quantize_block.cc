@@ -109,7 +109,7 @@ void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::T
   const Positions positions = positions_of(spec, hidden);
   for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
     const at::Tensor pass = hidden.narrow(0, first, count);
-    block.forward(pass, positions, watching(observer, held_out));
+    block.forward(pass.to(at::kFloat), positions, watching(observer, held_out));
     release_spilled(pass);
   });
 }
@@ -119,7 +119,7 @@ void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidde
   const Positions positions = positions_of(spec, hidden);
   for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
     at::Tensor pass = hidden.narrow(0, first, count);
-    pass.copy_(block.forward(pass, positions, watching(observer, held_out)));
+    pass.copy_(block.forward(pass.to(at::kFloat), positions, watching(observer, held_out)));
     release_spilled(pass);
   });
 }
@@ -127,10 +127,11 @@ void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidde
 BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, const ProcessGroup& group) {
   double cosine = 0, error = 0;
   for (int64_t w = 0; w < hidden.size(0); ++w) {
-    const at::Tensor norm_sq = dense[w].square().sum(1).clamp_min(1e-30);  // (seqlen)
-    const at::Tensor product = (hidden[w] * dense[w]).sum(1), own_sq = hidden[w].square().sum(1).clamp_min(1e-30);
+    const at::Tensor own = hidden[w].to(at::kFloat), wanted = dense[w].to(at::kFloat);
+    const at::Tensor norm_sq = wanted.square().sum(1).clamp_min(1e-30);  // (seqlen)
+    const at::Tensor product = (own * wanted).sum(1), own_sq = own.square().sum(1).clamp_min(1e-30);
     cosine += (product / (norm_sq * own_sq).sqrt()).sum(0, false, at::kDouble).item<double>();
-    error += ((hidden[w] - dense[w]).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
+    error += ((own - wanted).square().sum(1) / norm_sq).sum(0, false, at::kDouble).item<double>();
     release_spilled(hidden[w]);
     release_spilled(dense[w]);
   }

@@ -10,8 +10,10 @@
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/heap.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/mapped_file.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/base/safetensors.h"
 #include "stbllm/model/decoder.h"
@@ -76,6 +78,9 @@ std::string digest(const Checkpoint& checkpoint, const ModelSpec& spec) {
   return checksum(std::as_bytes(std::span(sums)));
 }
 
+/// Of the executable: another build may round otherwise.
+std::string program_checksum() { return checksum(MappedFile::open("/proc/self/exe")->bytes()); }
+
 /// Everything that decides the blocks. What follows the last block may change between runs.
 nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spec, const nlohmann::json& provenance, const Recipe& recipe,
                               const QuantizeOptions& options, const ProcessGroup& group) {
@@ -83,6 +88,7 @@ nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spe
   for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
   block_calibration.erase("distill_nsamples");
   return {{"version", STBLLM_VERSION},
+          {"program", program_checksum()},
           {"config", checkpoint.config()},
           {"weights", digest(checkpoint, spec)},
           {"products", c10::toString(fast_product_dtype(calibration_device(options)))},
@@ -215,7 +221,8 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   };
   const auto hidden_states = [&](int64_t count) {
     const std::vector<int64_t> sizes = {count, ids.size(1), spec.hidden};
-    return spill ? spilled_tensor(sizes, fs::absolute(options.output).parent_path()) : at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(device));
+    return spill ? spilled_tensor(sizes, kHiddenDtype, fs::absolute(options.output).parent_path())
+                 : at::empty(sizes, at::TensorOptions().dtype(kHiddenDtype).device(device));
   };
   at::Tensor hidden = hidden_states(calibrating), all_dense, dense_hidden;  // all_dense ends with the windows of the other two
   const bool with_dense = needs_dense_stream(recipe, options);
@@ -281,7 +288,6 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
         result.linears.insert(result.linears.end(), quantized->results.begin(), quantized->results.end());
         progress.update(static_cast<int64_t>(result.linears.size()));
       }
-      for (const LinearSpec& linear : spec.linears(i)) checkpoint.release(linear.weight().name);
       if (i + 1 < block_count || (with_dense && quantized)) {
         const StageTimer timer("outputs", pass_flops);
         advance(*block, spec, hidden);
@@ -313,6 +319,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   const auto finished_block = [&](int64_t i) { return distilled.empty() ? work->load(i).value() : distilled[i]; };
   dense_hidden.reset();
   all_dense.reset();
+  release_freed_memory();  // verification wants blocks of other sizes
 
   const Assembly assembly{checkpoint, spec, recipe, block_count, finished_block};
   if (options.dense_output)

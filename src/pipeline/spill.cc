@@ -12,10 +12,10 @@
 
 namespace stbllm {
 
-at::Tensor spilled_tensor(at::IntArrayRef sizes, const std::filesystem::path& directory) {
+at::Tensor spilled_tensor(at::IntArrayRef sizes, at::ScalarType dtype, const std::filesystem::path& directory) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = count * static_cast<int64_t>(c10::elementSize(dtype));
   std::string path = (directory / ".spilled-XXXXXX").string();
   const int fd = ::mkstemp(path.data());
   if (fd < 0)
@@ -30,7 +30,7 @@ at::Tensor spilled_tensor(at::IntArrayRef sizes, const std::filesystem::path& di
          "{}: no room for {} bytes of hidden states ({}); free some, or pass a larger --max-memory",
          directory.string(), bytes, std::strerror(status));
   }
-  const at::Tensor tensor = at::from_file(path, /*shared=*/true, count, at::TensorOptions(at::kFloat));
+  const at::Tensor tensor = at::from_file(path, /*shared=*/true, count, at::TensorOptions(dtype));
   ::unlink(path.c_str());
   return tensor.view(sizes);
 }

@@ -22,8 +22,9 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   {
     const at::Tensor norm = at::empty({windows, seqlen}, at::kFloat), change = at::empty_like(norm);
     for (int64_t w = 0; w < windows; ++w) {  // one at a time: these may be most of what is in memory
-      norm[w].copy_(targets[w].norm(2, -1).clamp_min(1e-12));
-      change[w].copy_((targets[w] - inputs[w]).square().sum(-1));
+      const at::Tensor target = targets[w].to(at::kFloat);
+      norm[w].copy_(target.norm(2, -1).clamp_min(1e-12));
+      change[w].copy_((target - inputs[w]).square().sum(-1));
       release_spilled(targets[w]);
       release_spilled(inputs[w]);
     }
@@ -32,7 +33,7 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   }
   const auto loss_of = [&](int64_t first, int64_t count) {
     const at::Tensor x = inputs.narrow(0, first, count), y = targets.narrow(0, first, count);
-    const at::Tensor loss = ((block.forward(x, positions) - y).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
+    const at::Tensor loss = ((block.forward(x.to(at::kFloat), positions) - y).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
     release_spilled(x);
     release_spilled(y);
     return loss;

@@ -334,6 +334,14 @@ TEST(Resume, IsRefusedWithOtherInputs) {
   expect_error(ErrorCode::kMismatch, "weights: ", [&] { place.quantize(recipe, options); });
   place.replace_checkpoint(test::tiny_llama());
 
+  const fs::path fingerprint = options.output.string() + ".work/fingerprint.json";
+  const std::string own = read_all(fingerprint);
+  nlohmann::json of_another_build = nlohmann::json::parse(own);
+  of_another_build["program"] = "0";
+  test::write_text(fingerprint, of_another_build.dump());
+  expect_error(ErrorCode::kMismatch, "program: ", [&] { place.quantize(recipe, options); });
+  test::write_text(fingerprint, own);
+
   place.quantize(recipe, options);  // the refusals did not harm it
   EXPECT_TRUE(fs::exists(options.output));
 }
@@ -537,8 +545,8 @@ TEST(MaxMemory, TooLittleIsRefusedAtOnce) {
 
 TEST(Spilled, TensorKeepsItsValuesOutsideMemory) {
   const test::ScratchDirectory scratch;
-  const at::Tensor tensor = spilled_tensor({3, 1000, 7}, scratch.path());
-  const at::Tensor values = at::arange(21000, at::kFloat).view({3, 1000, 7});
+  const at::Tensor tensor = spilled_tensor({3, 1000, 7}, at::kInt, scratch.path());
+  const at::Tensor values = at::arange(21000, at::kInt).view({3, 1000, 7});
   tensor.copy_(values);
   for (int i = 0; i < 3; ++i) release_spilled(tensor[i]);
   EXPECT_TRUE(tensor.equal(values));
@@ -546,7 +554,7 @@ TEST(Spilled, TensorKeepsItsValuesOutsideMemory) {
   const at::Tensor in_memory = values.clone();
   release_spilled(in_memory);
   EXPECT_TRUE(in_memory.equal(values));
-  expect_error(ErrorCode::kWriteFailed, "nowhere", [&] { spilled_tensor({1}, scratch / "nowhere"); });
+  expect_error(ErrorCode::kWriteFailed, "nowhere", [&] { spilled_tensor({1}, at::kFloat, scratch / "nowhere"); });
 }
 
 // --- embedding and head codings ---------------------------------------------------------------------------

@@ -16,6 +16,10 @@
 
 namespace stbllm {
 
+/// What the hidden states of calibration windows are kept in between blocks. Blocks compute in float32, and the functions below
+/// take either; a rounding of 2^-9 is far below what one quantized block adds.
+inline constexpr at::ScalarType kHiddenDtype = at::kBFloat16;
+
 /// The recipe of each linear, by full name.
 using Plan = std::map<std::string, Recipe>;
 
@@ -26,7 +30,7 @@ struct QuantizedBlock {
   std::optional<TuneReport> tune;                  ///< where the block was tuned
 };
 
-/// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs.
+/// Runs `block` over hidden (windows, seqlen, hidden) a few windows at a time and returns its outputs, float32.
 at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden);
 
 /// The statistics of all taps of a block.

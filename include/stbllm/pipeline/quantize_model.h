@@ -1,8 +1,8 @@
 #pragma once
 // A checkpoint in, a packed file out: block by block, the inputs of each block coming from the quantized blocks before it.
 //
-// Resident at any time: one decoder block, the Hessians of its four taps, the hidden states of the calibration windows, which
-// go to a file where they do not fit.
+// Resident at any time: one decoder block, the Hessians of its four taps, the hidden states of the calibration windows
+// (bfloat16), which go to a file where they do not fit.
 // Every finished block is a file in a work directory beside the output, so that a run can be continued after any interruption;
 // the finished model is assembled there, verified against the quantizer's own result, and renamed into place.
 

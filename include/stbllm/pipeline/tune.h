@@ -13,8 +13,8 @@
 
 namespace stbllm {
 
-/// Optimises `quantized` in place; `block` holds the dense weights and is used up. inputs, targets: (windows, seqlen, hidden)
-/// float32, the last `holdout` windows only judge: the best epoch on them is kept. Deterministic.
+/// Optimises `quantized` in place; `block` holds the dense weights and is used up. inputs, targets: (windows, seqlen,
+/// hidden), the last `holdout` windows only judge: the best epoch on them is kept. Deterministic.
 TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, const at::Tensor& inputs,
                       const at::Tensor& targets, int64_t holdout, const Recipe& recipe);
 
