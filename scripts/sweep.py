@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -47,8 +48,10 @@ def read_points(path):
                 if not separator:
                     die(f"{path}:{number}: expected `label | options of stbllm quantize`, found `{line}`")
                 points.append((label.strip(), shlex.split(options)))
-    except OSError as error:
-        die(f"{path}: {error.strerror}")
+    except (OSError, ValueError) as error:  # no such file, not UTF-8, a quote that is not closed
+        die(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if not points:
+        die(f"{path}: it holds no point")
     return points
 
 
@@ -83,6 +86,8 @@ def parse_arguments(arguments):
         points = read_points(parsed.points)
     else:
         points = [(pattern, ["--nm", pattern]) for pattern in parsed.nm.replace(",", " ").split()]
+        if not points:
+            die("--nm: name at least one pattern, such as 4:8")
     return checkpoint, [(label, own + quantize) for label, own in points], parsed.output, evaluations
 
 
@@ -153,12 +158,15 @@ def print_table(lines):
 
 def main():
     checkpoint, points, directory, evaluations = parse_arguments(sys.argv[1:])
-    if not os.access(PROGRAM, os.X_OK):
+    if not os.path.isfile(PROGRAM) or not os.access(PROGRAM, os.X_OK):
         die(f"{PROGRAM} is not there; build it with scripts/build.sh")
     if not os.path.isdir(checkpoint):
         die(f"{checkpoint}: expected the directory of a checkpoint")
-    os.makedirs(directory, exist_ok=True)
-    lock = open(os.path.join(directory, ".lock"), "w")
+    try:
+        os.makedirs(directory, exist_ok=True)
+        lock = open(os.path.join(directory, ".lock"), "w")
+    except OSError as error:
+        die(f"{directory}: {error.strerror}; choose another -o")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -194,6 +202,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is killed on the way out
     try:
         main()
     except KeyboardInterrupt:

@@ -194,12 +194,12 @@ std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const fs::path& pat
 
 namespace {
 
-/// A new file beside `target`; the destructor removes it unless it was renamed.
+/// A new file whose name begins with `stem`; the destructor removes it unless it was renamed.
 class TemporaryFile {
  public:
-  explicit TemporaryFile(const fs::path& target) {
+  explicit TemporaryFile(const fs::path& stem) {
     for (int i = 0; fd_ < 0; ++i) {
-      path_ = target;
+      path_ = stem;
       path_ += fmt::format(".part-{}-{}", ::getpid(), i);
       fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
       if (fd_ < 0 && errno != EEXIST) fail_here("cannot create");
@@ -272,20 +272,22 @@ struct SafetensorsWriter::Impl {
 
   fs::path path;
   bool force;
+  fs::path stem;  // of temporary files
   TemporaryFile spool;
   int64_t spooled = 0;
   std::map<std::string, Tensor> tensors;
   std::map<std::string, std::string> metadata;
   std::unique_ptr<TemporaryFile> output;  // after finish()
 
-  Impl(fs::path target, bool replace) : path(std::move(target)), force(replace), spool(path) {}
+  Impl(fs::path target, bool replace, const fs::path& scratch)
+      : path(std::move(target)), force(replace), stem(scratch.empty() ? path : scratch / path.filename()), spool(stem) {}
 };
 
-SafetensorsWriter::SafetensorsWriter(fs::path path, bool force) {
+SafetensorsWriter::SafetensorsWriter(fs::path path, bool force, const fs::path& scratch) {
   if (fs::is_directory(path))
     fail(ErrorCode::kWriteFailed, "{}: is a directory; expected a file name", path.string());
   if (!force) refuse_existing(path);
-  impl_ = std::make_unique<Impl>(std::move(path), force);
+  impl_ = std::make_unique<Impl>(std::move(path), force, scratch);
   impl_->spool.remove_name();
 }
 
@@ -346,7 +348,7 @@ fs::path SafetensorsWriter::finish() {
   start.replace(start.find(blank), blank.size(),
                 fmt::format("\"{}\":\"{}\"", kHeaderChecksum, header_checksum(start)));
 
-  auto output = std::make_unique<TemporaryFile>(impl_->path);
+  auto output = std::make_unique<TemporaryFile>(impl_->stem);
   output->write(std::as_bytes(std::span(start)));
   std::vector<std::byte> buffer(1 << 20);
   for (const auto* entry : order) {

@@ -128,6 +128,12 @@ const TensorSource& Checkpoint::source(const std::string& name) const {
   return *found->second;
 }
 
+std::vector<std::string> Checkpoint::names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, source] : tensors_) names.push_back(name);
+  return names;
+}
+
 bool Checkpoint::contains(const std::string& name) const { return tensors_.contains(name); }
 
 std::vector<int64_t> Checkpoint::shape(const std::string& name) const { return source(name).shape(name); }

@@ -52,13 +52,14 @@ constexpr LinearSlot kOptLinears[] = {
 };
 
 constexpr Architecture llama_like(std::string_view hf_class, std::span<const LinearSlot> linears,
-                                  bool sliding_window) {
+                                  bool sliding_window, int64_t default_window) {
   return {.hf_class = hf_class,
           .norm = Norm::kRms,
           .position = Position::kRotary,
           .mlp = Mlp::kGated,
           .linears = linears,
           .sliding_window = sliding_window,
+          .default_window = default_window,
           .embedding = "embed_tokens",
           .positions = "",
           .blocks = "layers",
@@ -74,15 +75,16 @@ constexpr Architecture llama_like(std::string_view hf_class, std::span<const Lin
 }
 
 constexpr Architecture kArchitectures[] = {
-    llama_like("LlamaForCausalLM", kLlamaLinears, /*sliding_window=*/false),
-    llama_like("MistralForCausalLM", kMistralLinears, /*sliding_window=*/true),
-    llama_like("Qwen2ForCausalLM", kQwen2Linears, /*sliding_window=*/false),
+    llama_like("LlamaForCausalLM", kLlamaLinears, /*sliding_window=*/false, 0),
+    llama_like("MistralForCausalLM", kMistralLinears, /*sliding_window=*/true, /*default_window=*/4096),
+    llama_like("Qwen2ForCausalLM", kQwen2Linears, /*sliding_window=*/false, 0),
     {.hf_class = "OPTForCausalLM",
      .norm = Norm::kLayer,
      .position = Position::kLearned,
      .mlp = Mlp::kPlain,
      .linears = kOptLinears,
      .sliding_window = false,
+     .default_window = 0,
      .embedding = "decoder.embed_tokens",
      .positions = "decoder.embed_positions",
      .blocks = "decoder.layers",

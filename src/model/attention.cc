@@ -21,8 +21,8 @@ constexpr int64_t kQueries = 64, kKeys = 64;
 /// Products that are worth a second thread.
 constexpr int64_t kProductsPerThread = 1 << 17;
 
-/// Heads of a single query that share keys and are not worth lanes of their own; keys that it meets in one go.
-constexpr int64_t kFewHeads = 4, kKeysAlone = 64;
+/// Heads of a single query that meet keys together, and keys in one go.
+constexpr int64_t kHeadsAlone = 4, kKeysAlone = 64;
 
 template <typename T>
 struct Attention {
@@ -202,17 +202,17 @@ struct Parts {
   float* at(int64_t kv_item, int64_t part, int64_t head) const { return memory + ((kv_item * count + part) * heads + head) * stride(); }
 };
 
-/// A single query of each of the `Heads` heads that share keys meets kKeysAlone keys at most; lanes are dimensions. `item` counts
+/// A single query of `Heads` of the heads that share keys meets kKeysAlone keys at most; lanes are dimensions. `item` counts
 /// parts of the keys, then heads of keys, then sequences.
 template <int Heads, typename T>
-STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, const Parts& parts, float* queries) {
+STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, int64_t first_head, const Parts& parts, float* queries) {
   constexpr int kTogether = 4;  // keys, and vectors of values: as many loads are under way
   const int64_t part = item % parts.count, kv_item = item / parts.count, kv_head = kv_item % a.kv_heads, batch = kv_item / a.kv_heads;
   const int64_t seen = a.first + 1 - a.oldest_seen(a.first), first_key = seen * part / parts.count;
   const int64_t count = seen * (part + 1) / parts.count - first_key, padded = parts.padded;
   const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
   for (int h = 0; h < Heads; ++h) {
-    const T* from = a.query(batch, kv_head * Heads + h, 0);
+    const T* from = a.query(batch, kv_head * parts.heads + first_head + h, 0);
     for_each_lanes(0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
       store_lanes(queries + h * padded + at, load(from + at, lanes) * scale);
     });
@@ -244,7 +244,7 @@ STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, const Par
       store_lanes(own + at, weight);
       total += weight;
     }
-    float* result = parts.at(kv_item, part, h);
+    float* result = parts.at(kv_item, part, first_head + h);
     result[0] = largest;
     result[1] = sum_of(total);
     out[h] = result + 2;
@@ -267,12 +267,13 @@ STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, const Par
 }
 template <typename T>
 STBLLM_INLINE void attend_parts_of(const Attention<T>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
-  for (int64_t item = begin; item < end; ++item) switch (a.heads_per_key()) {
-      case 1: attend_part_of<1>(a, item, parts, queries); break;
-      case 2: attend_part_of<2>(a, item, parts, queries); break;
-      case 3: attend_part_of<3>(a, item, parts, queries); break;
-      case kFewHeads: attend_part_of<kFewHeads>(a, item, parts, queries); break;
-    }
+  for (int64_t item = begin; item < end; ++item)
+    for (int64_t head = 0; head < parts.heads; head += kHeadsAlone) switch (std::min(kHeadsAlone, parts.heads - head)) {
+        case 1: attend_part_of<1>(a, item, head, parts, queries); break;
+        case 2: attend_part_of<2>(a, item, head, parts, queries); break;
+        case 3: attend_part_of<3>(a, item, head, parts, queries); break;
+        default: attend_part_of<kHeadsAlone>(a, item, head, parts, queries); break;
+      }
 }
 STBLLM_CLONES void attend_parts(const Attention<float>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
   attend_parts_of(a, begin, end, parts, queries);
@@ -314,7 +315,7 @@ void attend_alone(const Attention<T>& a, int64_t batch) {
   const int64_t products_per_item = 2 * heads * std::min(seen, kKeysAlone) * a.dim;
   at::parallel_for(0, kv_items * count, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    attend_parts(a, begin, end, parts, scratch.reserve(heads * padded));
+    attend_parts(a, begin, end, parts, scratch.reserve(kHeadsAlone * padded));
   });
   merge_parts(a, kv_items, parts);
 }
@@ -330,7 +331,7 @@ void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::T
     a.key_strides[i] = keys.stride(i);
     a.value_strides[i] = values.stride(i);
   }
-  if (a.tokens == 1 && a.heads_per_key() <= kFewHeads) return attend_alone(a, queries.size(0));
+  if (a.tokens == 1) return attend_alone(a, queries.size(0));
   const int64_t items = queries.size(0) * a.kv_heads * a.query_blocks();
   const int64_t products_per_item = 2 * a.heads_per_key() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
   at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item), [&](int64_t begin, int64_t end) {

@@ -68,22 +68,23 @@ void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
 
 Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
                      at::Device device)
-    : first(first), count(count) {
+    : first(first), count(count), window_(spec.sliding_window), options_(at::TensorOptions().dtype(dtype).device(device)) {
   if (spec.architecture->position == Position::kRotary) {
     const at::Tensor position = at::arange(first, first + count, at::kFloat);
     const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
     cos = angle.cos().to(device, dtype);
     sin = angle.sin().to(device, dtype);
   }
+}
+
+const at::Tensor& Positions::mask() const {
   const int64_t total = first + count;
-  const bool windowed = spec.sliding_window > 0 && total > spec.sliding_window;
-  if (count == 1 || (first == 0 && !windowed)) return;
-  const at::Tensor distance = at::arange(first, total).unsqueeze(1) - at::arange(total).unsqueeze(0);
-  at::Tensor hidden = distance < 0;
-  if (windowed) hidden = hidden.logical_or(distance >= spec.sliding_window);
-  mask = at::zeros({count, total})
-             .masked_fill(hidden, -std::numeric_limits<float>::infinity())
-             .to(device, dtype);
+  const bool windowed = window_ > 0 && total > window_;
+  if (mask_.defined() || count == 1 || (first == 0 && !windowed)) return mask_;
+  const at::Tensor hidden = at::full({count, total}, -std::numeric_limits<float>::infinity(), options_);
+  mask_ = hidden.triu(first + 1);
+  if (windowed) mask_ += hidden.tril(first - window_);
+  return mask_;
 }
 
 KeyValueCache::KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
@@ -185,7 +186,7 @@ at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::
         keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
-  const std::optional<at::Tensor> mask = positions.mask.defined() ? std::optional(positions.mask) : std::nullopt;
+  const std::optional<at::Tensor> mask = positions.mask().defined() ? std::optional(positions.mask()) : std::nullopt;
   const bool causal = !mask && positions.count > 1;
   const at::Tensor mixed = at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0, causal,
                                                             /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);

@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <set>
+
 #include "stbllm/base/error.h"
 
 namespace stbllm {
@@ -18,6 +20,7 @@ class Fields {
  public:
   Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {}
 
+  bool mentions(std::string_view key) const { return object_.contains(std::string(key)); }
   /// A null counts as absent, as HF writes it.
   bool has(std::string_view key) const {
     const auto it = object_.find(std::string(key));
@@ -65,6 +68,18 @@ class Fields {
     if (!value.is_object())
       fail(ErrorCode::kCorrupt, "{}{} = {} must be an object", where_, key, value.dump());
     return value;
+  }
+
+  /// A token id, several, or none.
+  std::vector<int32_t> ids(std::string_view key) const {
+    if (!has(key)) return {};
+    const json& value = at(key);
+    std::vector<int32_t> result;
+    for (const json& id : value.is_array() ? value : json::array({value})) {
+      if (!id.is_number_integer()) fail(ErrorCode::kCorrupt, "{}{} = {} must be a token id or a list of them", where_, key, value.dump());
+      result.push_back(id.get<int32_t>());
+    }
+    return result;
   }
 
   [[noreturn]] void refuse(std::string_view key, std::string_view known) const {
@@ -138,6 +153,17 @@ void check_attention_kinds(const Fields& config, bool sliding) {
     if (type != expected) config.refuse("layer_types", fmt::format("\"{}\" in every block here", expected));
 }
 
+/// What models that are derived from these classes add to the forward pass, with code of their own.
+void check_foreign_keys(const Fields& config) {
+  for (const std::string_view key : {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "residual_multiplier",
+                                     "embedding_multiplier", "attention_multiplier", "scale_emb", "no_rope_layers", "use_qk_norm", "qk_layernorm", "clip_qkv"}) {
+    if (!config.has(key)) continue;
+    const json& value = config.at(key);
+    const bool neutral = value == false || value == 1 || value == json::array();
+    if (!neutral) config.refuse(key, "models without it");
+  }
+}
+
 std::string weight_name(const std::string& module) { return module + ".weight"; }
 
 }  // namespace
@@ -147,6 +173,7 @@ ModelSpec ModelSpec::from_config(const json& object) {
   const Fields config(object, "config.json: ");
   const Architecture& row = find_architecture(architecture_class(object));
   if (config.has("quantization_config")) config.refuse("quantization_config", "unquantized checkpoints");
+  check_foreign_keys(config);
 
   ModelSpec spec;
   spec.architecture = &row;
@@ -178,7 +205,7 @@ ModelSpec ModelSpec::from_config(const json& object) {
   } else {
     spec.position_offset = 2;  // OPT keeps fairseq's two rows for padding
   }
-  if (row.sliding_window) spec.sliding_window = config.count("sliding_window", 0);
+  if (row.sliding_window) spec.sliding_window = config.count("sliding_window", config.mentions("sliding_window") ? 0 : row.default_window);
   check_attention_kinds(config, spec.sliding_window > 0);
 
   // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
@@ -190,6 +217,7 @@ ModelSpec ModelSpec::from_config(const json& object) {
   for (const LinearSlot& slot : row.linears)
     spec.slot_bias.push_back(slot.bias.key.empty() ? slot.bias.fallback
                                                    : config.flag(slot.bias.key, slot.bias.fallback));
+  spec.stop_ids = config.ids("eos_token_id");
   return spec;
 }
 
@@ -318,6 +346,14 @@ void ModelSpec::check_tensors(const Checkpoint& checkpoint) const {
            checkpoint.directory().string(), tensor.name, fmt::join(found, ", "),
            fmt::join(tensor.shape, ", "));
   }
+  std::set<std::string> known;
+  for (const TensorSpec& tensor : tensors) known.insert(tensor.name);
+  const std::string blocks = prefix + std::string(architecture->blocks) + ".";
+  for (const std::string& name : checkpoint.names())
+    if (name.starts_with(blocks) && !known.contains(name) && !name.ends_with(".inv_freq"))  // older files hold rotary frequencies
+      fail(ErrorCode::kMismatch, "{}: tensor {} has no place in {} with this config.json, and what it does would be lost; correct config.json (a bias "
+                                 "flag, the number of blocks), or remove the tensor",
+           checkpoint.directory().string(), name, architecture->hf_class);
 }
 
 }  // namespace stbllm

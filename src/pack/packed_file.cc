@@ -114,7 +114,7 @@ std::string row_scales_tensor(const std::string& name) { return name + ".row_sca
 
 // --- writing ---------------------------------------------------------------------------------------
 
-PackedWriter::PackedWriter(fs::path path, bool force) : file_(std::move(path), force) {}
+PackedWriter::PackedWriter(fs::path path, bool force, const fs::path& scratch) : file_(std::move(path), force, scratch) {}
 
 void PackedWriter::add_linear(const std::string& name, const StructuredBinaryMatrix& matrix) {
   const Layout& layout = matrix.layout();

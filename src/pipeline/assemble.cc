@@ -7,6 +7,7 @@
 
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/eval/perplexity.h"
 #include "stbllm/pack/packed_file.h"
@@ -89,6 +90,7 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
   const auto& [checkpoint, spec, recipe, quantized_blocks, quantized] = assembly;
   std::map<std::string, at::Tensor> tuned;
   for (int64_t i = 0; i < spec.layers; ++i) {
+    check_interrupt();
     if (i < quantized_blocks) {
       const QuantizedBlock block = quantized(i);
       for (const LinearSpec& linear : spec.linears(i)) writer.add_linear(linear.name, block.linears.at(linear.name));
@@ -129,6 +131,24 @@ void write_packed(PackedWriter& file, const Assembly& assembly) {
   write_model(writer, assembly);
 }
 
+namespace {
+
+/// What a reader of a checkpoint's directory may look for.
+constexpr std::string_view kCheckpointFiles[] = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+                                                 "pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.json", "tokenizer_config.json",
+                                                 "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"};
+
+/// Renames, or copies and then renames where `to` is on another file system.
+void move_file(const fs::path& from, const fs::path& to, std::error_code& error) {
+  fs::rename(from, to, error);
+  if (error != std::errc::cross_device_link) return;
+  const fs::path part = to.string() + ".part";
+  fs::copy_file(from, part, fs::copy_options::overwrite_existing, error);
+  if (!error) fs::rename(part, to, error);
+}
+
+}  // namespace
+
 void export_dense(const fs::path& output, const fs::path& scratch, const Assembly& assembly) {
   const Checkpoint& checkpoint = assembly.checkpoint;
   std::error_code error;
@@ -151,8 +171,10 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
   }
   fs::create_directories(output, error);
   check(output);
+  for (const std::string_view name : kCheckpointFiles)  // those of another model would be mixed with this one's
+    if (!fs::exists(scratch / name)) fs::remove(output / name, error);
   for (const auto& entry : fs::directory_iterator(scratch)) {
-    fs::rename(entry.path(), output / entry.path().filename(), error);
+    move_file(entry.path(), output / entry.path().filename(), error);
     check(output / entry.path().filename());
   }
 }
@@ -163,6 +185,7 @@ double verify_packed(const fs::path& path, const Assembly& assembly, std::span<c
   store_tables(dense, assembly.recipe);
   at::Tensor dense_hidden = dense.embed(ids_of(windows));
   for (int64_t i = 0; i < spec.layers; ++i) {
+    check_interrupt();
     const auto block = dense.block(i);
     if (i < assembly.quantized_blocks) {
       const QuantizedBlock quantized = assembly.quantized(i);

@@ -103,8 +103,7 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   const int64_t hidden = resident ? stream + dense_stream : 0;
   const int64_t tables = (spec.tied_head ? 1 : 2) * 4 * spec.vocab * spec.embedding_width;  // float32
   const int64_t tokens = std::max(seqlen, kTokensPerPass);
-  const int64_t mask = 4 * seqlen * seqlen;                // attention itself keeps no matrix of that size
-  const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4 + mask;
+  const int64_t pass = tokens * (3 * spec.ffn + 8 * spec.hidden) * 4;
 
   int64_t weights = 0, workspace = 0;
   std::array<int64_t, kTapCount> tap_bytes{};
@@ -113,9 +112,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
     weights += count;
     tap_bytes[static_cast<size_t>(linear.tap)] =
         4 * linear.cols * linear.cols * (calibration.holdout > 0 ? 2 : 1);
-    // A Cholesky and its inverse in float64 with their permuted copies, H shrunk (of a device's at most H and U); W, targets, gradients,
-    // dense values: 216 MB where rows x cols = 576 x 1536.
-    workspace = std::max(workspace, (on_host ? 64 : 8) * linear.cols * linear.cols + 64 * count);
+    // A Cholesky in float64 and what goes in, H shrunk, U (of a device's at most H and U); W, targets, gradients, dense values.
+    workspace = std::max(workspace, (on_host ? 28 : 8) * linear.cols * linear.cols + 64 * count);
   }
   const int64_t hessians = on_host ? std::accumulate(tap_bytes.begin(), tap_bytes.end(), int64_t{0}) : 0;
   // Weights in float32 and in the dtype of products; a symbol and its share of the scales.
@@ -125,7 +123,8 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
   // A latent weight, its two moments, what the forward pass uses and its gradient; the last two are in the dtype of products.
   const auto trained_block = [&](bool codes) { return (4 + (codes ? 8 : 0) + 2 * product_bytes) * weights; };
   // What autograd keeps of one block between the forward and the backward pass of a step; measured on SmolLM2-135M.
-  const int64_t kept_pass = std::max<int64_t>(seqlen, kTokensPerStep) * (5 * spec.ffn + 12 * spec.hidden) * 4 + mask;
+  const bool windowed = spec.sliding_window > 0 && seqlen > spec.sliding_window;  // libtorch's attention takes a mask then
+  const int64_t kept_pass = std::max<int64_t>(seqlen, kTokensPerStep) * (5 * spec.ffn + 12 * spec.hidden) * 4 + (windowed ? 8 * seqlen * seqlen : 0);
 
   int64_t peak = tables + hidden + dense_block + quantized_block + hessians + std::max(workspace, pass);
   if (tuning)  // the quantized block and the one in training
@@ -194,6 +193,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   const ModelSpec& spec = decoder.spec();
   check_windows(decoder, calibration.windows);
   const int64_t quantized_blocks = options.quantized_blocks(spec);
+  check_budget(spec, recipe, quantized_blocks);
 
   // One linear of the widest tap, on the inputs of a few windows.
   const auto block = decoder.block(0);

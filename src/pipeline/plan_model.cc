@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
@@ -75,9 +76,15 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
   return shares;
 }
 
-/// Windows from `first` on, of at least `tokens` tokens together, or all `count`.
-at::Tensor some_windows(const at::Tensor& hidden, int64_t first, int64_t count, int64_t tokens) {
-  return hidden.narrow(0, first, std::min(count, ceil_div(tokens, hidden.size(1))));
+/// The windows that the plan looks at, of training and then of those held out, and how many the latter are.
+std::pair<Windows, int64_t> plan_windows(const Calibration& calibration) {
+  const auto& all = calibration.windows;
+  const auto seqlen = static_cast<int64_t>(all[0].size()), training = std::ssize(all) - calibration.distill_only - calibration.holdout;
+  const int64_t holdout = std::min(calibration.holdout, ceil_div(kPlanTokens / 4, seqlen));
+  const auto first = all.begin() + calibration.distill_only, first_held_out = all.end() - calibration.holdout;
+  Windows windows(first, first + std::min(training, ceil_div(kPlanTokens, seqlen)));
+  windows.insert(windows.end(), first_held_out, first_held_out + holdout);
+  return {windows, holdout};
 }
 
 Recipe with_code(Recipe recipe, const Code& code) {
@@ -86,13 +93,31 @@ Recipe with_code(Recipe recipe, const Code& code) {
   return recipe;
 }
 
-Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_held_out, int64_t blocks, const Recipe& recipe,
-                    const ProcessGroup& group) {
+/// What a linear is offered, and how many of its columns are outliers.
+struct Offers {
+  std::vector<Offer> codes;
+  int outliers = 0;
+};
+
+void broadcast(Offers& offers, const ProcessGroup& group, int root) {
+  nlohmann::json facts = {{"outliers", offers.outliers}, {"codes", nlohmann::json::array()}};
+  for (const Offer& offer : offers.codes) facts["codes"].push_back({offer.bytes, offer.error});
+  std::string text = facts.dump();
+  group.broadcast(text, root);
+  facts = nlohmann::json::parse(text);
+  offers = {{}, facts.at("outliers")};
+  for (const auto& [bytes, error] : facts.at("codes").get<std::vector<std::pair<int64_t, double>>>()) offers.codes.push_back({bytes, error});
+}
+
+int64_t budget_bytes(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
+  return static_cast<int64_t>(recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights() / spec.layers * blocks));
+}
+
+Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int64_t blocks, const Recipe& recipe, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
-  const int64_t training = all.size(0) - all_held_out;
-  const at::Tensor held_out = some_windows(all, training, all_held_out, kPlanTokens / 4);
-  at::Tensor hidden = at::cat({some_windows(all, 0, training, kPlanTokens), held_out}).to(at::kFloat);
-  const int64_t holdout = held_out.size(0), judged = holdout > 0 ? holdout : hidden.size(0);  // the last so many windows judge
+  const auto [windows, holdout] = plan_windows(calibration);
+  at::Tensor hidden = decoder.embed(ids_of(windows)).to(at::kFloat);
+  const int64_t judged = holdout > 0 ? holdout : hidden.size(0);  // the last so many windows judge
   Plan plan = uniform_plan(spec, recipe);
   std::vector<std::string> names;
   std::vector<std::vector<Offer>> offers;
@@ -103,14 +128,18 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
     TapStats taps(block->linears(), recipe.token_weights);
     advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& x, bool held) { taps.add(tap, x, held); }, holdout);
     const at::Tensor outputs = hidden.narrow(0, hidden.size(0) - judged, judged);
-    const std::array<InputStats, kTapCount> stats = taps.finish(group);
+    const std::array<InputStats, kTapCount> stats = taps.finish();
 
-    for (const LinearSpec& linear : block->linears()) {
+    const std::vector<LinearSpec> linears = block->linears();
+    const std::vector<int> owners = divide(linears, group.size());
+    std::vector<Offers> own(linears.size());
+    for (size_t l = 0; l < linears.size(); ++l) {
+      if (owners[l] != group.rank()) continue;
       check_interrupt();
+      const LinearSpec& linear = linears[l];
       const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
       const at::Tensor weight = dense.weight(), bias = dense.bias();
       const at::ScalarType products = dense.product_dtype();
-      std::vector<Offer> own;
       double unit = 0;
       for (size_t c = 0; c < kBudgetCodes.size(); ++c) {
         Recipe quick = with_code(recipe, kBudgetCodes[c]);
@@ -118,32 +147,36 @@ Plan plan_by_budget(const Decoder& decoder, const at::Tensor& all, int64_t all_h
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
         const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
-        own.push_back({pack_weight(binarized, linear.name).bytes(), report.holdout_error < 0 ? report.output_error : report.holdout_error});
+        const double error = report.holdout_error < 0 ? report.output_error : report.holdout_error;
+        own[l].codes.push_back({pack_weight(binarized, linear.name).bytes(), error});
         if (c != kMeasuredCode) continue;
-        // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
-        plan.at(linear.name).max_outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
+        own[l].outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
         block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense().to(weight.device()), bias, products));
-        unit = compare_hidden(run_block(*block, spec, inputs), outputs, group).relative_error / std::max(own.back().error, 1e-12);
+        unit = compare_hidden(run_block(*block, spec, inputs), outputs).relative_error / std::max(error, 1e-12);
         block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
       }
-      for (Offer& offer : own) offer.error *= unit;
-      names.push_back(linear.name);
-      offers.push_back(std::move(own));
+      for (Offer& offer : own[l].codes) offer.error *= unit;
+    }
+    for (size_t l = 0; l < linears.size(); ++l) {
+      if (group.size() > 1) broadcast(own[l], group, owners[l]);
+      // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
+      plan.at(linears[l].name).max_outliers = own[l].outliers;
+      names.push_back(linears[l].name);
+      offers.push_back(std::move(own[l].codes));
     }
     progress.update(i + 1);
   }
-  const double bytes = recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights() / spec.layers * blocks);
-  const std::vector<size_t> choice = allocate_by_budget(offers, static_cast<int64_t>(bytes));
+  const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, recipe, blocks));
   for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]) = with_code(plan.at(names[i]), kBudgetCodes[choice[i]]);
   return plan;
 }
 
 }  // namespace
 
-Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor& hidden, int64_t holdout, int64_t blocks, const Recipe& recipe,
-                const ProcessGroup& group) {
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration, at::Tensor& hidden, int64_t blocks,
+                const Recipe& recipe, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
-  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, hidden, holdout, blocks, recipe, group);
+  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, calibration, blocks, recipe, group);
   Plan plan = uniform_plan(spec, recipe);
   if (recipe.allocation == Allocation::kUniform) return plan;
   const std::vector<NmPattern> patterns = recipe.allocation == Allocation::kNorm
@@ -152,6 +185,18 @@ Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, at::Tensor
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) plan.at(linear.name).nm = patterns[i];
   return plan;
+}
+
+void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
+  if (recipe.allocation != Allocation::kBudget) return;
+  int64_t least = 0;
+  for (const LinearSpec& linear : spec.linears(0)) {
+    const auto& [nm, levels] = kBudgetCodes[0];
+    const Layout layout{linear.rows, linear.cols, nm, levels, recipe.column_block, recipe.scale_bits};
+    for (int p = 0; p < kPlaneCount; ++p) least += plane_bytes(layout, static_cast<Plane>(p));
+  }
+  if (const int64_t bytes = budget_bytes(spec, recipe, blocks); blocks * least > bytes)
+    fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", bytes, blocks * least);
 }
 
 BudgetWork budget_work(const ModelSpec& spec) {
@@ -166,9 +211,22 @@ Plan uniform_plan(const ModelSpec& spec, const Recipe& recipe) {
   return plan;
 }
 
-std::string describe(const Plan& plan) {
+nlohmann::json to_json(const Plan& plan) {
+  nlohmann::json json = nlohmann::json::object();
+  for (const auto& [name, recipe] : plan) json[name] = recipe.to_json();
+  return json;
+}
+
+Plan plan_from_json(const nlohmann::json& json) {
+  Plan plan;
+  for (const auto& [name, recipe] : json.items()) plan.emplace(name, Recipe::from_json(recipe));
+  return plan;
+}
+
+std::string describe(const Plan& plan, const ModelSpec& spec, int64_t blocks) {
   std::vector<Code> codes;
-  for (const auto& [name, own] : plan) codes.push_back({own.nm, own.levels});
+  for (int64_t i = 0; i < blocks; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) codes.push_back({plan.at(linear.name).nm, plan.at(linear.name).levels});
   return describe(codes);
 }
 

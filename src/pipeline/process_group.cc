@@ -91,8 +91,16 @@ ProcessGroup ProcessGroup::from_environment() {
   options.timeout = Gloo::kTimeout;
   if (options.isServer)
     log::info("waiting at {}:{} until {} processes are there", address, options.port, group.size_);
+  const auto store = [&] {
+    try {
+      return c10::make_intrusive<c10d::TCPStore>(address, options);
+    } catch (const c10::Error& error) {
+      const std::string reason = error.what_without_backtrace();
+      fail(ErrorCode::kUsage, "{}:{}: the processes cannot meet there ({}); set MASTER_ADDR to the host of process 0 and MASTER_PORT to a free port",
+           address, options.port, reason.substr(0, reason.find('\n')));
+    }
+  }();
   group.gloo_ = Gloo::guarded([&] {
-    const auto store = c10::make_intrusive<c10d::TCPStore>(address, options);
     return std::make_unique<Gloo>(
         c10::make_intrusive<c10d::ProcessGroupGloo>(store, group.rank_, group.size_,
                                                     c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout)));
@@ -169,6 +177,8 @@ void ProcessGroup::broadcast(std::string& text, int root) const {
   broadcast(bytes, root);
   text.assign(static_cast<const char*>(bytes.data_ptr()), bytes.numel());
 }
+
+int local_rank() { return std::getenv("LOCAL_RANK") == nullptr ? 0 : integer_variable("LOCAL_RANK", 0, 127); }
 
 Share share_of(int64_t items, const ProcessGroup& group) {
   const int64_t first = items * group.rank() / group.size();

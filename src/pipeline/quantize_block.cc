@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <optional>
 
@@ -42,23 +43,6 @@ TapObserver watching(const CalibrationObserver& observer, bool held_out) {
   return [&observer, held_out](Tap tap, const at::Tensor& inputs) { observer(tap, inputs, held_out); };
 }
 
-/// Who quantizes which linear: each in turn, the largest first, goes to the process with the least to do.
-std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
-  std::vector<size_t> order(linears.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return linears[a].rows * linears[a].cols > linears[b].rows * linears[b].cols;
-  });
-  std::vector<int> owners(linears.size());
-  std::vector<int64_t> load(processes);
-  for (const size_t i : order) {
-    const auto idlest = std::min_element(load.begin(), load.end());
-    *idlest += linears[i].rows * linears[i].cols;
-    owners[i] = static_cast<int>(idlest - load.begin());
-  }
-  return owners;
-}
-
 void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup& group, int root) {
   nlohmann::json facts;
   if (group.rank() == root)
@@ -81,6 +65,22 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
 }
 
 }  // namespace
+
+std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
+  std::vector<size_t> order(linears.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return linears[a].rows * linears[a].cols > linears[b].rows * linears[b].cols;
+  });
+  std::vector<int> owners(linears.size());
+  std::vector<int64_t> load(processes);
+  for (const size_t i : order) {
+    const auto idlest = std::min_element(load.begin(), load.end());
+    *idlest += linears[i].rows * linears[i].cols;
+    owners[i] = static_cast<int>(idlest - load.begin());
+  }
+  return owners;
+}
 
 TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
   for (const LinearSpec& linear : linears)
@@ -161,6 +161,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     LinearResult& result = quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    if (!std::isfinite(result.report.output_error))
+      fail(ErrorCode::kCorrupt, "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights", linear.name);
     result.salient_share = weight.salient_share();
     const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
     if (std::none_of(linears.begin() + static_cast<int64_t>(i) + 1, linears.end(), reads_the_same)) stats[static_cast<size_t>(linear.tap)] = {};

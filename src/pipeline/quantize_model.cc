@@ -1,6 +1,7 @@
 #include "stbllm/pipeline/quantize_model.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
@@ -83,7 +84,7 @@ std::string program_checksum() { return checksum(MappedFile::open("/proc/self/ex
 
 /// Everything that decides the blocks. What follows the last block may change between runs.
 nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spec, const nlohmann::json& provenance, const Recipe& recipe,
-                              const QuantizeOptions& options, const ProcessGroup& group) {
+                              const at::Tensor& ids, const QuantizeOptions& options, const ProcessGroup& group) {
   nlohmann::json block_recipe = recipe.to_json(), block_calibration = provenance;
   for (const char* field : {"distill_epochs", "distill_lr", "distill_code_lr"}) block_recipe.erase(field);
   block_calibration.erase("distill_nsamples");
@@ -93,6 +94,7 @@ nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spe
           {"weights", digest(checkpoint, spec)},
           {"products", c10::toString(fast_product_dtype(calibration_device(options)))},
           {"calibration", block_calibration},
+          {"tokens", checksum(bytes_of(ids))},
           {"recipe", block_recipe},
           {"blocks", options.quantized_blocks(spec)},
           {"device", options.device},
@@ -136,7 +138,9 @@ at::Device calibration_device(const QuantizeOptions& options) {
   if (options.device != "cuda") fail(ErrorCode::kUsage, "device '{}': expected cpu or cuda", options.device);
   if (const std::string fault = torch_cuda_fault(); !fault.empty())
     fail(ErrorCode::kUnsupported, "device 'cuda' cannot calibrate here: {}; or use 'cpu'", fault);
-  return at::kCUDA;
+  const int index = local_rank(), count = static_cast<int>(at::getNumGPUs());
+  if (index >= count) fail(ErrorCode::kUsage, "LOCAL_RANK={}: this machine has {} CUDA devices; start one process for each", index, count);
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(index)};
 }
 
 void check_request(const fs::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
@@ -168,8 +172,8 @@ namespace {
 /// The packed file with what a reader of it may want to know; it appears once its logits are those of the assembled blocks. Returns
 /// their distance.
 double write_verified(const Assembly& assembly, const std::vector<LinearResult>& linears, const Calibration& calibration,
-                      const QuantizeOptions& options) {
-  PackedWriter file(options.output, options.force);
+                      const QuantizeOptions& options, const WorkDirectory& work) {
+  PackedWriter file(options.output, options.force, work.path());
   write_packed(file, assembly);
   nlohmann::json results = nlohmann::json::array();
   for (const LinearResult& linear : linears) results.push_back(to_json(linear, /*with_seconds=*/false));
@@ -202,8 +206,9 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   check_windows(decoder, calibration.windows);
   const auto& [windows, distill_only, holdout, provenance] = share;
   const int64_t block_count = options.quantized_blocks(spec);
+  check_budget(spec, recipe, block_count);
 
-  const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, provenance, recipe, options, group);
+  const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, provenance, recipe, ids_of(std::span(calibration.windows).subspan(calibration.distill_only)), options, group);
   std::optional<WorkDirectory> work;  // of process 0
   if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
   check_same_inputs(fingerprint, options, group);
@@ -235,10 +240,17 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   embed_windows(hidden);
   const Plan plan = [&] {
     const StageTimer timer("plan");
-    return plan_model(checkpoint, decoder, hidden, holdout, block_count, recipe, group);
+    nlohmann::json kept = work ? work->load_plan() : nullptr;
+    if (group.all_reduce(kept.is_null() ? 0.0 : 1.0) == 0) {
+      kept = to_json(plan_model(checkpoint, decoder, calibration, hidden, block_count, recipe, group));
+      if (work && recipe.allocation == Allocation::kBudget) work->save_plan(kept);
+    }
+    std::string text = kept.dump();
+    group.broadcast(text, 0);
+    return plan_from_json(nlohmann::json::parse(text));
   }();
   if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along
-  log::info("plan: {} ({})", describe(plan), recipe.to_json()["allocation"].get<std::string>());
+  log::info("plan: {} ({})", describe(plan, spec, block_count), recipe.to_json()["allocation"].get<std::string>());
 
   QuantizeResult result;
   {
@@ -325,7 +337,7 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   if (options.dense_output)
     export_dense(options.output, work->path() / "dense", assembly);
   else
-    result.verified_logits = write_verified(assembly, result.linears, calibration, options);
+    result.verified_logits = write_verified(assembly, result.linears, calibration, options, *work);
   work->remove();
   result.seconds = seconds_now() - started;
   return result;
@@ -341,7 +353,7 @@ QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& c
     if (error.code() != ErrorCode::kInterrupted) throw;
     const fs::path work = work_path(options.output);
     fail(ErrorCode::kInterrupted, "{}; {}", error.what(),
-         fs::exists(work) ? work.string() + " holds the blocks that are finished, continue with --resume" : "no block was finished, nothing is left");
+         fs::exists(work) ? work.string() + " holds what is finished, continue with --resume" : "no block was finished, nothing is left");
   }
 }
 

@@ -29,7 +29,8 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
       release_spilled(inputs[w]);
     }
     token_weight = (3 * norm.median() / norm).clamp_max(1.0).square();
-    energy = (change * token_weight).mean().clamp_min(1e-20);
+    // Window by window: one long sum would be cut by threads.
+    energy = ((change * token_weight).sum(1).sum() / static_cast<double>(change.numel())).clamp_min(1e-20);
   }
   const auto loss_of = [&](int64_t first, int64_t count) {
     const at::Tensor x = inputs.narrow(0, first, count), y = targets.narrow(0, first, count);

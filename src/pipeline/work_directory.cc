@@ -26,6 +26,7 @@ nlohmann::json read_json(const fs::path& path) {
   return nlohmann::json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
 }
 
+constexpr const char* kPlan = "plan.json";
 constexpr const char* kDistilled = "distilled.json";
 constexpr const char* kTraining = "training.safetensors";
 
@@ -71,11 +72,11 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
     return;
   }
   if (fs::exists(path_)) {
-    if (!force)
-      fail(ErrorCode::kExists, "{}: an unfinished run is there; continue it with --resume or discard it with --force", path_.string());
     if (!fs::exists(fingerprint_path))
       fail(ErrorCode::kExists, "{}: this is in the way and no work directory of an unfinished run; move it or choose another output", path_.string());
     const Lock others(path_);
+    if (!force)
+      fail(ErrorCode::kExists, "{}: an unfinished run is there; continue it with --resume or discard it with --force", path_.string());
     fs::remove_all(path_);
   }
   std::error_code error;
@@ -93,8 +94,25 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
 WorkDirectory::~WorkDirectory() {
   std::error_code ignored;
   for (const auto& entry : fs::directory_iterator(path_, ignored))
-    if (entry.path().extension() == ".safetensors") return;
+    if (entry.path().extension() == ".safetensors" || entry.path().filename() == kPlan) return;
   remove();
+}
+
+nlohmann::json WorkDirectory::load_plan() const {
+  if (!fs::exists(path_ / kPlan)) return nullptr;
+  nlohmann::json plan = read_json(path_ / kPlan);
+  if (!plan.is_object()) fail(ErrorCode::kCorrupt, "{}: damaged; start again with --force", (path_ / kPlan).string());
+  return plan;
+}
+
+void WorkDirectory::save_plan(const nlohmann::json& plan) const {
+  const fs::path fresh = path_ / "plan.part";
+  std::ofstream file(fresh);
+  file << plan.dump(1) << '\n';
+  file.close();
+  std::error_code error;
+  if (file) fs::rename(fresh, path_ / kPlan, error);
+  if (!file || error) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
 }
 
 void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const { save(path_ / block_file(block), quantized); }
@@ -183,7 +201,15 @@ void WorkDirectory::save_all(const fs::path& directory, const std::vector<Quanti
 
 std::optional<QuantizedBlock> WorkDirectory::load(const fs::path& path) const {
   if (!fs::exists(path)) return std::nullopt;
-  const PackedReader reader = PackedReader::open(path);
+  const PackedReader reader = [&] {
+    try {
+      PackedReader opened = PackedReader::open(path);
+      opened.verify_checksums();
+      return opened;
+    } catch (const Error& error) {
+      fail(error.code(), "{}; remove this file, and --resume makes it again", error.what());
+    }
+  }();
   QuantizedBlock quantized;
   for (const auto& json : nlohmann::json::parse(reader.metadata("results"))) quantized.results.push_back(linear_result_from_json(json));
   if (const auto tune = nlohmann::json::parse(reader.metadata("tune")); !tune.is_null()) quantized.tune = tune.get<TuneReport>();

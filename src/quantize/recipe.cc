@@ -90,11 +90,17 @@ Recipe Recipe::from_json(const nlohmann::json& json) {
     const auto found = json.find(name);
     if (found == json.end()) return;
     using Field = std::remove_reference_t<decltype(field)>;
+    bool fits = true;
+    if constexpr (std::is_same_v<Field, int>)  // nlohmann would round, wrap and take true for 1
+      fits = found->is_number_integer() && std::in_range<int>(found->get<int64_t>());
+    else if constexpr (std::is_floating_point_v<Field>)
+      fits = found->is_number();
     try {
-      found->get_to(field);
+      if (fits) found->get_to(field);
     } catch (const nlohmann::json::exception&) {
-      fail(ErrorCode::kUsage, "recipe field '{}': the value {} has the wrong type", name, found->dump());
+      fits = false;
     }
+    if (!fits) fail(ErrorCode::kUsage, "recipe field '{}': the value {} has the wrong type", name, found->dump());
     if constexpr (std::is_enum_v<Field>) {  // nlohmann maps an unknown name to the first one
       if (nlohmann::json(field) != *found) fail(ErrorCode::kUsage, "recipe field '{}': unknown value {}", name, found->dump());
     }

@@ -139,6 +139,18 @@ TEST(SafetensorsWriter, LeavesNothingBehindWhenAbandoned) {
   EXPECT_EQ(entries(directory.path()), 0u);
 }
 
+TEST(SafetensorsWriter, KeepsTemporaryFilesWhereItIsTold) {
+  const test::ScratchDirectory directory;
+  fs::create_directory(directory / "scratch");
+  SafetensorsWriter writer(directory / "m", false, directory / "scratch");
+  writer.add("t", "U8", {3}, bytes_of("abc"));
+  EXPECT_EQ(writer.finish().parent_path(), directory / "scratch");
+  EXPECT_EQ(entries(directory.path()), 1u);  // what a kill would leave is in there
+  writer.commit();
+  EXPECT_TRUE(fs::exists(directory / "m"));
+  EXPECT_EQ(entries(directory / "scratch"), 0u);
+}
+
 TEST(SafetensorsWriter, RefusesToReplaceAFileUnlessForced) {
   const test::ScratchDirectory directory;
   write_all(directory / "m", "precious");

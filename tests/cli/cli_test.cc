@@ -192,6 +192,7 @@ TEST_F(Cli, TargetsBoundBitsAndBytes) {
   EXPECT_EQ(fs::file_size(results_ / "bytes"), bytes["file_bytes"].get<uintmax_t>());
   expect_fault(quantize("x", {"--target-size", "1000"}), ErrorCode::kUsage, "--target-size");
   expect_fault(quantize("x", {"--target-bpw", "0.01"}), ErrorCode::kUsage, "smallest codes");
+  expect_fault(quantize("x", {"--target-bpw", "0.01", "--dry-run"}), ErrorCode::kUsage, "smallest codes");
   expect_fault(quantize("x", {"--target-bpw", "1", "--target-size", "1000000"}), ErrorCode::kUsage, "--target");
 }
 
@@ -216,6 +217,8 @@ TEST_F(Cli, UsageFaults) {
   expect_fault(quantize("packed", {"--set", "frobnicate=1"}), ErrorCode::kUsage, "frobnicate");
   expect_fault(quantize("packed", {"--set", "levels=many"}), ErrorCode::kUsage, "levels");
   expect_fault(quantize("packed", {"--set", "levels=7"}), ErrorCode::kUsage, "levels");
+  for (const char* value : {"2.7", "true", "4294967298"})  // none of them becomes a number that fits
+    expect_fault(quantize("packed", {"--set", std::string("levels=") + value}), ErrorCode::kUsage, value);
   expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
 }
 
@@ -295,6 +298,28 @@ TEST_F(Cli, AnOutputThatIsThere) {
 
 TEST_F(Cli, AReportInPlaceOfTheOutput) {
   expect_fault(quantize("packed", {"--report", (results_ / "." / "packed").string()}), ErrorCode::kUsage, "the output itself");
+}
+
+TEST_F(Cli, WhatARunReadsIsNotOverwrittenEvenWithForce) {
+  const std::string weights = (checkpoint_ / "model.safetensors").string(), before = read_all(weights), text = read_all(text_);
+  expect_fault(quantize("packed", {"--force", "--report", weights}), ErrorCode::kUsage, "the checkpoint itself");
+  expect_fault(quantize("packed", {"--force", "--report", text_}), ErrorCode::kUsage, "this run reads it");
+  fs::create_hard_link(text_, results_ / "packed");
+  expect_fault(quantize("packed", {"--force"}), ErrorCode::kUsage, "this run reads it");
+  EXPECT_EQ(read_all(weights), before);
+  EXPECT_EQ(read_all(text_), text);
+}
+
+TEST_F(Cli, APathThatIsNotUtf8) {
+  const Outcome outcome = run_program(quantize("lat\xe9in", {"--json"}));
+  EXPECT_EQ(outcome.status, 0) << outcome.err;
+  EXPECT_THAT(nlohmann::json::parse(outcome.out)["output"].get<std::string>(), HasSubstr("lat\uFFFDin"));
+  expect_fault(quantize("packed", {"--set", "name=\xff"}), ErrorCode::kUsage, "UTF-8");
+}
+
+TEST_F(Cli, APathThatLeadsInACircle) {
+  fs::create_symlink("circle", results_ / "circle");
+  expect_fault({"inspect", (results_ / "circle").string()}, ErrorCode::kNotFound, "circle");
 }
 
 TEST_F(Cli, AWeightThatIsNotANumber) {

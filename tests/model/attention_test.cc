@@ -42,7 +42,7 @@ at::Tensor composed(const Inputs& in, int64_t first, int64_t window) {
 TEST(Attention, IsSoftmaxAttention) {
   const at::NoGradGuard no_grad;
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
-    for (const auto& [heads, kv_heads, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {4, 2, 128}, {2, 2, 80}, {4, 1, 8}, {3, 3, 20}})
+    for (const auto& [heads, kv_heads, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {4, 2, 128}, {2, 2, 80}, {4, 1, 8}, {3, 3, 20}, {8, 1, 64}, {14, 2, 16}})
       for (const auto& [tokens, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {1, 70}, {1, 300}, {2, 0}, {12, 3}, {5, 63}, {64, 0}, {65, 64}, {131, 0}, {200, 17}})
         for (const int64_t window : {0, 1, 7, 64, 100}) {
           const Inputs in = make_inputs(heads, kv_heads, tokens, first, dim, type);

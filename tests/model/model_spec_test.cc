@@ -92,6 +92,7 @@ std::vector<Refusal> refusals() {
        with(llama, "use_sliding_window", true),
        unsupported,
        {"use_sliding_window", "true"}},
+      {"SoftCap", with(llama, "attn_logit_softcapping", 50.0), unsupported, {"attn_logit_softcapping", "50"}},
       {"MissingSize", no_key("hidden_size"), corrupt, {"hidden_size", "missing"}},
       {"NegativeSize", with(llama, "num_hidden_layers", -1), corrupt, {"num_hidden_layers", "-1"}},
       {"HugeSize", with(llama, "hidden_size", int64_t{1} << 40), corrupt, {"hidden_size", "at most"}},
@@ -126,6 +127,20 @@ TEST(ModelSpec, ReadsBothSpellingsOfRotaryParameters) {
     EXPECT_EQ(rope.factor, 8.0);
     EXPECT_EQ(rope.original_max_positions, 64);
   }
+}
+
+TEST(ModelSpec, StopsAtOneTokenOrAtSeveral) {
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", 2)).stop_ids, std::vector<int32_t>{2});
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", {2, 7})).stop_ids, (std::vector<int32_t>{2, 7}));
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", nullptr)).stop_ids, std::vector<int32_t>{});
+}
+
+TEST(ModelSpec, MistralHasAWindowUnlessItSaysNone) {
+  json config = test::tiny_mistral().config;
+  config["sliding_window"] = nullptr;
+  EXPECT_EQ(ModelSpec::from_config(config).sliding_window, 0);
+  config.erase("sliding_window");
+  EXPECT_EQ(ModelSpec::from_config(config).sliding_window, 4096);
 }
 
 TEST(ModelSpec, ListsLinearsWithNameShapeAndTap) {
@@ -190,6 +205,7 @@ TEST(ModelSpec, ChecksEveryTensorBeforeWork) {
     }
   };
   expect_mismatch(with(model, "num_hidden_layers", 3), {"model.layers.2.", "missing"});
+  expect_mismatch(with(model, "num_hidden_layers", 1), {"model.layers.1.", "no place"});
   expect_mismatch(with(model, "mlp_bias", true), {"mlp.gate_proj.bias", "missing"});
   expect_mismatch(with(model, "intermediate_size", 176), {"mlp.gate_proj.weight", "[168, 64]", "[176, 64]"});
 }

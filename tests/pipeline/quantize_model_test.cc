@@ -228,6 +228,25 @@ TEST(QuantizeModelBudget, RefusesWhatTheSmallestCodesExceed) {
   EXPECT_THROW(place.quantize(recipe, "small"), Error);
 }
 
+TEST(QuantizeModelBudget, ItsPlanOutlivesAnInterruption) {
+  const Workplace place(test::tiny_llama());
+  Recipe recipe = Recipe::load("stbllm");
+  recipe.allocation = Allocation::kBudget;
+  recipe.target_bpw = 1.7;
+  const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  place.leave_unfinished(recipe, options.output, 0);
+  const fs::path plan = options.output.string() + ".work/plan.json";
+  const std::string planned = read_all(plan);
+  options.resume = true;
+  test::write_text(plan, "{");
+  expect_error(ErrorCode::kCorrupt, "plan.json", [&] { place.quantize(recipe, options); });  // it is read, not made again
+  test::write_text(plan, planned);
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_all(options.output) == undisturbed);
+}
+
 TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {
   const Workplace place(test::tiny_llama());
   for (const NmPattern nm : {NmPattern{1, 4}, {3, 4}, {2, 8}, {6, 8}, {5, 16}, {16, 16}}) {
@@ -346,6 +365,24 @@ TEST(Resume, IsRefusedWithOtherInputs) {
   EXPECT_TRUE(fs::exists(options.output));
 }
 
+TEST(Resume, IsRefusedWithADamagedBlock) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("stbllm");
+  const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
+  QuantizeOptions options;
+  options.output = place.results() / "packed";
+  place.leave_unfinished(recipe, options.output, 2);
+  const fs::path block = options.output.string() + ".work/block_000.safetensors";
+  std::string bytes = read_all(block);
+  bytes[bytes.size() - 500] ^= 4;
+  test::write_text(block, bytes);
+  options.resume = true;
+  expect_error(ErrorCode::kCorrupt, "remove this file", [&] { place.quantize(recipe, options); });
+  fs::remove(block);
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_all(options.output) == undisturbed);
+}
+
 TEST(Resume, IsRefusedWhereNothingWasBegun) {
   const Workplace place(test::tiny_llama());
   QuantizeOptions options;
@@ -451,6 +488,18 @@ TEST(DenseOutput, HoldsRecipesWithoutPackedForm) {
   EXPECT_EQ(list(dense), (std::vector<std::string>{"config.json", "model.safetensors", "tokenizer.json",
                                                    "tokenizer_config.json"}));
   EXPECT_GT(place.perplexity(dense), 1);
+}
+
+TEST(DenseOutput, LeavesNothingOfAnotherModelBeside) {
+  const Workplace place(test::tiny_llama());
+  QuantizeOptions options;
+  options.output = place.results() / "dense";
+  options.dense_output = options.force = true;
+  fs::create_directory(options.output);
+  for (const char* name : {"tokenizer.model", "merges.txt", "pytorch_model.bin", "notes.txt"}) test::write_text(options.output / name, "old");
+  place.quantize(Recipe::load("stbllm-released"), options);
+  EXPECT_EQ(list(options.output),
+            (std::vector<std::string>{"config.json", "model.safetensors", "notes.txt", "tokenizer.json", "tokenizer_config.json"}));
 }
 
 TEST(DenseOutput, IsResumedWithTheSameBytes) {

@@ -195,6 +195,7 @@ inline TensorShapes opt_shapes(const nlohmann::json& config) {
     if (config["enable_bias"]) shapes[name + ".bias"] = {rows};
   };
   const auto norm = [&](const std::string& name) {
+    if (!config.value("layer_norm_elementwise_affine", true)) return;
     shapes[name + ".weight"] = {hidden};
     shapes[name + ".bias"] = {hidden};
   };
@@ -240,7 +241,7 @@ inline TensorShapes llama_shapes(const nlohmann::json& config) {
     linear(block + "self_attn.q_proj", heads * head_dim, hidden, attention_bias);
     linear(block + "self_attn.k_proj", kv_heads * head_dim, hidden, attention_bias);
     linear(block + "self_attn.v_proj", kv_heads * head_dim, hidden, attention_bias);
-    linear(block + "self_attn.o_proj", hidden, heads * head_dim, attention_bias);
+    linear(block + "self_attn.o_proj", hidden, heads * head_dim, attention_bias && config["model_type"] != "qwen2");
     linear(block + "mlp.gate_proj", ffn, hidden, mlp_bias);
     linear(block + "mlp.up_proj", ffn, hidden, mlp_bias);
     linear(block + "mlp.down_proj", hidden, ffn, mlp_bias);

@@ -63,7 +63,7 @@ void run(const Options& options) {
                {"peak_memory_bytes", peak_memory_bytes()}});
   if (options.common.json) {
     json["window_nll"] = result.window_nll;
-    std::cout << json.dump(1) << '\n';
+    print_json(json);
     return;
   }
   fmt::print("perplexity {:.4f} +- {:.4f}   ({} predicted tokens, {} windows of {})   {:.0f} tokens/s\n", result.perplexity,

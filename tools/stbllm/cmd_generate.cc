@@ -24,36 +24,36 @@ void run(const Options& options) {
   const std::vector<int32_t> prompt = model.tokenizer->encode(options.prompt);
   if (prompt.empty()) fail(ErrorCode::kUsage, "--prompt: the text gives no token; write at least one word");
   GenerateOptions generate_options = options.generate;
+  generate_options.stop_ids = model.decoder.spec().stop_ids;
   if (model.tokenizer->eos_id() >= 0) generate_options.stop_ids.push_back(model.tokenizer->eos_id());
   std::vector<int32_t> ids = prompt;
-  std::string shown;
-  const auto show = [&](const std::string& text) {  // what is new of it
-    const auto common = std::ranges::mismatch(text, shown).in1 - text.begin();  // a character that was incomplete may have changed
-    fmt::print("{}", text.substr(common));
+  // A token is decoded behind those printed just before it: at the beginning of a text some decoders drop a space.
+  size_t context = 0, printed = 0;
+  const auto text_of = [&](size_t first, size_t end) { return model.tokenizer->decode(std::span(ids).subspan(first, end - first)); };
+  const auto print_rest = [&](bool all) {
+    const std::string before = text_of(context, printed), text = text_of(context, ids.size());
+    if (text.size() <= before.size() || (!all && text.ends_with("\uFFFD"))) return;  // the next token may complete the character
+    fmt::print("{}", text.substr(before.size()));
     std::fflush(stdout);
-    shown = text;
+    context = printed;
+    printed = ids.size();
   };
-  if (!options.common.json) show(model.tokenizer->decode(ids));
-  const std::string prompt_text = model.tokenizer->decode(prompt);
+  if (!options.common.json) print_rest(/*all=*/true);
   const Generation result = generate(model.decoder, prompt, generate_options, [&](int32_t id) {
     ids.push_back(id);
-    if (options.common.json) return true;
-    const std::string text = model.tokenizer->decode(ids);
-    if (!text.ends_with("\uFFFD")) show(text);  // the token may end inside a character: the next one completes it
+    if (!options.common.json) print_rest(/*all=*/false);
     return true;
   });
-  if (!options.common.json) show(model.tokenizer->decode(ids));
+  if (!options.common.json) print_rest(/*all=*/true);
   const double prefill = static_cast<double>(result.prompt_tokens) / result.prefill_seconds;
   const double decode = result.decode_seconds > 0 ? static_cast<double>(result.decode_passes) / result.decode_seconds : 0;
   if (options.common.json) {
-    std::cout << nlohmann::json{{"text", model.tokenizer->decode(ids).substr(prompt_text.size())},
-                                {"ids", result.ids},
-                                {"prompt_tokens", result.prompt_tokens},
-                                {"prefill_tokens_per_second", prefill},
-                                {"decode_tokens_per_second", decode},
-                                {"backend", model.backend}}
-                     .dump(1)
-              << '\n';
+    print_json({{"text", text_of(0, ids.size()).substr(text_of(0, prompt.size()).size())},
+                {"ids", result.ids},
+                {"prompt_tokens", result.prompt_tokens},
+                {"prefill_tokens_per_second", prefill},
+                {"decode_tokens_per_second", decode},
+                {"backend", model.backend}});
     return;
   }
   fmt::print("\n\n");

@@ -36,7 +36,7 @@ void run(const Options& options) {
     json["calibration"] = calibration;
     json["version"] = reader.remark("version");
     json["verified"] = options.verify;
-    std::cout << json.dump(1) << '\n';
+    print_json(json);
     return;
   }
   fmt::print("{}  (recipe {}, calibrated on {})\n\n", options.model, text_in(recipe, "name"), text_in(calibration, "corpus"));

@@ -1,9 +1,9 @@
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <csignal>
-#include <iostream>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -17,6 +17,7 @@
 #include "stbllm/pipeline/ledger.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "stbllm/text/corpus.h"
+#include "stbllm/text/unicode.h"
 
 namespace stbllm {
 namespace {
@@ -37,6 +38,7 @@ struct Options {
 void set_field(nlohmann::json& recipe, const std::string& assignment) {
   const size_t equals = assignment.find('=');
   if (equals == std::string::npos || equals == 0) fail(ErrorCode::kUsage, "--set {}: expected FIELD=VALUE", assignment);
+  if (find_invalid_utf8(assignment) != std::string::npos) fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
   const std::string text = assignment.substr(equals + 1);
   const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   recipe[assignment.substr(0, equals)] = value.is_discarded() ? nlohmann::json(text) : value;
@@ -83,13 +85,11 @@ void print_stages(const std::vector<Stage>& stages, double total) {
 
 void print_estimate(const Estimate& estimate, const CommonOptions& common) {
   if (common.json) {
-    std::cout << nlohmann::json{{"linear_bytes", estimate.linear_bytes},
-                                {"dense_bytes", estimate.dense_bytes},
-                                {"exact", estimate.exact},
-                                {"peak_memory_bytes", estimate.peak_memory_bytes},
-                                {"seconds", estimate.seconds}}
-                     .dump(1)
-              << '\n';
+    print_json({{"linear_bytes", estimate.linear_bytes},
+                {"dense_bytes", estimate.dense_bytes},
+                {"exact", estimate.exact},
+                {"peak_memory_bytes", estimate.peak_memory_bytes},
+                {"seconds", estimate.seconds}});
     return;
   }
   const std::string kind = estimate.exact ? "exact" : "estimate";
@@ -101,13 +101,25 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
   fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n", estimate.seconds / 60);
 }
 
+/// Refuses to write over what this run reads, even with --force. check_request() looks after -o and the checkpoint.
+void check_inputs(const Options& options) {
+  std::error_code ignored;  // what is not there is no input
+  const std::filesystem::path report = options.report, output = options.quantize.output;
+  for (const std::string& input : {options.calib, options.recipe})
+    for (const auto& path : {report, output})
+      if (std::filesystem::equivalent(path, input, ignored)) fail(ErrorCode::kUsage, "{}: this run reads it; choose another path to write to", path.string());
+  if (!report.empty() && std::filesystem::exists(report, ignored) &&
+      std::filesystem::equivalent(std::filesystem::absolute(report).parent_path(), options.checkpoint, ignored))
+    fail(ErrorCode::kUsage, "--report {}: this would overwrite a part of the checkpoint itself; choose another path", report.string());
+}
+
 /// Refuses a report that could not be written at the end of the run.
 void check_report(const std::filesystem::path& path, const std::filesystem::path& output, bool force) {
   if (std::filesystem::weakly_canonical(path) == std::filesystem::weakly_canonical(output))
     fail(ErrorCode::kUsage, "--report {}: this is the output itself; choose another path", path.string());
   if (std::filesystem::is_directory(path)) fail(ErrorCode::kUsage, "--report {}: a directory is there; name a file", path.string());
   if (std::filesystem::exists(path) && !force) fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", path.string());
-  const std::string probe = path.string() + ".probe";
+  const std::string probe = fmt::format("{}.probe-{}", path.string(), ::getpid());
   write_text(probe, "");
   std::filesystem::remove(probe);
 }
@@ -142,6 +154,7 @@ void run(Options options) {
   if (options.quantize.dense_output && !options.quantize.output.has_filename()) options.quantize.output = options.quantize.output.parent_path();
   options.quantize.force |= options.dry_run;  // which overwrites nothing
   check_request(options.checkpoint, recipe, options.quantize, group);
+  check_inputs(options);
   if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.output, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
@@ -191,10 +204,10 @@ void run(Options options) {
     report["blocks"] = result.blocks;
     if (!ledger_json.is_null()) report["ledger"] = ledger_json;
     report["stages"] = stages_json(profiled_stages());
-    write_text(options.report, report.dump(1) + '\n');
+    write_text(options.report, json_text(report));
   }
   if (options.common.json) {
-    std::cout << json.dump(1) << '\n';
+    print_json(json);
     return;
   }
   fmt::print("{}\n", options.quantize.output.string());

@@ -4,7 +4,9 @@
 #include <c10/util/Exception.h>
 #include <omp.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -40,8 +42,12 @@ std::string human_bytes(double bytes) {
   return fmt::format("{:.1f} kB", bytes / 1e3);
 }
 
+std::string json_text(const nlohmann::json& json) { return json.dump(1, ' ', /*ensure_ascii=*/false, nlohmann::json::error_handler_t::replace) + '\n'; }
+
+void print_json(const nlohmann::json& json) { std::cout << json_text(json); }
+
 void write_text(const std::filesystem::path& path, const std::string& text) {
-  const std::filesystem::path unfinished = path.string() + ".tmp";
+  const std::filesystem::path unfinished = fmt::format("{}.part-{}", path.string(), ::getpid());
   std::ofstream file(unfinished, std::ios::binary);
   file << text;
   file.close();
@@ -54,6 +60,7 @@ namespace {
 
 int run(int argc, char** argv) {
   keep_freed_memory();
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of its write
   CLI::App app{
       "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT and Mistral checkpoints.\n\n"
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
@@ -93,6 +100,9 @@ int main(int argc, char** argv) {
   } catch (const stbllm::Error& error) {
     stbllm::log::write(stbllm::log::Level::kError, error.what());
     return static_cast<int>(error.code());
+  } catch (const std::filesystem::filesystem_error& error) {
+    stbllm::log::write(stbllm::log::Level::kError, fmt::format("{}: {}; check the path", error.path1().string(), error.code().message()));
+    return static_cast<int>(stbllm::ErrorCode::kNotFound);
   } catch (const std::bad_alloc&) {
     stbllm::log::write(stbllm::log::Level::kError, "out of memory; use fewer or shorter windows");
   } catch (const c10::Error& error) {

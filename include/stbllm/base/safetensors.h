@@ -53,13 +53,13 @@ class SafetensorsFile {
 std::string checksum(std::span<const std::byte> bytes);
 
 /// Writes a safetensors file whose tensors arrive one at a time and are on disk at once: their bytes go to a
-/// spool file beside `path`, finish() writes `path` as header + spool. Nothing is at `path` before finish()
+/// spool file, finish() writes `path` as header + spool. Nothing is at `path` before finish()
 /// renames it there; the destructor removes what an unfinished writer left.
 class SafetensorsWriter {
  public:
   /// Throws Error(kExists) when `path` is there and not `force`; Error(kWriteFailed) when it is a directory
-  /// or cannot be written.
-  SafetensorsWriter(std::filesystem::path path, bool force);
+  /// or cannot be written. Temporary files are in `scratch`, of the same file system, or else beside `path`.
+  SafetensorsWriter(std::filesystem::path path, bool force, const std::filesystem::path& scratch = {});
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;

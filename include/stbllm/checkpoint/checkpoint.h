@@ -38,6 +38,7 @@ class Checkpoint {
   const std::filesystem::path& directory() const { return directory_; }
   const nlohmann::json& config() const { return config_; }
 
+  std::vector<std::string> names() const;  ///< of all tensors, sorted
   bool contains(const std::string& name) const;
   /// Throws Error(kMismatch) when the tensor is missing.
   std::vector<int64_t> shape(const std::string& name) const;

@@ -31,7 +31,13 @@ struct Positions {
   at::Tensor sin;  ///< (count, head_dim), rotary only
   /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a key and -inf elsewhere;
   /// undefined when the tokens are the first of their sequence and no window matters (plain causal) or when there is just one.
-  at::Tensor mask;
+  /// Made when it is first asked for.
+  const at::Tensor& mask() const;
+
+ private:
+  int64_t window_;
+  at::TensorOptions options_;
+  mutable at::Tensor mask_;
 };
 
 /// Keys and values of the tokens so far, for every block, so that a token is run once.

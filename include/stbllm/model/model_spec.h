@@ -68,6 +68,7 @@ struct ModelSpec {
   bool has_final_norm = true;
   bool tied_head = false;       ///< the head is the embedding
   std::vector<bool> slot_bias;  ///< per slot of the architecture
+  std::vector<int32_t> stop_ids;  ///< tokens that end a text ("eos_token_id", one or several)
 
   /// Throws Error(kUnsupported) naming key and value of what is not implemented, Error(kCorrupt) for a
   /// missing key or a value of the wrong type or range.

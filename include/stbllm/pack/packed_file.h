@@ -20,7 +20,7 @@ inline constexpr int kPackedFormatVersion = 1;
 class PackedWriter {
  public:
   /// Throws as SafetensorsWriter does, and so do all members.
-  PackedWriter(std::filesystem::path path, bool force);
+  PackedWriter(std::filesystem::path path, bool force, const std::filesystem::path& scratch = {});
   /// Writes the planes of a linear as `<name>.codes`, `<name>.scales`, ... Bytes are on disk when this
   /// returns.
   void add_linear(const std::string& name, const StructuredBinaryMatrix& matrix);

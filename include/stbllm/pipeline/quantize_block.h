@@ -63,6 +63,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
                               const Recipe& recipe, const Plan& plan,
                               const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group = {});
 
+/// Who of `processes` quantizes which linear: each in turn, the largest first, goes to the one with the least to do.
+std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes);
 /// Gives every process the quantized linears; owners[i] is the one that has linears[i]. Does not know of what tuning changes.
 void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
               const ProcessGroup& group);

@@ -30,7 +30,7 @@ struct Calibration {
   nlohmann::json provenance; ///< corpus, sha256, counts, seed: stored in the packed file and in the fingerprint of a run
 };
 
-/// Random windows of a corpus for a tokenizer's model (GPTQ's protocol). Throws Error(kTooLittleText).
+/// Random windows of a corpus for a checkpoint's tokenizer, which do not overlap while the text lasts. Throws Error(kTooLittleText).
 /// A share of 1/8 of the `samples` windows (none when there are fewer than 8) is held out to choose shrinkage and to report
 /// errors. `distill_samples` more are for distillation only.
 Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples, int64_t distill_samples, int64_t seqlen,
@@ -70,7 +70,7 @@ at::Device calibration_device(const QuantizeOptions& options);
 void check_request(const std::filesystem::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group);
 
 /// Throws before the first expensive step: as check_request and plan_memory, and Error(kMismatch); later Error(kWriteFailed | kVerifyFailed |
-/// kInterrupted, see base/interrupt.h). Deterministic, whatever the number of threads and after a resume.
+/// kInterrupted, see base/interrupt.h). Deterministic, after a resume too and whatever the number of threads (trained: one or two).
 ///
 /// Several processes, all called with the same arguments, calibrate on their part of the windows and quantize their part of the
 /// linears. Process 0 alone has the work directory and writes the output; the others return when their last block is done,

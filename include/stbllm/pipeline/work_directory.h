@@ -20,12 +20,15 @@ class WorkDirectory {
   /// existing one is discarded with `force`, and Error(kExists) without, where it is not a work directory, or where another run is
   /// at work in it.
   WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
-  /// A directory without a finished block is of no use and goes.
+  /// A directory without a plan or a finished block is of no use and goes.
   ~WorkDirectory();
   WorkDirectory(const WorkDirectory&) = delete;
   WorkDirectory& operator=(const WorkDirectory&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
+  /// What save_plan() was given, or null. The file appears by rename.
+  nlohmann::json load_plan() const;
+  void save_plan(const nlohmann::json& plan) const;
   /// A block's file appears by rename: it is complete or not there.
   void save(int64_t block, const QuantizedBlock& quantized) const;
   /// Block `block` of an earlier run, or nothing.
