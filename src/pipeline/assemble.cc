@@ -172,7 +172,10 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
   fs::create_directories(output, error);
   check(output);
   for (const std::string_view name : kCheckpointFiles)  // those of another model would be mixed with this one's
-    if (!fs::exists(scratch / name)) fs::remove(output / name, error);
+    if (!fs::exists(scratch / name)) {
+      fs::remove(output / name, error);
+      check(output / name);
+    }
   for (const auto& entry : fs::directory_iterator(scratch)) {
     move_file(entry.path(), output / entry.path().filename(), error);
     check(output / entry.path().filename());

@@ -147,6 +147,7 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
         const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
+        check_outputs(report, linear.name);
         const double error = report.holdout_error < 0 ? report.output_error : report.holdout_error;
         own[l].codes.push_back({pack_weight(binarized, linear.name).bytes(), error});
         if (c != kMeasuredCode) continue;

@@ -82,6 +82,11 @@ std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
   return owners;
 }
 
+void check_outputs(const LinearReport& report, const std::string& linear) {
+  if (!std::isfinite(report.output_error))
+    fail(ErrorCode::kCorrupt, "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights", linear);
+}
+
 TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
   for (const LinearSpec& linear : linears)
     if (auto& accumulator = accumulators_[static_cast<size_t>(linear.tap)]; !accumulator) accumulator.emplace(linear.cols, token_weights);
@@ -161,8 +166,7 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     LinearResult& result = quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
     BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
                                              stats[static_cast<size_t>(linear.tap)], own, &result.report);
-    if (!std::isfinite(result.report.output_error))
-      fail(ErrorCode::kCorrupt, "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights", linear.name);
+    check_outputs(result.report, linear.name);
     result.salient_share = weight.salient_share();
     const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
     if (std::none_of(linears.begin() + static_cast<int64_t>(i) + 1, linears.end(), reads_the_same)) stats[static_cast<size_t>(linear.tap)] = {};

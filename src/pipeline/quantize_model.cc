@@ -208,7 +208,8 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
   const int64_t block_count = options.quantized_blocks(spec);
   check_budget(spec, recipe, block_count);
 
-  const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, provenance, recipe, ids_of(std::span(calibration.windows).subspan(calibration.distill_only)), options, group);
+  const at::Tensor calibrating_ids = ids_of(std::span(calibration.windows).subspan(calibration.distill_only));  // of all processes
+  const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, provenance, recipe, calibrating_ids, options, group);
   std::optional<WorkDirectory> work;  // of process 0
   if (group.rank() == 0) work.emplace(options.output, fingerprint, options.resume, options.force);
   check_same_inputs(fingerprint, options, group);

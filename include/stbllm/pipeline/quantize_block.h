@@ -63,6 +63,9 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
                               const Recipe& recipe, const Plan& plan,
                               const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group = {});
 
+/// Throws Error(kCorrupt) where the outputs of a linear were not finite.
+void check_outputs(const LinearReport& report, const std::string& linear);
+
 /// Who of `processes` quantizes which linear: each in turn, the largest first, goes to the one with the least to do.
 std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes);
 /// Gives every process the quantized linears; owners[i] is the one that has linears[i]. Does not know of what tuning changes.
