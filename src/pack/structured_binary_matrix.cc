@@ -212,6 +212,12 @@ int64_t plane_bytes(const Layout& layout, Plane plane) {
   return bytes;
 }
 
+int64_t layout_bytes(const Layout& layout) {
+  int64_t bytes = 0;
+  for (int p = 0; p < kPlaneCount; ++p) bytes += plane_bytes(layout, static_cast<Plane>(p));
+  return bytes;
+}
+
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols) {
   uint64_t rank = 0, level_digits = 0, signs = 0, weight = 1;
   for (int k = 0; k < nm.keep; ++k) {

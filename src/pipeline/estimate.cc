@@ -49,12 +49,6 @@ double seconds_of(const std::function<void()>& work) {
   return seconds_now() - started;
 }
 
-int64_t layout_bytes(const Layout& layout) {
-  int64_t bytes = 0;
-  for (int p = 0; p < kPlaneCount; ++p) bytes += plane_bytes(layout, static_cast<Plane>(p));
-  return bytes;
-}
-
 int64_t dense_tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tensor, RowCoding coding) {
   const int64_t rows = tensor.shape[0], cols = tensor.shape.size() > 1 ? tensor.shape[1] : 1;
   if (coding == RowCoding::kFloat16) return 2 * rows * cols;

@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "stbllm/base/bits.h"
-#include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/pipeline/pack_weight.h"
@@ -102,9 +101,7 @@ struct Offers {
 void broadcast(Offers& offers, const ProcessGroup& group, int root) {
   nlohmann::json facts = {{"outliers", offers.outliers}, {"codes", nlohmann::json::array()}};
   for (const Offer& offer : offers.codes) facts["codes"].push_back({offer.bytes, offer.error});
-  std::string text = facts.dump();
-  group.broadcast(text, root);
-  facts = nlohmann::json::parse(text);
+  group.broadcast(facts, root);
   offers = {{}, facts.at("outliers")};
   for (const auto& [bytes, error] : facts.at("codes").get<std::vector<std::pair<int64_t, double>>>()) offers.codes.push_back({bytes, error});
 }
@@ -159,7 +156,7 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
       for (Offer& offer : own[l].codes) offer.error *= unit;
     }
     for (size_t l = 0; l < linears.size(); ++l) {
-      if (group.size() > 1) broadcast(own[l], group, owners[l]);
+      broadcast(own[l], group, owners[l]);
       // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
       plan.at(linears[l].name).max_outliers = own[l].outliers;
       names.push_back(linears[l].name);
@@ -193,11 +190,9 @@ void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
   int64_t least = 0;
   for (const LinearSpec& linear : spec.linears(0)) {
     const auto& [nm, levels] = kBudgetCodes[0];
-    const Layout layout{linear.rows, linear.cols, nm, levels, recipe.column_block, recipe.scale_bits};
-    for (int p = 0; p < kPlaneCount; ++p) least += plane_bytes(layout, static_cast<Plane>(p));
+    least += layout_bytes({linear.rows, linear.cols, nm, levels, recipe.column_block, recipe.scale_bits});
   }
-  if (const int64_t bytes = budget_bytes(spec, recipe, blocks); blocks * least > bytes)
-    fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", bytes, blocks * least);
+  check_affordable(blocks * least, budget_bytes(spec, recipe, blocks));
 }
 
 BudgetWork budget_work(const ModelSpec& spec) {

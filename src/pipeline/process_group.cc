@@ -14,6 +14,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "stbllm/base/error.h"
@@ -171,11 +172,13 @@ double ProcessGroup::all_reduce(double value) const {
   return tensor.item<double>();
 }
 
-void ProcessGroup::broadcast(std::string& text, int root) const {
+void ProcessGroup::broadcast(nlohmann::json& value, int root) const {
   if (size_ == 1) return;
+  std::string text = value.dump();
   at::Tensor bytes = at::from_blob(text.data(), {static_cast<int64_t>(text.size())}, at::kByte).clone();
   broadcast(bytes, root);
-  text.assign(static_cast<const char*>(bytes.data_ptr()), bytes.numel());
+  const auto* first = static_cast<const char*>(bytes.data_ptr());
+  value = nlohmann::json::parse(first, first + bytes.numel());
 }
 
 int local_rank() { return std::getenv("LOCAL_RANK") == nullptr ? 0 : integer_variable("LOCAL_RANK", 0, 127); }

@@ -49,9 +49,7 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
     facts = {{"result", to_json(result, /*with_seconds=*/true)},
              {"column_block", weight.column_block},
              {"scale_bits", weight.scale_bits}};
-  std::string text = facts.dump();
-  group.broadcast(text, root);
-  facts = nlohmann::json::parse(text);
+  group.broadcast(facts, root);
   result = linear_result_from_json(facts.at("result"));
   weight.nm = result.code.nm;
   weight.levels = result.code.levels;

@@ -44,9 +44,9 @@ constexpr size_t kVerifiedWindows = 2, kVerifiedTokens = 512;
 void check_same_inputs(const nlohmann::json& fingerprint, const QuantizeOptions& options, const ProcessGroup& group) {
   nlohmann::json own = fingerprint;
   own["report"] = options.compare_blocks;
-  std::string first = own.dump();
+  nlohmann::json first = own;
   group.broadcast(first, 0);
-  const std::string difference = first_difference(nlohmann::json::parse(first), own);
+  const std::string difference = first_difference(first, own);
   if (!difference.empty())
     fail(ErrorCode::kMismatch, "process {} was started with other inputs than process 0 ({}); start all with the same command", group.rank(), difference);
 }
@@ -246,9 +246,8 @@ QuantizeResult quantize_blocks(const Checkpoint& checkpoint, const Calibration& 
       kept = to_json(plan_model(checkpoint, decoder, calibration, hidden, block_count, recipe, group));
       if (work && recipe.allocation == Allocation::kBudget) work->save_plan(kept);
     }
-    std::string text = kept.dump();
-    group.broadcast(text, 0);
-    return plan_from_json(nlohmann::json::parse(text));
+    group.broadcast(kept, 0);
+    return plan_from_json(kept);
   }();
   if (recipe.allocation == Allocation::kOutlier) embed_windows(hidden);  // the plan took the first ones along
   log::info("plan: {} ({})", describe(plan, spec, block_count), recipe.to_json()["allocation"].get<std::string>());

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/text_file.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/pack_weight.h"
 
@@ -105,15 +106,7 @@ nlohmann::json WorkDirectory::load_plan() const {
   return plan;
 }
 
-void WorkDirectory::save_plan(const nlohmann::json& plan) const {
-  const fs::path fresh = path_ / "plan.part";
-  std::ofstream file(fresh);
-  file << plan.dump(1) << '\n';
-  file.close();
-  std::error_code error;
-  if (file) fs::rename(fresh, path_ / kPlan, error);
-  if (!file || error) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", path_.string());
-}
+void WorkDirectory::save_plan(const nlohmann::json& plan) const { write_text(path_ / kPlan, plan.dump(1) + '\n'); }
 
 void WorkDirectory::save(int64_t block, const QuantizedBlock& quantized) const { save(path_ / block_file(block), quantized); }
 
@@ -124,10 +117,7 @@ void WorkDirectory::save_distilled(const std::vector<QuantizedBlock>& blocks, co
   std::error_code ignored;
   fs::remove_all(directory, ignored);
   save_all(directory, blocks);
-  std::ofstream file(directory / kDistilled);  // last: where it is, all blocks are
-  file << nlohmann::json{{"inputs", inputs}, {"report", report}}.dump(1) << '\n';
-  file.close();
-  if (!file) fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk", directory.string());
+  write_text(directory / kDistilled, nlohmann::json{{"inputs", inputs}, {"report", report}}.dump(1) + '\n');  // last: where it is, all blocks are
 }
 
 std::optional<DistillReport> WorkDirectory::load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs) const {

@@ -40,6 +40,10 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
 
 std::string Code::str() const { return levels == 1 ? nm.str() : fmt::format("{}x{}", nm.str(), levels); }
 
+void check_affordable(int64_t least, int64_t budget) {
+  if (least > budget) fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget, least);
+}
+
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget) {
   struct Step {
     size_t linear, offer;
@@ -67,7 +71,7 @@ std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& of
       from = best.offer;
     }
   }
-  if (total > budget) fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget, total);
+  check_affordable(total, budget);
   // The steps of a linear come with falling gain, so that a stable sort keeps their order.
   std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.saved_per_byte > b.saved_per_byte; });
   std::vector<bool> closed(offers.size());

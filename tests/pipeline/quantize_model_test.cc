@@ -100,6 +100,14 @@ class Workplace {
       if (name.starts_with("block_") && std::stoll(name.substr(6)) >= blocks) fs::remove(work / name);
     ASSERT_TRUE(blocks == 0 || fs::exists(work / fmt::format("block_{:03}.safetensors", blocks - 1)));
   }
+  /// What continues such a run, which is made here.
+  QuantizeOptions to_resume(const Recipe& recipe, int64_t blocks, const std::string& output = "packed") const {
+    QuantizeOptions options;
+    options.output = results() / output;
+    leave_unfinished(recipe, options.output, blocks);
+    options.resume = true;
+    return options;
+  }
 
   double perplexity(const fs::path& model) const {
     const LoadedModel loaded = load_model(model.string(), "cpu", "float32");
@@ -234,12 +242,9 @@ TEST(QuantizeModelBudget, ItsPlanOutlivesAnInterruption) {
   recipe.allocation = Allocation::kBudget;
   recipe.target_bpw = 1.7;
   const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
-  QuantizeOptions options;
-  options.output = place.results() / "packed";
-  place.leave_unfinished(recipe, options.output, 0);
+  const QuantizeOptions options = place.to_resume(recipe, 0);
   const fs::path plan = options.output.string() + ".work/plan.json";
   const std::string planned = read_all(plan);
-  options.resume = true;
   test::write_text(plan, "{");
   expect_error(ErrorCode::kCorrupt, "plan.json", [&] { place.quantize(recipe, options); });  // it is read, not made again
   test::write_text(plan, planned);
@@ -287,10 +292,7 @@ TEST_P(SameBytes, AfterAnInterruption) {
   const Workplace place(test::tiny_llama());
   const std::string undisturbed = read_all(place.quantize(recipe_, "undisturbed"));
   for (const int64_t finished : {0, 1, 2}) {
-    QuantizeOptions options;
-    options.output = place.results() / fmt::format("resumed-{}", finished);
-    place.leave_unfinished(recipe_, options.output, finished);
-    options.resume = true;
+    const QuantizeOptions options = place.to_resume(recipe_, finished, fmt::format("resumed-{}", finished));
     place.quantize(recipe_, options);
     EXPECT_TRUE(read_all(options.output) == undisturbed) << finished << " blocks were finished";
     EXPECT_FALSE(fs::exists(options.output.string() + ".work"));
@@ -308,10 +310,7 @@ TEST(Interruption, StopsARunAndSaysHowToGoOn) {
   const Workplace place(test::tiny_llama());
   const Recipe recipe = Recipe::load("rtn");
   const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
-  QuantizeOptions options;
-  options.output = place.results() / "packed";
-  place.leave_unfinished(recipe, options.output, 1);
-  options.resume = true;
+  const QuantizeOptions options = place.to_resume(recipe, 1);
   request_interrupt();
   expect_error(ErrorCode::kInterrupted, "--resume", [&] { place.quantize(recipe, options); });
   EXPECT_FALSE(fs::exists(options.output));
@@ -332,10 +331,7 @@ TEST(Interruption, BeforeTheFirstBlockLeavesNothing) {
 TEST(Resume, IsRefusedWithOtherInputs) {
   const Workplace place(test::tiny_llama());
   const Recipe recipe = Recipe::load("rtn");
-  QuantizeOptions options;
-  options.output = place.results() / "packed";
-  place.leave_unfinished(recipe, options.output, 1);
-  options.resume = true;
+  const QuantizeOptions options = place.to_resume(recipe, 1);
 
   Recipe other = recipe;
   other.nm = {6, 8};
@@ -369,14 +365,11 @@ TEST(Resume, IsRefusedWithADamagedBlock) {
   const Workplace place(test::tiny_llama());
   const Recipe recipe = Recipe::load("stbllm");
   const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
-  QuantizeOptions options;
-  options.output = place.results() / "packed";
-  place.leave_unfinished(recipe, options.output, 2);
+  const QuantizeOptions options = place.to_resume(recipe, 2);
   const fs::path block = options.output.string() + ".work/block_000.safetensors";
   std::string bytes = read_all(block);
   bytes[bytes.size() - 500] ^= 4;
   test::write_text(block, bytes);
-  options.resume = true;
   expect_error(ErrorCode::kCorrupt, "remove this file", [&] { place.quantize(recipe, options); });
   fs::remove(block);
   place.quantize(recipe, options);

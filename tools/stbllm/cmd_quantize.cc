@@ -11,6 +11,7 @@
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/base/reproducible.h"
+#include "stbllm/base/text_file.h"
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/estimate.h"

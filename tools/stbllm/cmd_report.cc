@@ -7,6 +7,7 @@
 #include "commands.h"
 #include "report_page.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/text_file.h"
 
 namespace stbllm {
 namespace {

@@ -29,7 +29,5 @@ std::string human_bytes(double bytes);
 /// `json` with a line break behind it. Bytes that are not UTF-8, such as those of a path, become U+FFFD.
 std::string json_text(const nlohmann::json& json);
 void print_json(const nlohmann::json& json);
-/// Writes a whole file: it appears by rename, complete or not at all. Throws Error(kWriteFailed).
-void write_text(const std::filesystem::path& path, const std::string& text);
 
 }  // namespace stbllm

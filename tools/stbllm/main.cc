@@ -4,12 +4,10 @@
 #include <c10/util/Exception.h>
 #include <omp.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <cstdio>
 #include <exception>
-#include <fstream>
 #include <iostream>
 
 #include "commands.h"
@@ -45,16 +43,6 @@ std::string human_bytes(double bytes) {
 std::string json_text(const nlohmann::json& json) { return json.dump(1, ' ', /*ensure_ascii=*/false, nlohmann::json::error_handler_t::replace) + '\n'; }
 
 void print_json(const nlohmann::json& json) { std::cout << json_text(json); }
-
-void write_text(const std::filesystem::path& path, const std::string& text) {
-  const std::filesystem::path unfinished = fmt::format("{}.part-{}", path.string(), ::getpid());
-  std::ofstream file(unfinished, std::ios::binary);
-  file << text;
-  file.close();
-  std::error_code error;
-  if (file) std::filesystem::rename(unfinished, path, error);
-  if (!file || error) fail(ErrorCode::kWriteFailed, "{}: cannot be written; check the path and the disk", path.string());
-}
 
 namespace {
 

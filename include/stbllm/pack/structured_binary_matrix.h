@@ -70,6 +70,7 @@ std::string_view plane_dtype(Plane plane);
 std::vector<int64_t> plane_shape(const Layout& layout, Plane plane);
 /// Bytes of the plane; 0 when the layout has none.
 int64_t plane_bytes(const Layout& layout, Plane plane);
+int64_t layout_bytes(const Layout& layout);  ///< of all planes
 
 /// A group's content: kept positions (ascending), their levels and signs. Only the first N entries count.
 struct GroupSymbols {

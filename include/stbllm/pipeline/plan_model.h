@@ -12,8 +12,9 @@ namespace stbllm {
 /// which the allocation `outlier` uses up.
 ///
 /// `budget` spends Recipe::target_bpw on the first `blocks`, which are those that will be quantized: it offers each linear a few
-/// codes, quantized without refit and descent on what a few of the windows give it in the dense model. Processes divide the linears. The error of an offer is that of its block's outputs, relative to
-/// each token's norm, with that linear alone replaced: measured for one code, scaled by the relative output errors of the others.
+/// codes, quantized without refit and descent on what a few of the windows give it in the dense model. The error of an offer is that
+/// of its block's outputs, relative to each token's norm, with that linear alone replaced: measured for one code, scaled by the
+/// relative output errors of the others. Processes divide the linears, and all get the same plan.
 Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration, at::Tensor& hidden, int64_t blocks,
                 const Recipe& recipe, const ProcessGroup& group);
 

@@ -12,6 +12,7 @@
 
 #include <chrono>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 namespace stbllm {
@@ -41,7 +42,7 @@ class ProcessGroup {
   double all_reduce(double value) const;
   /// Gives every process what `root` holds; shape and dtype come along, and so does an undefined tensor.
   void broadcast(at::Tensor& tensor, int root) const;
-  void broadcast(std::string& text, int root) const;
+  void broadcast(nlohmann::json& value, int root) const;
 
  private:
   struct Gloo;

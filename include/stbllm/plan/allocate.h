@@ -35,10 +35,13 @@ struct Offer {
   double error = 0;  ///< comparable between linears
 };
 
+/// Throws Error(kUsage) where `least` bytes, those of the smallest codes, are more than `budget`.
+void check_affordable(int64_t least, int64_t budget);
+
 /// `budget`: one of offers[i] for each linear i, such that the errors add up to little and the bytes to no more than `budget`.
 /// Goes along the lower convex hulls of (bytes, error) from the smallest offers, always the step that saves the most error per
-/// byte and still fits: at every budget that is the end of a step the best choice there is. Throws Error(kUsage) where the
-/// smallest offers take more.
+/// byte and still fits: at every budget that is the end of a step the best choice there is. Throws as
+/// check_affordable() does.
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget);
 
 /// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".
