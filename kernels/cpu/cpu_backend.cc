@@ -1,15 +1,19 @@
 // y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of four ways:
 //
-//  panels    for each tile of 64 rows and chunk of up to 128 columns: decode the weights once, multiply by all tokens.
-//            float32 activations go this way and are used as they are; others where there is neither lookup nor integer product.
-//  integers  the same with weights as integer levels and activations on a grid of a power of two per token and chunk:
+//  panels    for each tile of 64 rows and chunk of up to 128 columns: decode the weights once, multiply by
+//  all tokens.
+//            float32 activations go this way and are used as they are; others where there is neither lookup
+//            nor integer product.
+//  integers  the same with weights as integer levels and activations on a grid of a power of two per token
+//  and chunk:
 //            where there are many tokens.
 //  rows      dot products with rows of integers (embedding and head), for few tokens.
 //  lookups   for each chunk: tabulate what every state of a group contributes to the dot product with these
-//            activations, then add up one table entry per row and group. Activations are on such a grid too, fine
-//            enough that sums just fit 16 bits; the sums are exact.
+//            activations, then add up one table entry per row and group. Activations are on such a grid too,
+//            fine enough that sums just fit 16 bits; the sums are exact.
 //
-// No result depends on the number of threads: an element of y belongs to one thread and its chunks are added in order.
+// No result depends on the number of threads: an element of y belongs to one thread and its chunks are added
+// in order.
 
 #include <omp.h>
 
@@ -34,7 +38,8 @@ constexpr int64_t kTableBudget = 512 * 1024;
 constexpr int64_t kLookupsPerThread = 1 << 17;
 constexpr int64_t kProductsPerThread = 1 << 17;
 
-// Threads share a tile at multiples of so many tokens: whole passes of a kernel, and enough to be worth decoding the tile twice.
+// Threads share a tile at multiples of so many tokens: whole passes of a kernel, and enough to be worth
+// decoding the tile twice.
 constexpr int64_t kShareTokens = 24;
 
 int thread_count(int64_t work, int64_t work_per_thread, int64_t tiles) {
@@ -71,24 +76,30 @@ int64_t tile_rows(const MatrixView& m, int64_t tile) {
   return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
 }
 
-const MatrixView& matrix_of(const Product& product) { return static_cast<const CpuMatrix&>(*product.matrix).view(); }
+const MatrixView& matrix_of(const Product& product) {
+  return static_cast<const CpuMatrix&>(*product.matrix).view();
+}
 
-// The first of `products` whose activations, made ready, serve the last one too: itself if there is no earlier one.
+// The first of `products` whose activations, made ready, serve the last one too: itself if there is no
+// earlier one.
 template <typename T, typename Share>
 size_t find_maker(const std::vector<T>& products, const Share& share) {
-  return std::ranges::find_if(products, [&](const T& other) { return share(other.m, products.back().m); }) - products.begin();
+  return std::ranges::find_if(products, [&](const T& other) { return share(other.m, products.back().m); }) -
+         products.begin();
 }
 
 bool same_outliers(const MatrixView& a, const MatrixView& b) {
-  return std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns, b.outlier_columns + b.outliers);
+  return std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns,
+                    b.outlier_columns + b.outliers);
 }
 
-// What a thread multiplies: tiles times tokens are dealt out in equal shares, so that nobody waits. Where two threads share a
-// tile, both decode it. Calls visit(tile, first token, last token).
+// What a thread multiplies: tiles times tokens are dealt out in equal shares, so that nobody waits. Where two
+// threads share a tile, both decode it. Calls visit(tile, first token, last token).
 template <typename Visit>
 void for_each_share(int64_t tiles, int64_t tokens, const Visit& visit) {
   const int64_t parts = ceil_div(tokens, kShareTokens), all = tiles * parts;
-  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), last = all * (thread + 1) / threads;
+  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(),
+                last = all * (thread + 1) / threads;
   for (int64_t at = all * thread / threads, next; at < last; at = next) {
     const int64_t tile = at / parts;
     next = std::min(last, (tile + 1) * parts);
@@ -98,13 +109,15 @@ void for_each_share(int64_t tiles, int64_t tokens, const Visit& visit) {
 
 // --- panels ---
 
-void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
+void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
+                     const ActivationView& y) {
   const int64_t tokens = x.tokens, width = m.chunk_columns;
   // Activations as (chunks, tokens, width): what one panel needs lies together.
   thread_local AlignedVector<float> scratch;
   float* floats = grow(scratch, m.chunks * tokens * width);
 
-#pragma omp parallel num_threads(thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles* ceil_div(tokens, kShareTokens)))
+#pragma omp parallel num_threads( \
+    thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles* ceil_div(tokens, kShareTokens)))
   {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < tokens; ++token)
@@ -115,22 +128,26 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
         std::fill_n(to + count, width - count, 0.0f);
       }
 
-    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)), sums(static_cast<size_t>(tokens * kTileRows));
+    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)),
+        sums(static_cast<size_t>(tokens * kTileRows));
     for_each_share(m.tiles, tokens, [&](int64_t tile, int64_t first, int64_t last) {
       std::fill_n(sums.data(), (last - first) * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode(m, tile, chunk, panel.data());
-        kernels.multiply(panel.data(), width, floats + (chunk * tokens + first) * width, last - first, sums.data(), kTileRows);
+        kernels.multiply(panel.data(), width, floats + (chunk * tokens + first) * width, last - first,
+                         sums.data(), kTileRows);
       }
       for (int64_t token = first; token < last; ++token)
-        store_result(kernels, &sums[(token - first) * kTileRows], tile_rows(m, tile), y, token * m.rows + tile * kTileRows);
+        store_result(kernels, &sums[(token - first) * kTileRows], tile_rows(m, tile), y,
+                     token * m.rows + tile * kTileRows);
     });
   }
 }
 
 // --- rows of integers, few tokens ---
 
-void multiply_rows(const Kernels& kernels, const MatrixView& m, const ActivationView& x, const ActivationView& y) {
+void multiply_rows(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
+                   const ActivationView& y) {
   const int64_t width = m.chunks * m.chunk_columns;
   thread_local AlignedVector<float> scratch;
   float* arranged = grow(scratch, x.tokens * (width + m.cols));
@@ -139,15 +156,18 @@ void multiply_rows(const Kernels& kernels, const MatrixView& m, const Activation
   std::fill_n(arranged, x.tokens * width, 0.0f);
   for (int64_t t = 0; t < x.tokens; ++t)
     for (int64_t c = 0; c < m.cols; ++c) {
-      const int64_t first = c / m.chunk_columns * m.chunk_columns;  // in which column c stands at c % 4 * 16 + c / 4
+      const int64_t first =
+          c / m.chunk_columns * m.chunk_columns;  // in which column c stands at c % 4 * 16 + c / 4
       arranged[t * width + first + c % 4 * (m.chunk_columns / 4) + (c - first) / 4] = values[t * m.cols + c];
     }
 
-#pragma omp parallel for schedule(static) num_threads(thread_count(x.tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
+#pragma omp parallel for schedule(static) \
+    num_threads(thread_count(x.tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
   for (int64_t tile = 0; tile < m.tiles; ++tile) {
     float sums[kFewTokens * kTileRows];
     kernels.multiply_rows(m, tile, arranged, x.tokens, sums);
-    for (int64_t t = 0; t < x.tokens; ++t) store_result(kernels, sums + t * kTileRows, tile_rows(m, tile), y, t * m.rows + tile * kTileRows);
+    for (int64_t t = 0; t < x.tokens; ++t)
+      store_result(kernels, sums + t * kTileRows, tile_rows(m, tile), y, t * m.rows + tile * kTileRows);
   }
 }
 
@@ -166,8 +186,8 @@ void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationVie
 }
 
 // Adds the outlier columns, which integers and tables leave out.
-void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x, int64_t first_token,
-                  int64_t tokens, float* sums, int64_t stride) {
+void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x,
+                  int64_t first_token, int64_t tokens, float* sums, int64_t stride) {
   if (m.outliers == 0) return;
   thread_local AlignedVector<float> scratch;
   float* panel = grow(scratch, m.outliers * (kTileRows + tokens));
@@ -183,14 +203,15 @@ void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, con
 struct IntegerProduct {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t first_tile;    // of all matrices in a row
-  size_t maker = 0;      // whose integers serve this one
+  int64_t first_tile;  // of all matrices in a row
+  size_t maker = 0;    // whose integers serve this one
   // (chunks, tokens, chunk_columns) and (chunks, tokens): what one panel needs lies together.
   int16_t* integers = nullptr;
   float* steps = nullptr;
 };
 
-// Whether two matrices take the same activations as the same integers: those with as wide sums and the same outlier columns.
+// Whether two matrices take the same activations as the same integers: those with as wide sums and the same
+// outlier columns.
 bool share_integers(const MatrixView& a, const MatrixView& b) {
   return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
 }
@@ -222,7 +243,8 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
     steps += own_steps;
   }
 
-#pragma omp parallel num_threads(thread_count(tokens* rows* x.width, kProductsPerThread, tiles* ceil_div(tokens, kShareTokens)))
+#pragma omp parallel num_threads( \
+    thread_count(tokens* rows* x.width, kProductsPerThread, tiles* ceil_div(tokens, kShareTokens)))
   {
     for (size_t i = 0; i < all.size(); ++i) {
       const IntegerProduct& own = all[i];
@@ -232,7 +254,8 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
         for (int64_t chunk = 0; chunk < own.m.chunks; ++chunk) {
           alignas(64) float values[kChunkColumns];
           load_chunk(kernels, own.m, x, token, chunk, values);
-          kernels.to_integers(own.m, values, own.integers + (chunk * tokens + token) * own.m.chunk_columns, own.steps + chunk * tokens + token);
+          kernels.to_integers(own.m, values, own.integers + (chunk * tokens + token) * own.m.chunk_columns,
+                              own.steps + chunk * tokens + token);
         }
     }
 #pragma omp barrier
@@ -240,18 +263,21 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
     AlignedVector<int16_t> panel(kChunkColumns * kTileRows);
     AlignedVector<float> scales(kTileRows), sums(static_cast<size_t>(tokens * kTileRows));
     for_each_share(tiles, tokens, [&](int64_t at, int64_t first, int64_t last) {
-      const IntegerProduct& own = *std::find_if(all.rbegin(), all.rend(), [&](const IntegerProduct& each) { return each.first_tile <= at; });
+      const IntegerProduct& own = *std::find_if(
+          all.rbegin(), all.rend(), [&](const IntegerProduct& each) { return each.first_tile <= at; });
       const MatrixView& m = own.m;
       const int64_t tile = at - own.first_tile, count = last - first;
       std::fill_n(sums.data(), count * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode_integers(m, tile, chunk, panel.data(), scales.data());
-        kernels.multiply_integers(panel.data(), scales.data(), m.chunk_columns, own.integers + (chunk * tokens + first) * m.chunk_columns,
+        kernels.multiply_integers(panel.data(), scales.data(), m.chunk_columns,
+                                  own.integers + (chunk * tokens + first) * m.chunk_columns,
                                   own.steps + chunk * tokens + first, count, sums.data(), kTileRows);
       }
       add_outliers(kernels, m, tile, x, first, count, sums.data(), kTileRows);
       for (int64_t t = 0; t < count; ++t)
-        store_result(kernels, &sums[t * kTileRows], tile_rows(m, tile), own.y, (first + t) * m.rows + tile * kTileRows);
+        store_result(kernels, &sums[t * kTileRows], tile_rows(m, tile), own.y,
+                     (first + t) * m.rows + tile * kTileRows);
     });
   }
 }
@@ -278,14 +304,17 @@ struct Lookup {
   int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
 };
 
-// Whether two matrices have the same tables, given the same activations: those of one code with one level (several are part of
-// the tables) and of the same outlier columns (which are left out). A matrix shares with itself.
+// Whether two matrices have the same tables, given the same activations: those of one code with one level
+// (several are part of the tables) and of the same outlier columns (which are left out). A matrix shares with
+// itself.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
   if (&a == &b) return true;
-  return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group && same_outliers(a, b);
+  return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group &&
+         same_outliers(a, b);
 }
 
-// The thread's tiles of a matrix: those of all matrices are dealt out by the bytes of their codes, in whole strips.
+// The thread's tiles of a matrix: those of all matrices are dealt out by the bytes of their codes, in whole
+// strips.
 struct TileRange {
   int64_t first, last;
   TileRange(const Lookup& lookup, int64_t all_bytes) {
@@ -338,7 +367,8 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
     for (const Lookup& lookup : lookups) {
       const TileRange own(lookup, code_bytes);
       for (int64_t t = 0; t < tokens; ++t)
-        std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows, lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
+        std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows,
+                  lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
     }
 
     for (int64_t panel = 0; panel < all_chunks; panel += panel_chunks) {
@@ -350,14 +380,16 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
         for (int64_t i = 0; i < chunks * tokens; ++i) {
           alignas(64) float values[kChunkColumns];
           load_chunk(kernels, lookup.m, x, first + i % tokens, panel + i / tokens, values);
-          kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(), lookup.steps + i);
+          kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(),
+                           lookup.steps + i);
         }
       }
 #pragma omp barrier
       for (const Lookup& lookup : lookups) {
         const TileRange own(lookup, code_bytes);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
-          kernels.look_up(lookup.m, panel + chunk, own.first, own.last, lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
+          kernels.look_up(lookup.m, panel + chunk, own.first, own.last,
+                          lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
                           lookup.steps + chunk * tokens, tokens, lookup.sums, lookup.padded_rows);
       }
       const bool tables_serve_again = panel + panel_chunks < all_chunks || first + batch < x.tokens;
@@ -393,8 +425,8 @@ Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x)
   if (x.tokens < kManyTokens) return Way::kLookups;
   static const bool fast_lookups = permutes_fast();
   if (integers && !fast_lookups) return Way::kIntegers;
-  // Few rows make a table that costs more than looking things up in it. The two met at 6 to 30 rows per entry, as codes and
-  // processors were (stbllm-bench --models smollm2 --tokens 512).
+  // Few rows make a table that costs more than looking things up in it. The two met at 6 to 30 rows per
+  // entry, as codes and processors were (stbllm-bench --models smollm2 --tokens 512).
   constexpr int64_t kRowsPerEntry = 16;
   if (m.rows >= kRowsPerEntry * m.entries) return Way::kLookups;
   return integers ? Way::kIntegers : Way::kPanels;
@@ -412,16 +444,19 @@ class CpuBackend : public Backend {
     return std::make_unique<CpuMatrix>(rows, kernels_);
   }
 
-  void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y, void*) const override {
+  void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y,
+              void*) const override {
     const Product product{&prepared, y};
     matmul_all({&product, 1}, x);
   }
 
-  void matmul_all(std::span<const Product> products, const ActivationView& x, void* = nullptr) const override {
+  void matmul_all(std::span<const Product> products, const ActivationView& x,
+                  void* = nullptr) const override {
     std::vector<Product> looked_up, as_integers;
     for (const Product& product : products) {
       const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
-      STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}", matrix.kernels().name, kernels_.name);
+      STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
+                   matrix.kernels().name, kernels_.name);
       const MatrixView& m = matrix.view();
       check_activations(m.rows, m.cols, x, product.y);
       switch (way_of(kernels_, m, x)) {

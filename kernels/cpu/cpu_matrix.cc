@@ -69,10 +69,16 @@ Coding choose_lookups_of_digits(const Layout& layout) {
           .terms = columns};
 }
 
-// The same in tables of 16 entries: two columns with one level, one column with more. Costs 2 or 4 bits a weight.
+// The same in tables of 16 entries: two columns with one level, one column with more. Costs 2 or 4 bits a
+// weight.
 Coding choose_nibbles(const Layout& layout) {
   const int columns = layout.levels == 1 ? 2 : 1;
-  return {.form = CodeForm::kNibbles, .nm = {columns, columns}, .code_bits = 4, .digits = true, .entries = 16, .terms = columns};
+  return {.form = CodeForm::kNibbles,
+          .nm = {columns, columns},
+          .code_bits = 4,
+          .digits = true,
+          .entries = 16,
+          .terms = columns};
 }
 
 Coding choose_coding(const Layout& layout, int64_t chunk_columns, const Kernels& kernels) {
@@ -191,7 +197,8 @@ CpuMatrix::CpuMatrix(QuantizedRows rows, const Kernels& kernels) : kernels_(kern
   half_scales_.assign(static_cast<size_t>(m.chunks * m.tiles * kTileRows), 0);
   for (int64_t row = 0; row < m.rows; ++row)
     for (int64_t chunk = 0; chunk < m.chunks; ++chunk)
-      std::memcpy(&half_scales_[chunk * m.tiles * kTileRows + row], rows_.scales().data() + 2 * (row * m.chunks + chunk), 2);
+      std::memcpy(&half_scales_[chunk * m.tiles * kTileRows + row],
+                  rows_.scales().data() + 2 * (row * m.chunks + chunk), 2);
   m.half_scales = half_scales_.data();
 }
 
@@ -376,7 +383,8 @@ void CpuMatrix::store_codes(const StructuredBinaryMatrix& matrix) {
           if (m.form == CodeForm::kWords)
             for (int w = 0; w < words; ++w) std::memcpy(out + (w * kTileRows + lane) * 2, &line[w], 2);
           else
-            for (int b = 0; b < 2 * words; ++b) std::memcpy(out + b * kTileRows + r, reinterpret_cast<const uint8_t*>(line.data()) + b, 1);
+            for (int b = 0; b < 2 * words; ++b)
+              std::memcpy(out + b * kTileRows + r, reinterpret_cast<const uint8_t*>(line.data()) + b, 1);
           continue;
         }
         const int64_t first = chunk * groups, count = std::min(groups, present_groups - first);
@@ -463,8 +471,9 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
-  return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_, scale_codes_, row_scales_,
-                               salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
+  return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, half_base_, half_scales_,
+                               scale_codes_, row_scales_, salient_columns_, salient_signs_, outlier_columns_,
+                               outlier_values_);
 }
 
 }  // namespace stbllm::cpu

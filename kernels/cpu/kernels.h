@@ -2,8 +2,9 @@
 // What every instruction set provides, and the matrix as its kernels see it. README.md tells how it fits
 // together.
 //
-// Files that include this are compiled for different machines, so it holds plain data only: an inline function or a container here
-// could be compiled with AVX and then be chosen by the linker for everyone. (What is always inlined, like lanes.h, could not.)
+// Files that include this are compiled for different machines, so it holds plain data only: an inline
+// function or a container here could be compiled with AVX and then be chosen by the linker for everyone.
+// (What is always inlined, like lanes.h, could not.)
 
 #include <cstdint>
 
@@ -19,13 +20,13 @@ inline constexpr int kMaxSlots =
 
 /// How prepare() stores the group codes.
 enum class CodeForm {
-  kPlane,   ///< as in the file, row after row
-  kWords,   ///< 16-bit words that are interleaved over the rows of a tile: the bits of the file (codes of 3..7 bits),
-            ///< or the symbols of a few columns as a number
-  kBytes,   ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
-  kHalves,  ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
-  kNibbles, ///< four bits for the symbols of two columns, of one column where there are two or three levels
-  kRows,    ///< QuantizedRows: an integer per weight, as in the file
+  kPlane,  ///< as in the file, row after row
+  kWords,  ///< 16-bit words that are interleaved over the rows of a tile: the bits of the file (codes of 3..7
+           ///< bits), or the symbols of a few columns as a number
+  kBytes,    ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
+  kHalves,   ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
+  kNibbles,  ///< four bits for the symbols of two columns, of one column where there are two or three levels
+  kRows,     ///< QuantizedRows: an integer per weight, as in the file
 };
 
 /// A table entry is a sum of sources: column c of the group at level l is source l * group + c, its negative
@@ -52,9 +53,9 @@ struct MatrixView {
   CodeForm form;
   bool signs;
   int strip_tiles;  ///< tiles that are interleaved; the last strip may have fewer
-  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. kRows: (rows, code_row_bytes), integers of code_bits, the even column in the
-  /// low half of a byte. Otherwise (chunks, strips): what a pass over a strip of tiles reads, in that order, so that codes stream from
-  /// memory. With n tiles in the strip:
+  /// kPlane: (rows, code_row_bytes) and 8 bytes of slack. kRows: (rows, code_row_bytes), integers of
+  /// code_bits, the even column in the low half of a byte. Otherwise (chunks, strips): what a pass over a
+  /// strip of tiles reads, in that order, so that codes stream from memory. With n tiles in the strip:
   ///   kWords   (code_bits * groups / 16, 64) words of 16 bits, n = 1
   ///   kBytes   (groups, n, 64) bytes, then with signs (groups, n, 64) bits
   ///   kHalves  (groups / 2, 3, n, 64) bytes: left index and top right bit of an even and an odd group, 4 + 4
@@ -109,19 +110,20 @@ struct Kernels {
   void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
                    int64_t y_stride);
 
-  // The same with integers, for all forms but kPlane; null where the machine has no such product. The products leave out the
-  // outlier columns.
-  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x is zero at outlier columns, whose
-  /// weights therefore do not matter, and behind the last column.
+  // The same with integers, for all forms but kPlane; null where the machine has no such product. The
+  // products leave out the outlier columns.
+  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x is zero at
+  /// outlier columns, whose weights therefore do not matter, and behind the last column.
   void (*to_integers)(const MatrixView&, const float* x, int16_t* to, float* step);
-  /// panel (pairs of columns, 64 rows, 2): weights as integers; scales (64): what these are to be multiplied by.
+  /// panel (pairs of columns, 64 rows, 2): weights as integers; scales (64): what these are to be multiplied
+  /// by.
   void (*decode_integers)(const MatrixView&, int64_t tile, int64_t chunk, int16_t* panel, float* scales);
   /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]; x has `columns` per token.
-  void (*multiply_integers)(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
-                            int64_t tokens, float* y, int64_t y_stride);
+  void (*multiply_integers)(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
+                            const float* steps, int64_t tokens, float* y, int64_t y_stride);
 
-  /// kRows, up to kFewTokens tokens: y[t][0..63] = the rows of a tile times x, whose chunks are in the order of the integers as
-  /// they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
+  /// kRows, up to kFewTokens tokens: y[t][0..63] = the rows of a tile times x, whose chunks are in the order
+  /// of the integers as they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
   void (*multiply_rows)(const MatrixView&, int64_t tile, const float* x, int64_t tokens, float* y);
 
   /// The tables of one token's chunk, in units of *step, a power of two: (128 / group, table_bytes). x holds

@@ -1,9 +1,9 @@
 // AVX2, FMA and F16C.
 //
-// Lookups. A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes become nibbles, two
-// columns each (one column with two or three levels). Two nibbles of 64 rows cost 8 shuffles, 8 unpacks to words, 8 additions,
-// 6 to split them and 6 loads. Machines start one to two shuffles or unpacks per cycle, so that one level does 16 to 32
-// weights per cycle, more levels half of that.
+// Lookups. A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes
+// become nibbles, two columns each (one column with two or three levels). Two nibbles of 64 rows cost 8
+// shuffles, 8 unpacks to words, 8 additions, 6 to split them and 6 loads. Machines start one to two shuffles
+// or unpacks per cycle, so that one level does 16 to 32 weights per cycle, more levels half of that.
 
 #include <immintrin.h>
 
@@ -53,13 +53,14 @@ STBLLM_INLINE void add_entries(const uint8_t* table, const __m256i (&index)[2], 
 // y[0..7] += step * scale * words
 STBLLM_INLINE void add_scaled(__m128i words, const float* scale, float step, float* y) {
   const __m256 sum = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words));
-  _mm256_store_ps(y, _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(step)), _mm256_load_ps(y)));
+  _mm256_store_ps(
+      y, _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(step)), _mm256_load_ps(y)));
 }
 
 // A tile's chunk for Tokens tokens, which share the extraction of the indices.
 template <int Tokens>
-STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t* tables, const float* scales, const float* steps, float* y,
-                                int64_t y_stride) {
+STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t* tables, const float* scales,
+                                const float* steps, float* y, int64_t y_stride) {
   const int64_t token_bytes = groups * kTableBytes;
   __m256i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
@@ -80,8 +81,8 @@ STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t*
     }
 }
 
-void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables, const float* steps, int64_t tokens,
-             float* y, int64_t y_stride) {
+void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
+             const float* steps, int64_t tokens, float* y, int64_t y_stride) {
   constexpr int kTogether = 2;
   const int groups = kChunkColumns / m.group;
   const int64_t block = chunk / m.chunks_per_block;
@@ -95,13 +96,17 @@ void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, co
       for (int r = 0; r < kTileRows; ++r) scales[r] = m.factors[m.scale_codes[at + r]];
     int64_t t = 0;
     for (; t + kTogether <= tokens; t += kTogether)
-      look_up_tile<kTogether>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t, y + t * y_stride + row, y_stride);
-    for (; t < tokens; ++t) look_up_tile<1>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t, y + t * y_stride + row, y_stride);
+      look_up_tile<kTogether>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t,
+                              y + t * y_stride + row, y_stride);
+    for (; t < tokens; ++t)
+      look_up_tile<1>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t,
+                      y + t * y_stride + row, y_stride);
   }
 }
 
-// An upper bound of the sum over groups of the largest contribution of any state: the `keep` largest magnitudes of a group are
-// at most their sum and at most `keep` times the largest. NaN and infinity propagate.
+// An upper bound of the sum over groups of the largest contribution of any state: the `keep` largest
+// magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and infinity
+// propagate.
 float bound_of(const MatrixView& m, const float* x) {
   float bound = 0, all = 0;
   for (int first = 0; first < kChunkColumns; first += m.file_group) {
@@ -125,9 +130,12 @@ void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step)
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
   alignas(32) int16_t integers[3][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
-    const __m256 factor = _mm256_set1_ps(m.levels > 1 ? m.level[level] : 1.0f), scale = _mm256_set1_ps(inverse);
+    const __m256 factor = _mm256_set1_ps(m.levels > 1 ? m.level[level] : 1.0f),
+                 scale = _mm256_set1_ps(inverse);
     for (int c = 0; c < kChunkColumns; c += 16) {
-      const auto rounded = [&](int from) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + from), factor), scale)); };
+      const auto rounded = [&](int from) {
+        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + from), factor), scale));
+      };
       const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded(c), rounded(c + 8)), 0xd8);
       _mm256_store_si256(reinterpret_cast<__m256i*>(&integers[level][c]), words);
     }
@@ -142,9 +150,13 @@ void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step)
   for (int g = 0; g < kChunkColumns / m.group; ++g) {
     __m256i sum = _mm256_setzero_si256();
     for (int s = 0; s < sources; ++s)
-      sum = _mm256_add_epi16(sum, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]), load(signs[s])));
-    const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)), _mm256_srli_epi16(sum, 8));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(tables + g * kTableBytes), _mm256_permute4x64_epi64(bytes, 0xd8));
+      sum = _mm256_add_epi16(
+          sum, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]),
+                                  load(signs[s])));
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)), _mm256_srli_epi16(sum, 8));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(tables + g * kTableBytes),
+                       _mm256_permute4x64_epi64(bytes, 0xd8));
   }
 }
 
@@ -164,7 +176,8 @@ void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
       for (int c = 0; c < m.group; ++c) {
         const __m256i table = load_bytes(m.unit_tables + c * kTableBytes);
         for (int half = 0; half < 2; ++half) {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(symbols[g * m.group + c] + 32 * half), _mm256_shuffle_epi8(table, index.even[half]));
+          _mm256_store_si256(reinterpret_cast<__m256i*>(symbols[g * m.group + c] + 32 * half),
+                             _mm256_shuffle_epi8(table, index.even[half]));
           _mm256_store_si256(reinterpret_cast<__m256i*>(symbols[(g + 1) * m.group + c] + 32 * half),
                              _mm256_shuffle_epi8(table, index.odd[half]));
         }

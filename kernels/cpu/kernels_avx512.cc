@@ -516,20 +516,22 @@ void decode_rows_by_shuffles(const MatrixView& m, int64_t tile, int64_t chunk, i
       } else {
         const auto bytes = static_cast<__mmask32>(~uint32_t{0} >> (32 - (part.columns + 1) / 2));
         const __m512i words = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, codes));
-        const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+        const __m512i nibbles =
+            _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
         rows[i] = _mm512_maskz_sub_epi8(present, nibbles, _mm512_set1_epi8(8));
       }
     }
     transpose_lanes(rows, by_octet);
-    for (int octet = 0; octet < 8; ++octet) _mm512_store_si512(octets + (octet * kTileRows + first) * 8, by_octet[octet]);
+    for (int octet = 0; octet < 8; ++octet)
+      _mm512_store_si512(octets + (octet * kTileRows + first) * 8, by_octet[octet]);
   }
   transpose_octets(octets, 8, symbols);
 }
 
 // The weight of a column is the dot product with its unit vector.
 void decode_by_lookups(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
-  const __m256i lane_of_row = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
-                                              18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m256i lane_of_row = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30,
+                                              28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   Strip strip = strip_of(m, chunk, tile - tile % m.strip_tiles);
   strip.first = tile % m.strip_tiles;
   with_form(m, [&](const auto& form, auto, auto) {
@@ -539,13 +541,15 @@ void decode_by_lookups(const MatrixView& m, int64_t tile, int64_t chunk, int8_t 
         form.add(index[0], form.load_table(m.unit_tables + c * m.table_bytes), sums);
         auto* out = reinterpret_cast<__m256i*>(symbols[g * m.group + c]);
         for (int half = 0; half < 2; ++half)
-          _mm256_store_si256(out + half, _mm256_permutexvar_epi8(lane_of_row, _mm512_cvtepi16_epi8(sums[half])));
+          _mm256_store_si256(out + half,
+                             _mm256_permutexvar_epi8(lane_of_row, _mm512_cvtepi16_epi8(sums[half])));
       }
     });
   });
 }
 
-STBLLM_INLINE void decode_symbols(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+STBLLM_INLINE void decode_symbols(const MatrixView& m, int64_t tile, int64_t chunk,
+                                  int8_t (*symbols)[kTileRows]) {
   if (m.form == CodeForm::kPlane)
     decode_plane_by_shuffles(m, tile, chunk, symbols);
   else if (m.form == CodeForm::kRows)
@@ -587,8 +591,8 @@ STBLLM_INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
 }
 
 template <int Tokens>
-void multiply_tokens_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
-                              float* y, int64_t y_stride) {
+void multiply_tokens_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
+                              const float* steps, float* y, int64_t y_stride) {
   __m512i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_setzero_si512();
@@ -628,15 +632,17 @@ void multiply(const float* panel, int64_t columns, const float* x, int64_t token
   });
 }
 
-void multiply_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x, const float* steps,
-                       int64_t tokens, float* y, int64_t y_stride) {
+void multiply_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
+                       const float* steps, int64_t tokens, float* y, int64_t y_stride) {
   in_token_passes(tokens, [&](int64_t t, auto count) {
-    multiply_tokens_integers<count>(panel, scales, columns, x + t * columns, steps + t, y + t * y_stride, y_stride);
+    multiply_tokens_integers<count>(panel, scales, columns, x + t * columns, steps + t, y + t * y_stride,
+                                    y_stride);
   });
 }
 
-// Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8 bits, the largest of several levels has at
-// most 13, and activations are then at most 2^18 together. 32639 is what step_of() leaves of 2^15.
+// Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8 bits, the largest of
+// several levels has at most 13, and activations are then at most 2^18 together. 32639 is what step_of()
+// leaves of 2^15.
 void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) {
   __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < m.chunk_columns; c += 16) {
@@ -649,12 +655,13 @@ void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) 
   *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
   const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f);
   for (int64_t c = 0; c < m.chunk_columns; c += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c),
-                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to + c),
+        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
 }
 
-// What an integer level is worth: a power of two of which the largest level is 4096 .. 8191 multiples, so that an fp16 number
-// is one of them.
+// What an integer level is worth: a power of two of which the largest level is 4096 .. 8191 multiples, so
+// that an fp16 number is one of them.
 float level_unit(const MatrixView& m) {
   const float largest = largest_level(m);
   return float_of_bits(bits_of_float(largest > 0 ? largest : 1.0f) & 0x7f800000u) * 0x1p-12f;
@@ -674,14 +681,17 @@ void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* 
     for (int v = 0; v < 4; ++v) {
       const __m128i even = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c] + 16 * v));
       const __m128i odd = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c + 1] + 16 * v));
-      const __m512i pairs = _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)));
-      _mm512_store_si512(panel + c * kTileRows + 32 * v, m.form == CodeForm::kRows ? pairs : _mm512_permutexvar_epi16(pairs, levels));
+      const __m512i pairs =
+          _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)));
+      _mm512_store_si512(panel + c * kTileRows + 32 * v,
+                         m.form == CodeForm::kRows ? pairs : _mm512_permutexvar_epi16(pairs, levels));
     }
   for (int v = 0; v < 4; ++v) {
     const int64_t row = tile * kTileRows + 16 * v;
     __m512 scale = _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, row), _mm512_set1_ps(unit));
     if (m.row_scales != nullptr)
-      scale = _mm512_mul_ps(scale, _mm512_mul_ps(_mm512_load_ps(m.row_scales + row), _mm512_set1_ps(m.levels == 1 ? m.level[0] : 1.0f)));
+      scale = _mm512_mul_ps(scale, _mm512_mul_ps(_mm512_load_ps(m.row_scales + row),
+                                                 _mm512_set1_ps(m.levels == 1 ? m.level[0] : 1.0f)));
     _mm512_store_ps(scales + 16 * v, scale);
   }
 }

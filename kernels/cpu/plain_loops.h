@@ -224,7 +224,8 @@ inline RowsChunk rows_chunk(const MatrixView& m, int64_t tile, int64_t chunk) {
 }
 
 // The twin of decode_plane() for kRows.
-[[maybe_unused]] void decode_rows(const MatrixView& m, int64_t tile, int64_t chunk, int8_t (*symbols)[kTileRows]) {
+[[maybe_unused]] void decode_rows(const MatrixView& m, int64_t tile, int64_t chunk,
+                                  int8_t (*symbols)[kTileRows]) {
   const RowsChunk part = rows_chunk(m, tile, chunk);
   std::memset(symbols, 0, static_cast<size_t>(m.chunk_columns) * kTileRows);
   for (int64_t r = 0; r < part.rows; ++r) {

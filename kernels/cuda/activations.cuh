@@ -22,7 +22,8 @@ struct TokenScale {
     exponent = exponent < 20 ? 20 : exponent;  // 0 and denormals: any factor that is finite
     up = bits_float((127 + kTarget - exponent) << 23);
     down = bits_float((127 + exponent - kTarget) << 23);
-    if (exponent == 255) down = bits_float(0x7fc00000u);  // infinite or no number: NaN, also where its column is pruned
+    if (exponent == 255)
+      down = bits_float(0x7fc00000u);  // infinite or no number: NaN, also where its column is pruned
   }
 };
 
@@ -121,8 +122,8 @@ STBLLM_DEVICE void store_neighbours(const OutputView& output, int64_t index, boo
 
 inline constexpr int kStageThreads = 256;
 
-/// Scales and converts token block_x() for the products of several tokens. `staged` (tokens, staged_width) fp16, `token_scales`
-/// (tokens).
+/// Scales and converts token block_x() for the products of several tokens. `staged` (tokens, staged_width)
+/// fp16, `token_scales` (tokens).
 STBLLM_DEVICE void stage_token(const WeightView& weights, const InputView& input, uint16_t* staged,
                                float* token_scales) {
   const int token = block_x(), thread = thread_index(), pieces = staged_width(weights) / 8;

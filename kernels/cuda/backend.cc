@@ -119,7 +119,8 @@ class CudaBackend : public Backend {
     const cuda::InputView input = cuda::view_input(weights, x.data, x.type, x.tokens);
     const cuda::OutputView output{y.data, y.type, input.tokens};
     const auto gemv = [&](const uint16_t* staged, const float* token_scales) {
-      check(cuda::launch_gemv(weights, input, staged, token_scales, output, stream), "launching the gemv kernel");
+      check(cuda::launch_gemv(weights, input, staged, token_scales, output, stream),
+            "launching the gemv kernel");
     };
     if (x.tokens == 1) return gemv(nullptr, nullptr);
     const int64_t staged_bytes = x.tokens * cuda::staged_width(weights) * 2;  // a multiple of 128

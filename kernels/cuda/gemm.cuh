@@ -97,7 +97,8 @@ STBLLM_DEVICE void gemm(const WeightView& weights, const uint16_t* staged, const
     // Two steps share the decoding of metadata where that fits into 255 registers without spills; a dense
     // kernel has none to share, and needs the fewest when its steps are a loop.
     constexpr int kSteps = kSparse && kPlanes < 2 ? 2 : 1;
-    [[maybe_unused]] constexpr int kUnroll = kSparse ? 2 : 1;  // of the pragma below, which host compilers skip
+    [[maybe_unused]] constexpr int kUnroll =
+        kSparse ? 2 : 1;  // of the pragma below, which host compilers skip
 #pragma unroll kUnroll
     for (int first = 0; first < 2; first += kSteps) {
       uint32_t b[kSteps][kTokenTiles][4];

@@ -25,7 +25,8 @@ cudaError_t launch_gemm_shape(const WeightView& weights, const uint16_t* staged,
   const size_t most = Shape::shared_bytes(most_record_words(kSparse, kPlanes));
   if (const cudaError_t error = allow_shared_memory(kernel, most); error != cudaSuccess) return error;
   const dim3 grid = gemm_grid<Shape>(weights, output);
-  kernel<<<grid, Shape::kThreads, Shape::shared_bytes(weights.record_words), stream>>>(weights, staged, token_scales, output);
+  kernel<<<grid, Shape::kThreads, Shape::shared_bytes(weights.record_words), stream>>>(weights, staged,
+                                                                                       token_scales, output);
   return cudaGetLastError();
 }
 

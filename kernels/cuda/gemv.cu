@@ -8,7 +8,8 @@ namespace {
 
 template <bool kSparse, int kPlanes, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 4)
-    gemv_kernel(WeightView weights, InputView input, const uint16_t* staged, const float* token_scales, OutputView output) {
+    gemv_kernel(WeightView weights, InputView input, const uint16_t* staged, const float* token_scales,
+                OutputView output) {
   gemv<kSparse, kPlanes, Shape>(weights, input, staged, token_scales, output);
 }
 
@@ -20,7 +21,8 @@ cudaError_t launch_shape(const WeightView& weights, const InputView& input, cons
   if (const cudaError_t error = allow_shared_memory(kernel, most); error != cudaSuccess) return error;
   const size_t shared = Shape::shared_bytes(weights.record_words, input.tokens);
   const int blocks = (weights.row_tiles + Shape::kRowTiles - 1) / Shape::kRowTiles;
-  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, shared, stream>>>(weights, input, staged, token_scales, output);
+  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, shared, stream>>>(weights, input, staged,
+                                                                             token_scales, output);
   return cudaGetLastError();
 }
 

@@ -43,8 +43,8 @@ struct GemvShape {
 using FewTokens = GemvShape<1, 1, 8, 3>;
 using SomeTokens = GemvShape<2, 2, 4, 2>;
 
-/// Grid: x over blocks of row tiles. `staged` and `token_scales` as stage_token() left them; for one token they
-/// are not used.
+/// Grid: x over blocks of row tiles. `staged` and `token_scales` as stage_token() left them; for one token
+/// they are not used.
 template <bool kSparse, int kPlanes, typename Shape>
 STBLLM_DEVICE void gemv(const WeightView& weights, const InputView& input, const uint16_t* staged,
                         const float* token_scales, const OutputView& output) {

@@ -1,6 +1,5 @@
-// y[t][r] = sum_c x[t][c] W[r][c], in double precision over the weights of StructuredBinaryMatrix::at(), or over decoded rows of
-// integers.
-// Slow and plain on purpose: every other backend is tested against this one.
+// y[t][r] = sum_c x[t][c] W[r][c], in double precision over the weights of StructuredBinaryMatrix::at(), or
+// over decoded rows of integers. Slow and plain on purpose: every other backend is tested against this one.
 
 #include <cstdint>
 #include <functional>
@@ -27,13 +26,16 @@ class ReferenceBackend : public Backend {
 
   std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const override {
     const Layout& layout = matrix.layout();
-    return std::make_unique<ReferenceMatrix>(layout.rows, layout.cols, matrix.bytes(), [matrix](int64_t row, float* weights) {
-      for (int64_t col = 0; col < matrix.layout().cols; ++col) weights[col] = matrix.at(row, col);
-    });
+    return std::make_unique<ReferenceMatrix>(layout.rows, layout.cols, matrix.bytes(),
+                                             [matrix](int64_t row, float* weights) {
+                                               for (int64_t col = 0; col < matrix.layout().cols; ++col)
+                                                 weights[col] = matrix.at(row, col);
+                                             });
   }
   std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows& rows) const override {
-    return std::make_unique<ReferenceMatrix>(rows.layout().rows, rows.layout().cols, rows.bytes(),
-                                             [rows](int64_t row, float* weights) { rows.decode_row(row, weights); });
+    return std::make_unique<ReferenceMatrix>(
+        rows.layout().rows, rows.layout().cols, rows.bytes(),
+        [rows](int64_t row, float* weights) { rows.decode_row(row, weights); });
   }
 
   void matmul(const PreparedMatrix& prepared, const ActivationView& x, const ActivationView& y,
@@ -47,7 +49,8 @@ class ReferenceBackend : public Backend {
       matrix.decode_row(row, weights.data());
       for (int64_t token = 0; token < x.tokens; ++token) {
         double sum = 0.0;
-        for (int64_t col = 0; col < cols; ++col) sum += double{weights[col]} * load_element(x, token * cols + col);
+        for (int64_t col = 0; col < cols; ++col)
+          sum += double{weights[col]} * load_element(x, token * cols + col);
         store_element(y, token * rows + row, static_cast<float>(sum));
       }
     }

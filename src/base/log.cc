@@ -41,7 +41,9 @@ Level parse_level(const std::string& name) {
   const auto level = spdlog::level::from_str(name);
   if (level == spdlog::level::off && name != "off")
     fail(ErrorCode::kUsage, "--log-level {}: expected trace, debug, info, warning, error or off", name);
-  return level == spdlog::level::critical ? Level::kError : level == spdlog::level::off ? Level::kOff : static_cast<Level>(level);
+  return level == spdlog::level::critical ? Level::kError
+         : level == spdlog::level::off    ? Level::kOff
+                                          : static_cast<Level>(level);
 }
 
 void write(Level level, const std::string& message) {
@@ -52,7 +54,10 @@ void write(Level level, const std::string& message) {
 }
 
 Progress::Progress(std::string what, int64_t total)
-    : what_(std::move(what)), total_(total), started_(seconds_now()), on_terminal_(isatty(STDERR_FILENO) != 0) {}
+    : what_(std::move(what)),
+      total_(total),
+      started_(seconds_now()),
+      on_terminal_(isatty(STDERR_FILENO) != 0) {}
 
 Progress::~Progress() { close_line(); }
 

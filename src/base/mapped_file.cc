@@ -27,7 +27,8 @@ std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& 
   void* data = ::mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
   const int map_error = errno;
   ::close(fd);
-  if (data == MAP_FAILED) fail(ErrorCode::kNotFound, "{}: cannot map: {}", path.string(), std::strerror(map_error));
+  if (data == MAP_FAILED)
+    fail(ErrorCode::kNotFound, "{}: cannot map: {}", path.string(), std::strerror(map_error));
   return std::shared_ptr<const MappedFile>(
       new MappedFile(path, {static_cast<const std::byte*>(data), static_cast<size_t>(info.st_size)}));
 }

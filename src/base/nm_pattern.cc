@@ -17,7 +17,8 @@ NmPattern NmPattern::parse(std::string_view text) {
   }
   ok = ok && (nm.group == 4 || nm.group == 8 || nm.group == 16) && nm.keep >= 1 && nm.keep <= nm.group;
   if (!ok)
-    fail(ErrorCode::kUsage, "N:M pattern '{}': expected kept:group such as 4:8, with 1 <= N <= M and M one of 4, 8, 16", text);
+    fail(ErrorCode::kUsage,
+         "N:M pattern '{}': expected kept:group such as 4:8, with 1 <= N <= M and M one of 4, 8, 16", text);
   return nm;
 }
 

@@ -280,7 +280,10 @@ struct SafetensorsWriter::Impl {
   std::unique_ptr<TemporaryFile> output;  // after finish()
 
   Impl(fs::path target, bool replace, const fs::path& scratch)
-      : path(std::move(target)), force(replace), stem(scratch.empty() ? path : scratch / path.filename()), spool(stem) {}
+      : path(std::move(target)),
+        force(replace),
+        stem(scratch.empty() ? path : scratch / path.filename()),
+        spool(stem) {}
 };
 
 SafetensorsWriter::SafetensorsWriter(fs::path path, bool force, const fs::path& scratch) {

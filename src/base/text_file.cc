@@ -16,7 +16,8 @@ void write_text(const std::filesystem::path& path, const std::string& text) {
   file.close();
   std::error_code error;
   if (file) std::filesystem::rename(unfinished, path, error);
-  if (!file || error) fail(ErrorCode::kWriteFailed, "{}: cannot be written; check the path and the disk", path.string());
+  if (!file || error)
+    fail(ErrorCode::kWriteFailed, "{}: cannot be written; check the path and the disk", path.string());
 }
 
 }  // namespace stbllm

@@ -20,7 +20,8 @@ int32_t sample(const at::Tensor& logits, const GenerateOptions& options, SplitMi
   const std::span<const float> values(logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel()));
   const auto best = static_cast<int32_t>(std::ranges::max_element(values) - values.begin());
   const float highest = values[static_cast<size_t>(best)];
-  if (!std::isfinite(highest)) fail(ErrorCode::kCorrupt, "the logits are not finite; the model's weights are damaged");
+  if (!std::isfinite(highest))
+    fail(ErrorCode::kCorrupt, "the logits are not finite; the model's weights are damaged");
   if (options.temperature == 0) return best;
 
   std::vector<double> weight(values.size());

@@ -69,7 +69,8 @@ at::Tensor final_hidden_states(const Decoder& decoder, std::span<const std::vect
     }
   };
   replace_each_pass([&](const at::Tensor& slice, int64_t first) {
-    return decoder.embed(ids_of(windows.subspan(static_cast<size_t>(first), static_cast<size_t>(slice.size(0)))));
+    return decoder.embed(
+        ids_of(windows.subspan(static_cast<size_t>(first), static_cast<size_t>(slice.size(0)))));
   });
   const Positions positions = decoder.positions(0, seqlen);
   for (int64_t index = 0; index < decoder.spec().layers; ++index) {
@@ -88,12 +89,13 @@ at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden) {
   return at::log_softmax(decoder.logits(hidden.unsqueeze(0)).squeeze(0), -1, at::kFloat);
 }
 
-at::Tensor token_nll(const Decoder& decoder, const at::Tensor& window_hidden, const std::vector<int32_t>& window,
-                     int64_t first_token) {
+at::Tensor token_nll(const Decoder& decoder, const at::Tensor& window_hidden,
+                     const std::vector<int32_t>& window, int64_t first_token) {
   const at::NoGradGuard no_grad;
   const at::Tensor hidden = window_hidden.slice(0, first_token - 1, -1);
   const int64_t predicted = hidden.size(0);
-  const at::Tensor targets = at::tensor(window, at::kLong).slice(0, first_token).unsqueeze(1).to(decoder.device());
+  const at::Tensor targets =
+      at::tensor(window, at::kLong).slice(0, first_token).unsqueeze(1).to(decoder.device());
   const int64_t step = tokens_per_head_pass(decoder);
   at::Tensor nll = at::empty({predicted}, at::kDouble);
   for (int64_t first = 0; first < predicted; first += step) {
@@ -138,7 +140,8 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
   const int64_t chunk = windows_per_chunk(decoder, seqlen, options);
   const int64_t layers = decoder.spec().layers;
   const int64_t first_token = options.second_half ? seqlen / 2 + 1 : 1;
-  if (first_token >= seqlen) fail(ErrorCode::kUsage, "windows of {} tokens have no second half to score; use longer ones", seqlen);
+  if (first_token >= seqlen)
+    fail(ErrorCode::kUsage, "windows of {} tokens have no second half to score; use longer ones", seqlen);
 
   log::Progress progress("perplexity", count * layers);  // in windows through one block
   std::vector<double> window_nll;

@@ -116,12 +116,14 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
     at::Tensor owned = mapped.to(options.device, options.dtype, /*non_blocking=*/false, /*copy=*/true);
     checkpoint.release(spec.name);
     if (!std::isfinite(owned.sum().item<float>()))
-      fail(ErrorCode::kCorrupt, "{}: tensor {} holds values that are not finite; check the checkpoint", checkpoint.directory().string(), spec.name);
+      fail(ErrorCode::kCorrupt, "{}: tensor {} holds values that are not finite; check the checkpoint",
+           checkpoint.directory().string(), spec.name);
     return owned;
   };
   decoder.load_outer(load, [&](const TensorSpec& table) { return Table(load(table)); });
   decoder.keep_blocks_ = options.keep_blocks;
-  decoder.load_block_ = [spec = decoder.spec_, load, product = options.product_dtype.value_or(options.dtype)](int64_t index) {
+  decoder.load_block_ = [spec = decoder.spec_, load,
+                         product = options.product_dtype.value_or(options.dtype)](int64_t index) {
     return load_block(spec, index, load, [&](const LinearSpec& linear, at::Tensor bias) {
       return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias), product);
     });
@@ -220,7 +222,9 @@ at::Tensor Decoder::before_head(const at::Tensor& hidden) const {
   return outer_.project_out.defined() ? at::linear(x, outer_.project_out) : x;
 }
 
-at::Tensor Decoder::logits(const at::Tensor& hidden) const { return outer_.head.multiply(before_head(hidden)); }
+at::Tensor Decoder::logits(const at::Tensor& hidden) const {
+  return outer_.head.multiply(before_head(hidden));
+}
 
 at::Tensor Decoder::forward(const at::Tensor& ids, KeyValueCache* cache) const {
   const int64_t first = cache == nullptr ? 0 : cache->length();

@@ -68,7 +68,10 @@ void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
 
 Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
                      at::Device device)
-    : first(first), count(count), window_(spec.sliding_window), options_(at::TensorOptions().dtype(dtype).device(device)) {
+    : first(first),
+      count(count),
+      window_(spec.sliding_window),
+      options_(at::TensorOptions().dtype(dtype).device(device)) {
   if (spec.architecture->position == Position::kRotary) {
     const at::Tensor position = at::arange(first, first + count, at::kFloat);
     const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
@@ -113,7 +116,8 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
   if (spec.architecture->norm == Norm::kLayer) {
     if (!norm.weight.defined() || !norm.weight.requires_grad())
       return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);
-    // The fused backward adds up the gradients of weight and bias thread by thread; these sums do not depend on threads.
+    // The fused backward adds up the gradients of weight and bias thread by thread; these sums do not depend
+    // on threads.
     const at::Tensor scaled = at::layer_norm(x, {x.size(-1)}, {}, {}, spec.norm_eps) * norm.weight;
     return norm.bias.defined() ? scaled + norm.bias : scaled;
   }
@@ -178,7 +182,8 @@ at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positio
   return linear(Role::kO).forward(mixed);
 }
 
-at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values, const Positions& positions) const {
+at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
+                                const Positions& positions) const {
   if (can_fuse(queries) && can_fuse(keys) && can_fuse(values))
     return causal_attention(queries, keys, values, positions.first, spec_.sliding_window);
   if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {
@@ -186,10 +191,12 @@ at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::
         keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
-  const std::optional<at::Tensor> mask = positions.mask().defined() ? std::optional(positions.mask()) : std::nullopt;
+  const std::optional<at::Tensor> mask =
+      positions.mask().defined() ? std::optional(positions.mask()) : std::nullopt;
   const bool causal = !mask && positions.count > 1;
-  const at::Tensor mixed = at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0, causal,
-                                                            /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);
+  const at::Tensor mixed =
+      at::scaled_dot_product_attention(queries, keys, values, mask, /*dropout_p=*/0.0, causal,
+                                       /*scale=*/std::nullopt, /*enable_gqa=*/spec_.heads != spec_.kv_heads);
   return mixed.transpose(1, 2).reshape({queries.size(0), queries.size(2), spec_.heads * spec_.head_dim});
 }
 
@@ -200,8 +207,9 @@ at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) c
     case Mlp::kGated: {
       const std::array inputs = {&linear(Role::kGate), &linear(Role::kUp)};
       const std::vector<at::Tensor> gate_up = forward_all(inputs, x);
-      middle = spec_.activation == Activation::kSilu && can_fuse(gate_up[0]) ? silu_multiply(gate_up[0], gate_up[1])
-                                                                             : activate(gate_up[0], spec_.activation) * gate_up[1];
+      middle = spec_.activation == Activation::kSilu && can_fuse(gate_up[0])
+                   ? silu_multiply(gate_up[0], gate_up[1])
+                   : activate(gate_up[0], spec_.activation) * gate_up[1];
       break;
     }
     case Mlp::kPlain:

@@ -54,7 +54,8 @@ at::Tensor DenseLinear::forward(const at::Tensor& x) const {
 }
 
 int64_t DenseLinear::bytes() const {
-  return tensor_bytes(weight_) + tensor_bytes(bias_) + (product_.is_same(weight_) ? 0 : tensor_bytes(product_));
+  return tensor_bytes(weight_) + tensor_bytes(bias_) +
+         (product_.is_same(weight_) ? 0 : tensor_bytes(product_));
 }
 
 at::ScalarType DenseLinear::product_dtype() const { return product_.scalar_type(); }
@@ -83,14 +84,17 @@ std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, cons
   std::vector<int64_t> shape = x.sizes().vec();
   std::vector<Product> products;
   for (const PackedLinear* linear : packed) {
-    STBLLM_CHECK(x.size(-1) == linear->cols_, "input width {}, matrix has {} columns", x.size(-1), linear->cols_);
-    STBLLM_CHECK(&linear->backend_ == &packed[0]->backend_, "linears of {} and {}", linear->backend_.name(), packed[0]->backend_.name());
+    STBLLM_CHECK(x.size(-1) == linear->cols_, "input width {}, matrix has {} columns", x.size(-1),
+                 linear->cols_);
+    STBLLM_CHECK(&linear->backend_ == &packed[0]->backend_, "linears of {} and {}", linear->backend_.name(),
+                 packed[0]->backend_.name());
     shape.back() = linear->rows_;
     outputs.push_back(at::empty(shape, x.options()));
     products.push_back({linear->matrix_.get(), view_of(outputs.back())});
   }
   void* stream = nullptr;
-  if (x.is_cuda()) stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
+  if (x.is_cuda())
+    stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
   packed[0]->backend_.matmul_all(products, view_of(input), stream);
   for (size_t i = 0; i < packed.size(); ++i)
     if (packed[i]->bias_.defined()) outputs[i].add_(packed[i]->bias_);

@@ -34,7 +34,8 @@ class Fields {
   int64_t count(std::string_view key) const {
     const json& value = at(key);
     if (!value.is_number_integer() || value.get<int64_t>() <= 0 || value.get<int64_t>() > kLargestCount)
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer, at most {}", where_, key, value.dump(), kLargestCount);
+      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer, at most {}", where_, key, value.dump(),
+           kLargestCount);
     return value.get<int64_t>();
   }
   int64_t count(std::string_view key, int64_t fallback) const { return has(key) ? count(key) : fallback; }
@@ -76,7 +77,9 @@ class Fields {
     const json& value = at(key);
     std::vector<int32_t> result;
     for (const json& id : value.is_array() ? value : json::array({value})) {
-      if (!id.is_number_integer()) fail(ErrorCode::kCorrupt, "{}{} = {} must be a token id or a list of them", where_, key, value.dump());
+      if (!id.is_number_integer())
+        fail(ErrorCode::kCorrupt, "{}{} = {} must be a token id or a list of them", where_, key,
+             value.dump());
       result.push_back(id.get<int32_t>());
     }
     return result;
@@ -155,8 +158,10 @@ void check_attention_kinds(const Fields& config, bool sliding) {
 
 /// What models that are derived from these classes add to the forward pass, with code of their own.
 void check_foreign_keys(const Fields& config) {
-  for (const std::string_view key : {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "residual_multiplier",
-                                     "embedding_multiplier", "attention_multiplier", "scale_emb", "no_rope_layers", "use_qk_norm", "qk_layernorm", "clip_qkv"}) {
+  for (const std::string_view key :
+       {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale",
+        "residual_multiplier", "embedding_multiplier", "attention_multiplier", "scale_emb", "no_rope_layers",
+        "use_qk_norm", "qk_layernorm", "clip_qkv"}) {
     if (!config.has(key)) continue;
     const json& value = config.at(key);
     const bool neutral = value == false || value == 1 || value == json::array();
@@ -179,7 +184,9 @@ ModelSpec ModelSpec::from_config(const json& object) {
   spec.architecture = &row;
   spec.hidden = config.count("hidden_size");
   spec.layers = config.count("num_hidden_layers");
-  if (spec.layers > kMostBlocks) fail(ErrorCode::kCorrupt, "config.json: num_hidden_layers = {} must be at most {}", spec.layers, kMostBlocks);
+  if (spec.layers > kMostBlocks)
+    fail(ErrorCode::kCorrupt, "config.json: num_hidden_layers = {} must be at most {}", spec.layers,
+         kMostBlocks);
   spec.heads = config.count("num_attention_heads");
   spec.kv_heads = config.count("num_key_value_heads", spec.heads);
   if (spec.heads % spec.kv_heads != 0)
@@ -205,7 +212,9 @@ ModelSpec ModelSpec::from_config(const json& object) {
   } else {
     spec.position_offset = 2;  // OPT keeps fairseq's two rows for padding
   }
-  if (row.sliding_window) spec.sliding_window = config.count("sliding_window", config.mentions("sliding_window") ? 0 : row.default_window);
+  if (row.sliding_window)
+    spec.sliding_window =
+        config.count("sliding_window", config.mentions("sliding_window") ? 0 : row.default_window);
   check_attention_kinds(config, spec.sliding_window > 0);
 
   // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
@@ -350,9 +359,12 @@ void ModelSpec::check_tensors(const Checkpoint& checkpoint) const {
   for (const TensorSpec& tensor : tensors) known.insert(tensor.name);
   const std::string blocks = prefix + std::string(architecture->blocks) + ".";
   for (const std::string& name : checkpoint.names())
-    if (name.starts_with(blocks) && !known.contains(name) && !name.ends_with(".inv_freq"))  // older files hold rotary frequencies
-      fail(ErrorCode::kMismatch, "{}: tensor {} has no place in {} with this config.json, and what it does would be lost; correct config.json (a bias "
-                                 "flag, the number of blocks), or remove the tensor",
+    if (name.starts_with(blocks) && !known.contains(name) &&
+        !name.ends_with(".inv_freq"))  // older files hold rotary frequencies
+      fail(ErrorCode::kMismatch,
+           "{}: tensor {} has no place in {} with this config.json, and what it does would be lost; correct "
+           "config.json (a bias "
+           "flag, the number of blocks), or remove the tensor",
            checkpoint.directory().string(), name, architecture->hf_class);
 }
 

@@ -16,7 +16,8 @@ at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
   const at::Tensor found = at::empty({flat.numel(), cols}, at::kFloat);
   for (int64_t i = 0; i < flat.numel(); ++i) {
     const int64_t id = flat.const_data_ptr<int64_t>()[i];
-    STBLLM_CHECK(id >= 0 && id < rows_.layout().rows, "token id {} in a table of {} rows", id, rows_.layout().rows);
+    STBLLM_CHECK(id >= 0 && id < rows_.layout().rows, "token id {} in a table of {} rows", id,
+                 rows_.layout().rows);
     rows_.decode_row(id, found.data_ptr<float>() + i * cols);
   }
   std::vector<int64_t> shape = ids.sizes().vec();
@@ -36,7 +37,9 @@ at::Tensor Table::multiply(const at::Tensor& x) const {
 }
 
 int64_t Table::bytes() const {
-  return dense_.defined() ? static_cast<int64_t>(dense_.nbytes()) : prepared_ != nullptr ? prepared_->bytes() : 0;
+  return dense_.defined()       ? static_cast<int64_t>(dense_.nbytes())
+         : prepared_ != nullptr ? prepared_->bytes()
+                                : 0;
 }
 
 }  // namespace stbllm

@@ -8,9 +8,13 @@ namespace stbllm {
 namespace {
 
 std::string load() {
-  // Its static initialisers register the CUDA kernels of libtorch; symbols are global for the libraries that follow.
+  // Its static initialisers register the CUDA kernels of libtorch; symbols are global for the libraries that
+  // follow.
   if (::dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr)
-    return fmt::format("libtorch's CUDA library cannot be loaded ({}); set TORCH_ROOT to a PyTorch with CUDA and build again", ::dlerror());
+    return fmt::format(
+        "libtorch's CUDA library cannot be loaded ({}); set TORCH_ROOT to a PyTorch with CUDA and build "
+        "again",
+        ::dlerror());
   return at::hasCUDA() ? "" : "libtorch finds no CUDA device";
 }
 

@@ -114,7 +114,8 @@ std::string row_scales_tensor(const std::string& name) { return name + ".row_sca
 
 // --- writing ---------------------------------------------------------------------------------------
 
-PackedWriter::PackedWriter(fs::path path, bool force, const fs::path& scratch) : file_(std::move(path), force, scratch) {}
+PackedWriter::PackedWriter(fs::path path, bool force, const fs::path& scratch)
+    : file_(std::move(path), force, scratch) {}
 
 void PackedWriter::add_linear(const std::string& name, const StructuredBinaryMatrix& matrix) {
   const Layout& layout = matrix.layout();
@@ -199,7 +200,8 @@ PackedReader PackedReader::open(const fs::path& path) {
   const json quantized_rows = parse_object(reader.metadata("quantized_rows"), "quantized_rows", path);
   for (const auto& [name, object] : quantized_rows.items()) {
     const std::string what = fmt::format("{}: '{}'", path.string(), name);
-    if (reader.linears_.contains(name)) fail(ErrorCode::kCorrupt, "{}: both a linear and quantized rows", what);
+    if (reader.linears_.contains(name))
+      fail(ErrorCode::kCorrupt, "{}: both a linear and quantized rows", what);
     const QuantizedRows::Layout layout = read_rows_layout(object, what);
     const auto codes =
         take(rows_tensor(name, layout.bits), rows_dtype(layout.bits), {layout.rows, layout.code_row_bytes()});

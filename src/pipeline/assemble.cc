@@ -28,7 +28,9 @@ std::string_view dtype_name(const at::Tensor& tensor) {
 /// The packed form of a table of rows; `coding` is kInt8 or kInt4.
 QuantizedRows encode_rows(const at::Tensor& table, RowCoding coding, const std::string& name) {
   const QuantizedRows::Layout layout{table.size(0), table.size(1), coding == RowCoding::kInt8 ? 8 : 4};
-  const auto load = [&](int64_t row, float* out) { at::from_blob(out, {layout.cols}, at::kFloat).copy_(table[row]); };
+  const auto load = [&](int64_t row, float* out) {
+    at::from_blob(out, {layout.cols}, at::kFloat).copy_(table[row]);
+  };
   return QuantizedRows::encode(layout, load, name);
 }
 
@@ -39,7 +41,8 @@ at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::st
   const QuantizedRows rows = encode_rows(table, coding, name);
   at::Tensor result = at::empty(table.sizes(), at::kFloat);
   at::parallel_for(0, table.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
+    for (int64_t row = begin; row < end; ++row)
+      rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
   });
   return result;
 }
@@ -55,7 +58,9 @@ class ModelWriter {
 class PackedModelWriter : public ModelWriter {
  public:
   explicit PackedModelWriter(PackedWriter& file) : file_(file) {}
-  void add_linear(const std::string& name, const BinarizedWeight& weight) override { file_.add_linear(name, pack_weight(weight, name)); }
+  void add_linear(const std::string& name, const BinarizedWeight& weight) override {
+    file_.add_linear(name, pack_weight(weight, name));
+  }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
     if (coding == RowCoding::kInt8 || coding == RowCoding::kInt4) {
       const std::string matrix = name.substr(0, name.rfind('.'));  // without ".weight", as linears are named
@@ -93,7 +98,8 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
     check_interrupt();
     if (i < quantized_blocks) {
       const QuantizedBlock block = quantized(i);
-      for (const LinearSpec& linear : spec.linears(i)) writer.add_linear(linear.name, block.linears.at(linear.name));
+      for (const LinearSpec& linear : spec.linears(i))
+        writer.add_linear(linear.name, block.linears.at(linear.name));
       tuned.insert(block.tensors.begin(), block.tensors.end());
     } else {
       for (const LinearSpec& linear : spec.linears(i)) {
@@ -105,7 +111,8 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
   }
   for (const TensorSpec& tensor : spec.other_tensors()) {
     const auto found = tuned.find(tensor.name);
-    writer.add_tensor(tensor.name, found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape),
+    writer.add_tensor(tensor.name,
+                      found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape),
                       row_coding(spec, recipe, tensor));
     checkpoint.release(tensor.name);
   }
@@ -114,7 +121,9 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
 }  // namespace
 
 RowCoding row_coding(const ModelSpec& spec, const Recipe& recipe, const TensorSpec& tensor) {
-  return tensor.name == spec.embedding().name ? recipe.embedding : tensor.name == spec.head().name ? recipe.head : RowCoding::kKeep;
+  return tensor.name == spec.embedding().name ? recipe.embedding
+         : tensor.name == spec.head().name    ? recipe.head
+                                              : RowCoding::kKeep;
 }
 
 void store_tables(Decoder& decoder, const Recipe& recipe) {
@@ -123,7 +132,8 @@ void store_tables(Decoder& decoder, const Recipe& recipe) {
     return stored_table(table.cpu(), coding, tensor.name).to(decoder.device());
   };
   const at::Tensor embedding = stored(decoder.embedding(), recipe.embedding, spec.embedding());
-  decoder.set_tables(embedding, spec.tied_head ? embedding : stored(decoder.head(), recipe.head, spec.head()));
+  decoder.set_tables(embedding,
+                     spec.tied_head ? embedding : stored(decoder.head(), recipe.head, spec.head()));
 }
 
 void write_packed(PackedWriter& file, const Assembly& assembly) {
@@ -134,9 +144,11 @@ void write_packed(PackedWriter& file, const Assembly& assembly) {
 namespace {
 
 /// What a reader of a checkpoint's directory may look for.
-constexpr std::string_view kCheckpointFiles[] = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
-                                                 "pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.json", "tokenizer_config.json",
-                                                 "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"};
+constexpr std::string_view kCheckpointFiles[] = {
+    "config.json",       "generation_config.json",       "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.json",    "tokenizer_config.json",
+    "tokenizer.model",   "special_tokens_map.json",      "added_tokens.json", "vocab.json",
+    "merges.txt"};
 
 /// Renames, or copies and then renames where `to` is on another file system.
 void move_file(const fs::path& from, const fs::path& to, std::error_code& error) {
@@ -153,7 +165,8 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
   const Checkpoint& checkpoint = assembly.checkpoint;
   std::error_code error;
   const auto check = [&](const fs::path& path) {
-    if (error) fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", path.string(), error.message());
+    if (error)
+      fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", path.string(), error.message());
   };
   fs::create_directories(scratch, error);
   check(scratch);
@@ -165,13 +178,16 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
   file.commit();
   for (const auto& entry : fs::directory_iterator(checkpoint.directory())) {
     const std::string name = entry.path().filename().string();
-    if ((!name.ends_with(".json") || name.ends_with(".index.json")) && name != "tokenizer.model" && name != "merges.txt") continue;
+    if ((!name.ends_with(".json") || name.ends_with(".index.json")) && name != "tokenizer.model" &&
+        name != "merges.txt")
+      continue;
     fs::copy_file(entry.path(), scratch / name, fs::copy_options::overwrite_existing, error);
     check(scratch / name);
   }
   fs::create_directories(output, error);
   check(output);
-  for (const std::string_view name : kCheckpointFiles)  // those of another model would be mixed with this one's
+  for (const std::string_view name :
+       kCheckpointFiles)  // those of another model would be mixed with this one's
     if (!fs::exists(scratch / name)) {
       fs::remove(output / name, error);
       check(output / name);
@@ -182,7 +198,8 @@ void export_dense(const fs::path& output, const fs::path& scratch, const Assembl
   }
 }
 
-double verify_packed(const fs::path& path, const Assembly& assembly, std::span<const std::vector<int32_t>> windows) {
+double verify_packed(const fs::path& path, const Assembly& assembly,
+                     std::span<const std::vector<int32_t>> windows) {
   const ModelSpec& spec = assembly.spec;
   Decoder dense = Decoder::from_checkpoint(assembly.checkpoint);
   store_tables(dense, assembly.recipe);
@@ -205,7 +222,9 @@ double verify_packed(const fs::path& path, const Assembly& assembly, std::span<c
   for (int64_t w = 0; w < dense_hidden.size(0); ++w)
     for (int64_t first = 0; first < dense_hidden.size(1); first += kTokensPerVerification) {
       const auto logits = [&](const Decoder& decoder, const at::Tensor& hidden) {
-        return decoder.logits(hidden[w].narrow(0, first, std::min(kTokensPerVerification, hidden.size(1) - first)).unsqueeze(0));
+        return decoder.logits(hidden[w]
+                                  .narrow(0, first, std::min(kTokensPerVerification, hidden.size(1) - first))
+                                  .unsqueeze(0));
       };
       const at::Tensor a = logits(dense, dense_hidden), b = logits(packed, packed_hidden);
       difference += (a - b).square().sum(at::kDouble).item<double>();
@@ -214,7 +233,8 @@ double verify_packed(const fs::path& path, const Assembly& assembly, std::span<c
   const double distance = std::sqrt(difference / energy);
   if (!(distance < kLogitTolerance))
     fail(ErrorCode::kVerifyFailed,
-         "the packed file does not reproduce the quantizer's logits: relative distance {:.2e}, expected below {:.0e}; nothing was written",
+         "the packed file does not reproduce the quantizer's logits: relative distance {:.2e}, expected "
+         "below {:.0e}; nothing was written",
          distance, kLogitTolerance);
   return distance;
 }

@@ -25,7 +25,9 @@ constexpr double kKeepAfter = 600;
 struct Head {
   at::Tensor weight;  // (vocab, width) in the dtype of products
   explicit Head(const at::Tensor& table) : weight(table.to(fast_product_dtype())) {}
-  at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(weight.scalar_type()), weight).to(at::kFloat); }
+  at::Tensor logits(const at::Tensor& x) const {
+    return at::linear(x.to(weight.scalar_type()), weight).to(at::kFloat);
+  }
 };
 
 /// A block's inputs and outputs with what lies between them, for one step.
@@ -33,9 +35,10 @@ struct Passed {
   at::Tensor input, output;
 };
 
-/// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads; with `gradient`, its derivative
-/// with respect to x goes there.
-double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y, at::Tensor* gradient) {
+/// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads; with `gradient`,
+/// its derivative with respect to x goes there.
+double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y,
+                  at::Tensor* gradient) {
   double sum = 0;
   for (int64_t first = 0; first < x.size(0); first += kTokensPerDivergence) {
     const int64_t count = std::min(kTokensPerDivergence, x.size(0) - first);
@@ -44,16 +47,17 @@ double divergence(const Head& student, const at::Tensor& x, const Head& teacher,
     const at::Tensor p = log_p.exp();
     sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble).item<double>();
     if (gradient != nullptr)
-      gradient->narrow(0, first, count).copy_(at::mm((log_q.exp() - p).to(student.weight.scalar_type()), student.weight));
+      gradient->narrow(0, first, count)
+          .copy_(at::mm((log_q.exp() - p).to(student.weight.scalar_type()), student.weight));
   }
   return sum;
 }
 
 }  // namespace
 
-DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks, const at::Tensor& ids,
-                      const at::Tensor& teacher_hidden, int64_t holdout, const Recipe& recipe,
-                      const WorkDirectory& work, const nlohmann::json& inputs) {
+DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<QuantizedBlock>& blocks,
+                      const at::Tensor& ids, const at::Tensor& teacher_hidden, int64_t holdout,
+                      const Recipe& recipe, const WorkDirectory& work, const nlohmann::json& inputs) {
   const at::NoGradGuard no_grad;
   const ModelSpec& spec = student.spec();
   const int64_t windows = ids.size(0), seqlen = ids.size(1), training = windows - holdout;
@@ -63,7 +67,8 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   trained.reserve(blocks.size());
   for (int64_t i = 0; i < spec.layers; ++i) {
     layers.push_back(student.block(i));
-    if (i < static_cast<int64_t>(blocks.size())) trained.emplace_back(*layers.back(), spec, blocks[i], /*train_codes=*/recipe.distill_code_lr > 0);
+    if (i < static_cast<int64_t>(blocks.size()))
+      trained.emplace_back(*layers.back(), spec, blocks[i], /*train_codes=*/recipe.distill_code_lr > 0);
   }
   TrainedVectors outer;
   if (spec.has_final_norm) outer.add_norm(student.final_norm(), spec.final_norm());
@@ -80,12 +85,16 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
     }
     return hidden;
   };
-  // Divergence per token; with `gradient`, of its derivative with respect to hidden too, and the final norm's gradients.
+  // Divergence per token; with `gradient`, of its derivative with respect to hidden too, and the final norm's
+  // gradients.
   const auto compare = [&](const at::Tensor& hidden, int64_t first, at::Tensor* gradient) {
-    const at::Tensor target = teacher_hidden.narrow(0, first, hidden.size(0)), y = teacher.before_head(target.to(at::kFloat)).flatten(0, 1);
+    const at::Tensor target = teacher_hidden.narrow(0, first, hidden.size(0)),
+                     y = teacher.before_head(target.to(at::kFloat)).flatten(0, 1);
     release_spilled(target);
     const double tokens = static_cast<double>(y.size(0));
-    if (gradient == nullptr) return divergence(student_head, student.before_head(hidden).flatten(0, 1), teacher_head, y, nullptr) / tokens;
+    if (gradient == nullptr)
+      return divergence(student_head, student.before_head(hidden).flatten(0, 1), teacher_head, y, nullptr) /
+             tokens;
     at::Tensor leaf = hidden.detach().set_requires_grad(true), x;
     {
       const at::AutoGradMode with_grad(true);
@@ -102,8 +111,9 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   };
   const int64_t step = windows_per_step(seqlen);
   const auto judge = [&] {
-    return held_out_mean(windows, holdout, step,
-                         [&](int64_t first, int64_t count) { return compare(forward(first, count, nullptr), first, nullptr); });
+    return held_out_mean(windows, holdout, step, [&](int64_t first, int64_t count) {
+      return compare(forward(first, count, nullptr), first, nullptr);
+    });
   };
 
   const auto visit_state = [&](const StateVisitor& visit) {
@@ -128,13 +138,15 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
   }
   double last_kept = seconds_now();
   const auto keep = [&] {
-    const nlohmann::json progress = {{"report", report}, {"steps", done}, {"windows", first}, {"epoch", epoch}, {"sum", sum}};
+    const nlohmann::json progress = {
+        {"report", report}, {"steps", done}, {"windows", first}, {"epoch", epoch}, {"sum", sum}};
     work.save_training(inputs, progress, blocks, visit_state);
     last_kept = seconds_now();
   };
   const char* judged = holdout > 0 ? "held-out" : "training";
   log::info("distill: divergence {:.4f} on the {} windows before", report.divergence_before, judged);
-  const int64_t steps_per_epoch = ceil_div(training, step), total_steps = steps_per_epoch * recipe.distill_epochs;
+  const int64_t steps_per_epoch = ceil_div(training, step),
+                total_steps = steps_per_epoch * recipe.distill_epochs;
   log::Progress progress("distill: step", total_steps);
   for (; epoch <= recipe.distill_epochs; ++epoch, first = 0, sum = 0) {
     while (first < training) {
@@ -159,16 +171,18 @@ DistillReport distill(Decoder& student, const Decoder& teacher, std::vector<Quan
         if (i < static_cast<int64_t>(trained.size())) trained[i].step(rates);
       }
       first += step;
-      progress.update(++done, fmt::format("divergence {:.4f}", sum / static_cast<double>(std::min(first, training))));
+      progress.update(++done,
+                      fmt::format("divergence {:.4f}", sum / static_cast<double>(std::min(first, training))));
     }
     const double divergence = judge();
-    log::info("distill: epoch {} of {}: divergence {:.4f} in training, {:.4f} on the {} windows", epoch, recipe.distill_epochs,
-              sum / static_cast<double>(training), divergence, judged);
+    log::info("distill: epoch {} of {}: divergence {:.4f} in training, {:.4f} on the {} windows", epoch,
+              recipe.distill_epochs, sum / static_cast<double>(training), divergence, judged);
     if (divergence < report.divergence_after) {
       report.divergence_after = divergence;
       report.epochs = epoch;
       report.changed = 0;
-      for (TrainedBlock& block : trained) report.changed += block.write_back() / static_cast<double>(trained.size());
+      for (TrainedBlock& block : trained)
+        report.changed += block.write_back() / static_cast<double>(trained.size());
       outer.write_back(blocks.back().tensors);
     }
   }

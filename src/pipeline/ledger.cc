@@ -9,21 +9,28 @@ Ledger make_ledger(const PackedReader& reader) {
   std::map<std::string, nlohmann::json> results;
   if (const nlohmann::json recorded = reader.remark("results"); recorded.is_array())
     for (const auto& result : recorded)
-      if (result.is_object() && result.contains("name") && result["name"].is_string()) results[result["name"]] = result;
+      if (result.is_object() && result.contains("name") && result["name"].is_string())
+        results[result["name"]] = result;
   double nominal = 0, density = 0;
   for (const auto& [name, matrix] : reader.linears()) {
     const Layout& layout = matrix.layout();
     LinearEntry entry{name, layout, matrix.bytes(), matrix.stored_bits()};
     const double weights = static_cast<double>(layout.rows) * static_cast<double>(layout.cols);
-    entry.nominal_bits = layout.nm.density() * (1 + static_cast<double>(layout.salient) / static_cast<double>(layout.cols));
+    entry.nominal_bits =
+        layout.nm.density() * (1 + static_cast<double>(layout.salient) / static_cast<double>(layout.cols));
     if (const auto found = results.find(name); found != results.end()) {
-      const auto number = [&](const char* key) { return found->second.contains(key) && found->second[key].is_number() ? found->second[key].get<double>() : -1.0; };
+      const auto number = [&](const char* key) {
+        return found->second.contains(key) && found->second[key].is_number()
+                   ? found->second[key].get<double>()
+                   : -1.0;
+      };
       entry.output_error = number("output_error");
       entry.holdout_error = number("holdout_error");
     }
     for (int p = 0; p < kPlaneCount; ++p) {
       const auto plane = static_cast<Plane>(p);
-      if (const int64_t bytes = plane_bytes(layout, plane); bytes > 0) ledger.plane_bytes[std::string(plane_name(plane))] += bytes;
+      if (const int64_t bytes = plane_bytes(layout, plane); bytes > 0)
+        ledger.plane_bytes[std::string(plane_name(plane))] += bytes;
     }
     nominal += weights * entry.nominal_bits;
     density += weights * layout.nm.density();
@@ -34,7 +41,8 @@ Ledger make_ledger(const PackedReader& reader) {
   ledger.parameters = ledger.linear_weights;
   for (const auto& [name, entry] : reader.dense_tensors()) {
     ledger.dense_bytes += std::ssize(entry.data);
-    ledger.parameters += std::accumulate(entry.shape.begin(), entry.shape.end(), int64_t{1}, std::multiplies<>());
+    ledger.parameters +=
+        std::accumulate(entry.shape.begin(), entry.shape.end(), int64_t{1}, std::multiplies<>());
   }
   for (const auto& [name, rows] : reader.quantized_rows()) {
     ledger.dense_bytes += rows.bytes();
@@ -67,10 +75,17 @@ nlohmann::json to_json(const Ledger& ledger) {
                        {"nominal_bits", entry.nominal_bits},
                        {"output_error", entry.output_error},
                        {"holdout_error", entry.holdout_error}});
-  return {{"nominal_bits", ledger.nominal_bits}, {"stored_bits", ledger.stored_bits},   {"file_bits", ledger.file_bits},
-          {"density", ledger.density},           {"file_bytes", ledger.file_bytes},     {"linear_bytes", ledger.linear_bytes},
-          {"dense_bytes", ledger.dense_bytes},   {"linear_weights", ledger.linear_weights}, {"parameters", ledger.parameters},
-          {"plane_bytes", ledger.plane_bytes},   {"linears", linears}};
+  return {{"nominal_bits", ledger.nominal_bits},
+          {"stored_bits", ledger.stored_bits},
+          {"file_bits", ledger.file_bits},
+          {"density", ledger.density},
+          {"file_bytes", ledger.file_bytes},
+          {"linear_bytes", ledger.linear_bytes},
+          {"dense_bytes", ledger.dense_bytes},
+          {"linear_weights", ledger.linear_weights},
+          {"parameters", ledger.parameters},
+          {"plane_bytes", ledger.plane_bytes},
+          {"linears", linears}};
 }
 
 }  // namespace stbllm

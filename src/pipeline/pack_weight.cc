@@ -32,7 +32,8 @@ void store_columns(std::byte* out, const at::Tensor& columns) {
   std::memcpy(out, c.data_ptr(), c.nbytes());
 }
 
-/// Content of one group of `symbols`; a narrower last group keeps virtual columns once all real ones are kept.
+/// Content of one group of `symbols`; a narrower last group keeps virtual columns once all real ones are
+/// kept.
 GroupSymbols group_symbols(const int8_t* symbols, int width, NmPattern nm) {
   GroupSymbols result;
   int kept = 0;
@@ -75,7 +76,8 @@ StructuredBinaryMatrix pack_weight(const BinarizedWeight& weight, std::string_vi
       for (int64_t g = 0; g < layout.groups(); ++g) {
         const int64_t first = g * layout.nm.group;
         const int width = static_cast<int>(std::min<int64_t>(layout.nm.group, layout.cols - first));
-        const uint64_t code = encode_group(layout.nm, layout.levels, group_symbols(s + first, width, layout.nm));
+        const uint64_t code =
+            encode_group(layout.nm, layout.levels, group_symbols(s + first, width, layout.nm));
         write_bits(out, g * layout.code_bits(), layout.code_bits(), code);
       }
     }
@@ -86,7 +88,8 @@ StructuredBinaryMatrix pack_weight(const BinarizedWeight& weight, std::string_vi
     const at::Tensor codes = weight.scale_codes.contiguous();
     for (int64_t row = 0; row < layout.rows; ++row)
       for (int64_t b = 0; b < layout.column_blocks(); ++b)
-        write_bits((*buffers)[Plane::kScaleCodes] + row * layout.scale_code_row_bytes(), b * layout.scale_bits, layout.scale_bits,
+        write_bits((*buffers)[Plane::kScaleCodes] + row * layout.scale_code_row_bytes(),
+                   b * layout.scale_bits, layout.scale_bits,
                    codes.data_ptr<uint8_t>()[row * layout.column_blocks() + b]);
     store_halves((*buffers)[Plane::kRowScales], weight.row_scales);
     store_halves((*buffers)[Plane::kLevels], weight.level_values);
@@ -97,7 +100,8 @@ StructuredBinaryMatrix pack_weight(const BinarizedWeight& weight, std::string_vi
     const int64_t stride = ceil_div(layout.rows, 8);
     for (int64_t k = 0; k < layout.salient; ++k)
       for (int64_t row = 0; row < layout.rows; ++row)
-        write_bits((*buffers)[Plane::kSalientSigns] + k * stride, row, 1, signs.data_ptr<int8_t>()[k * layout.rows + row] < 0);
+        write_bits((*buffers)[Plane::kSalientSigns] + k * stride, row, 1,
+                   signs.data_ptr<int8_t>()[k * layout.rows + row] < 0);
   }
   if (layout.outliers > 0) {
     store_columns((*buffers)[Plane::kOutlierColumns], weight.outlier_columns);
@@ -110,7 +114,8 @@ at::Tensor unpack_dense(const StructuredBinaryMatrix& matrix) {
   const Layout& layout = matrix.layout();
   at::Tensor dense = at::empty({layout.rows, layout.cols}, at::kFloat);
   at::parallel_for(0, layout.rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) matrix.decode_row(row, dense.data_ptr<float>() + row * layout.cols);
+    for (int64_t row = begin; row < end; ++row)
+      matrix.decode_row(row, dense.data_ptr<float>() + row * layout.cols);
   });
   return dense;
 }
@@ -131,19 +136,21 @@ BinarizedWeight unpack_weight(const StructuredBinaryMatrix& matrix) {
           const int64_t col = g * layout.nm.group + symbols.position[k];
           if (col >= layout.cols) continue;
           const int symbol = 1 + symbols.level[k];
-          weight.symbols.data_ptr<int8_t>()[row * layout.cols + col] = static_cast<int8_t>(symbols.sign[k] ? -symbol : symbol);
+          weight.symbols.data_ptr<int8_t>()[row * layout.cols + col] =
+              static_cast<int8_t>(symbols.sign[k] ? -symbol : symbol);
         }
       }
   });
   if (layout.scale_bits == 16) {
-    weight.scales = load_halves(matrix.plane(Plane::kScales), {layout.rows, layout.column_blocks(), layout.scale_slots()});
+    weight.scales = load_halves(matrix.plane(Plane::kScales),
+                                {layout.rows, layout.column_blocks(), layout.scale_slots()});
   } else {
     weight.scale_codes = at::empty({layout.rows, layout.column_blocks()}, at::kByte);
     for (int64_t row = 0; row < layout.rows; ++row)
       for (int64_t b = 0; b < layout.column_blocks(); ++b)
-        weight.scale_codes.data_ptr<uint8_t>()[row * layout.column_blocks() + b] =
-            static_cast<uint8_t>(read_bits(matrix.plane(Plane::kScaleCodes).data() + row * layout.scale_code_row_bytes(),
-                                           b * layout.scale_bits, layout.scale_bits));
+        weight.scale_codes.data_ptr<uint8_t>()[row * layout.column_blocks() + b] = static_cast<uint8_t>(
+            read_bits(matrix.plane(Plane::kScaleCodes).data() + row * layout.scale_code_row_bytes(),
+                      b * layout.scale_bits, layout.scale_bits));
     weight.row_scales = load_halves(matrix.plane(Plane::kRowScales), {layout.rows});
     weight.level_values = load_halves(matrix.plane(Plane::kLevels), {layout.scale_slots()});
     weight.expand_scales();

@@ -16,9 +16,11 @@
 namespace stbllm {
 namespace {
 
-/// What `budget` chooses from: 0.5, 0.75, 0.875, 1.125, 1.375, 2 and 2.5 bits of codes per weight. They lie on
-/// the lower hull of bits and squared error on normal weights; 2:4 with three levels, say, errs over 1.3 times as much as 3:4 with two.
-constexpr std::array<Code, 7> kBudgetCodes = {{{{1, 8}, 1}, {{1, 4}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{5, 8}, 1}, {{3, 4}, 2}, {{3, 4}, 3}}};
+/// What `budget` chooses from: 0.5, 0.75, 0.875, 1.125, 1.375, 2 and 2.5 bits of codes per weight. They lie
+/// on the lower hull of bits and squared error on normal weights; 2:4 with three levels, say, errs over 1.3
+/// times as much as 3:4 with two.
+constexpr std::array<Code, 7> kBudgetCodes = {
+    {{{1, 8}, 1}, {{1, 4}, 1}, {{2, 8}, 1}, {{3, 8}, 1}, {{5, 8}, 1}, {{3, 4}, 2}, {{3, 4}, 3}}};
 /// The one whose block error is measured: in the middle.
 constexpr size_t kMeasuredCode = 3;
 /// Tokens behind the plan's H; a quarter as many held-out ones judge.
@@ -33,7 +35,12 @@ std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& s
     double sum = 0;
     for (const LinearSpec& linear : spec.linears(i)) {
       const TensorSpec weight = linear.weight();
-      sum += checkpoint.load(weight.name, weight.shape).to(at::kFloat).square().sum(1, false, at::kDouble).sum().item<double>();
+      sum += checkpoint.load(weight.name, weight.shape)
+                 .to(at::kFloat)
+                 .square()
+                 .sum(1, false, at::kDouble)
+                 .sum()
+                 .item<double>();
       checkpoint.release(weight.name);
     }
     norms.push_back(std::sqrt(sum));
@@ -41,8 +48,10 @@ std::vector<double> block_norms(const Checkpoint& checkpoint, const ModelSpec& s
   return norms;
 }
 
-/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass that takes `hidden` along.
-std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hidden, const ProcessGroup& group) {
+/// Percent of scores |W_ij| S_j above 6x the mean score of their block, from a dense pass that takes `hidden`
+/// along.
+std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hidden,
+                                         const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
   std::vector<double> shares;
   log::Progress progress("scores for the outlier allocation: block", spec.layers);
@@ -63,7 +72,8 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
     for (const LinearSpec& linear : block->linears()) {
       const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight().cpu();
       const at::Tensor weight_t = weight.t().contiguous();
-      scores.push_back(ImportanceScore(weight_t, Importance::kWanda)(weight_t, norm_sq[static_cast<size_t>(linear.tap)], {}));
+      scores.push_back(ImportanceScore(weight_t, Importance::kWanda)(
+          weight_t, norm_sq[static_cast<size_t>(linear.tap)], {}));
       total += scores.back().sum(1, false, at::kDouble).sum().item<double>();
       count += scores.back().numel();
     }
@@ -78,7 +88,8 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
 /// The windows that the plan looks at, of training and then of those held out, and how many the latter are.
 std::pair<Windows, int64_t> plan_windows(const Calibration& calibration) {
   const auto& all = calibration.windows;
-  const auto seqlen = static_cast<int64_t>(all[0].size()), training = std::ssize(all) - calibration.distill_only - calibration.holdout;
+  const auto seqlen = static_cast<int64_t>(all[0].size()),
+             training = std::ssize(all) - calibration.distill_only - calibration.holdout;
   const int64_t holdout = std::min(calibration.holdout, ceil_div(kPlanTokens / 4, seqlen));
   const auto first = all.begin() + calibration.distill_only, first_held_out = all.end() - calibration.holdout;
   Windows windows(first, first + std::min(training, ceil_div(kPlanTokens, seqlen)));
@@ -103,14 +114,17 @@ void broadcast(Offers& offers, const ProcessGroup& group, int root) {
   for (const Offer& offer : offers.codes) facts["codes"].push_back({offer.bytes, offer.error});
   group.broadcast(facts, root);
   offers = {{}, facts.at("outliers")};
-  for (const auto& [bytes, error] : facts.at("codes").get<std::vector<std::pair<int64_t, double>>>()) offers.codes.push_back({bytes, error});
+  for (const auto& [bytes, error] : facts.at("codes").get<std::vector<std::pair<int64_t, double>>>())
+    offers.codes.push_back({bytes, error});
 }
 
 int64_t budget_bytes(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
-  return static_cast<int64_t>(recipe.target_bpw / 8 * static_cast<double>(spec.linear_weights() / spec.layers * blocks));
+  return static_cast<int64_t>(recipe.target_bpw / 8 *
+                              static_cast<double>(spec.linear_weights() / spec.layers * blocks));
 }
 
-Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int64_t blocks, const Recipe& recipe, const ProcessGroup& group) {
+Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int64_t blocks,
+                    const Recipe& recipe, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
   const auto [windows, holdout] = plan_windows(calibration);
   at::Tensor hidden = decoder.embed(ids_of(windows)).to(at::kFloat);
@@ -123,7 +137,9 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
     const auto block = decoder.block(i);
     const at::Tensor inputs = hidden.narrow(0, hidden.size(0) - judged, judged).clone();
     TapStats taps(block->linears(), recipe.token_weights);
-    advance(*block, spec, hidden, [&](Tap tap, const at::Tensor& x, bool held) { taps.add(tap, x, held); }, holdout);
+    advance(
+        *block, spec, hidden, [&](Tap tap, const at::Tensor& x, bool held) { taps.add(tap, x, held); },
+        holdout);
     const at::Tensor outputs = hidden.narrow(0, hidden.size(0) - judged, judged);
     const std::array<InputStats, kTapCount> stats = taps.finish();
 
@@ -143,14 +159,17 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
         quick.refit = quick.descend = 0;
         if (quick.shrink < 0) quick.shrink = kPlanShrink;
         LinearReport report;
-        const BinarizedWeight binarized = quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
+        const BinarizedWeight binarized =
+            quantize_linear(weight, stats[static_cast<size_t>(linear.tap)], quick, &report);
         check_outputs(report, linear.name);
         const double error = report.holdout_error < 0 ? report.output_error : report.holdout_error;
         own[l].codes.push_back({pack_weight(binarized, linear.name).bytes(), error});
         if (c != kMeasuredCode) continue;
         own[l].outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
-        block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense().to(weight.device()), bias, products));
-        unit = compare_hidden(run_block(*block, spec, inputs), outputs).relative_error / std::max(error, 1e-12);
+        block->set_linear(linear.role, std::make_unique<DenseLinear>(binarized.to_dense().to(weight.device()),
+                                                                     bias, products));
+        unit =
+            compare_hidden(run_block(*block, spec, inputs), outputs).relative_error / std::max(error, 1e-12);
         block->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
       }
       for (Offer& offer : own[l].codes) offer.error *= unit;
@@ -165,21 +184,24 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
     progress.update(i + 1);
   }
   const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, recipe, blocks));
-  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]) = with_code(plan.at(names[i]), kBudgetCodes[choice[i]]);
+  for (size_t i = 0; i < names.size(); ++i)
+    plan.at(names[i]) = with_code(plan.at(names[i]), kBudgetCodes[choice[i]]);
   return plan;
 }
 
 }  // namespace
 
-Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration, at::Tensor& hidden, int64_t blocks,
-                const Recipe& recipe, const ProcessGroup& group) {
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration,
+                at::Tensor& hidden, int64_t blocks, const Recipe& recipe, const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
-  if (recipe.allocation == Allocation::kBudget) return plan_by_budget(decoder, calibration, blocks, recipe, group);
+  if (recipe.allocation == Allocation::kBudget)
+    return plan_by_budget(decoder, calibration, blocks, recipe, group);
   Plan plan = uniform_plan(spec, recipe);
   if (recipe.allocation == Allocation::kUniform) return plan;
-  const std::vector<NmPattern> patterns = recipe.allocation == Allocation::kNorm
-                                              ? allocate_by_norm(recipe.nm, block_norms(checkpoint, spec))
-                                              : allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
+  const std::vector<NmPattern> patterns =
+      recipe.allocation == Allocation::kNorm
+          ? allocate_by_norm(recipe.nm, block_norms(checkpoint, spec))
+          : allocate_by_outliers(recipe.nm, block_outlier_shares(decoder, hidden, group));
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) plan.at(linear.name).nm = patterns[i];
   return plan;
@@ -222,7 +244,8 @@ Plan plan_from_json(const nlohmann::json& json) {
 std::string describe(const Plan& plan, const ModelSpec& spec, int64_t blocks) {
   std::vector<Code> codes;
   for (int64_t i = 0; i < blocks; ++i)
-    for (const LinearSpec& linear : spec.linears(i)) codes.push_back({plan.at(linear.name).nm, plan.at(linear.name).levels});
+    for (const LinearSpec& linear : spec.linears(i))
+      codes.push_back({plan.at(linear.name).nm, plan.at(linear.name).levels});
   return describe(codes);
 }
 

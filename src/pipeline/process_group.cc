@@ -97,14 +97,15 @@ ProcessGroup ProcessGroup::from_environment() {
       return c10::make_intrusive<c10d::TCPStore>(address, options);
     } catch (const c10::Error& error) {
       const std::string reason = error.what_without_backtrace();
-      fail(ErrorCode::kUsage, "{}:{}: the processes cannot meet there ({}); set MASTER_ADDR to the host of process 0 and MASTER_PORT to a free port",
+      fail(ErrorCode::kUsage,
+           "{}:{}: the processes cannot meet there ({}); set MASTER_ADDR to the host of process 0 and "
+           "MASTER_PORT to a free port",
            address, options.port, reason.substr(0, reason.find('\n')));
     }
   }();
   group.gloo_ = Gloo::guarded([&] {
-    return std::make_unique<Gloo>(
-        c10::make_intrusive<c10d::ProcessGroupGloo>(store, group.rank_, group.size_,
-                                                    c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout)));
+    return std::make_unique<Gloo>(c10::make_intrusive<c10d::ProcessGroupGloo>(
+        store, group.rank_, group.size_, c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout)));
   });
   return group;
 }

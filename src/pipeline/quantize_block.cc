@@ -28,15 +28,21 @@ double statistics_flops(const DecoderBlock& block, int64_t tokens) {
   return flops * static_cast<double>(tokens);
 }
 
-/// Calls visit(first, count, held out) for windows that go through a block together; the last `holdout` go apart.
-void for_each_pass(const at::Tensor& hidden, int64_t holdout, const std::function<void(int64_t, int64_t, bool)>& visit) {
+/// Calls visit(first, count, held out) for windows that go through a block together; the last `holdout` go
+/// apart.
+void for_each_pass(const at::Tensor& hidden, int64_t holdout,
+                   const std::function<void(int64_t, int64_t, bool)>& visit) {
   const int64_t windows = hidden.size(0), training = windows - holdout;
   const int64_t step = windows_per_pass(hidden.size(1));
-  for (int64_t first = 0; first < training; first += step) visit(first, std::min(step, training - first), false);
-  for (int64_t first = training; first < windows; first += step) visit(first, std::min(step, windows - first), true);
+  for (int64_t first = 0; first < training; first += step)
+    visit(first, std::min(step, training - first), false);
+  for (int64_t first = training; first < windows; first += step)
+    visit(first, std::min(step, windows - first), true);
 }
 
-Positions positions_of(const ModelSpec& spec, const at::Tensor& hidden) { return {spec, 0, hidden.size(1), at::kFloat, hidden.device()}; }
+Positions positions_of(const ModelSpec& spec, const at::Tensor& hidden) {
+  return {spec, 0, hidden.size(1), at::kFloat, hidden.device()};
+}
 
 TapObserver watching(const CalibrationObserver& observer, bool held_out) {
   if (!observer) return {};
@@ -56,9 +62,10 @@ void broadcast(BinarizedWeight& weight, LinearResult& result, const ProcessGroup
   weight.column_block = facts.at("column_block");
   weight.scale_bits = facts.at("scale_bits");
   for (at::Tensor BinarizedWeight::*tensor :
-       {&BinarizedWeight::symbols, &BinarizedWeight::scales, &BinarizedWeight::scale_codes, &BinarizedWeight::row_scales,
-        &BinarizedWeight::level_values, &BinarizedWeight::salient_columns, &BinarizedWeight::salient_signs,
-        &BinarizedWeight::outlier_columns, &BinarizedWeight::outlier_values, &BinarizedWeight::unpackable})
+       {&BinarizedWeight::symbols, &BinarizedWeight::scales, &BinarizedWeight::scale_codes,
+        &BinarizedWeight::row_scales, &BinarizedWeight::level_values, &BinarizedWeight::salient_columns,
+        &BinarizedWeight::salient_signs, &BinarizedWeight::outlier_columns, &BinarizedWeight::outlier_values,
+        &BinarizedWeight::unpackable})
     group.broadcast(weight.*tensor, root);
 }
 
@@ -82,12 +89,15 @@ std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
 
 void check_outputs(const LinearReport& report, const std::string& linear) {
   if (!std::isfinite(report.output_error))
-    fail(ErrorCode::kCorrupt, "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights", linear);
+    fail(ErrorCode::kCorrupt,
+         "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights",
+         linear);
 }
 
 TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
   for (const LinearSpec& linear : linears)
-    if (auto& accumulator = accumulators_[static_cast<size_t>(linear.tap)]; !accumulator) accumulator.emplace(linear.cols, token_weights);
+    if (auto& accumulator = accumulators_[static_cast<size_t>(linear.tap)]; !accumulator)
+      accumulator.emplace(linear.cols, token_weights);
 }
 
 std::array<InputStats, kTapCount> TapStats::finish(const ProcessGroup& group) {
@@ -107,8 +117,8 @@ at::Tensor run_block(const DecoderBlock& block, const ModelSpec& spec, const at:
   return outputs;
 }
 
-void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
-                   const CalibrationObserver& observer) {
+void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden,
+                   int64_t holdout, const CalibrationObserver& observer) {
   const Positions positions = positions_of(spec, hidden);
   for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
     const at::Tensor pass = hidden.narrow(0, first, count);
@@ -117,8 +127,8 @@ void observe_block(const DecoderBlock& block, const ModelSpec& spec, const at::T
   });
 }
 
-void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden, const CalibrationObserver& observer,
-             int64_t holdout) {
+void advance(const DecoderBlock& block, const ModelSpec& spec, at::Tensor& hidden,
+             const CalibrationObserver& observer, int64_t holdout) {
   const Positions positions = positions_of(spec, hidden);
   for_each_pass(hidden, holdout, [&](int64_t first, int64_t count, bool held_out) {
     at::Tensor pass = hidden.narrow(0, first, count);
@@ -142,15 +152,17 @@ BlockResult compare_hidden(const at::Tensor& hidden, const at::Tensor& dense, co
   return {group.all_reduce(cosine) / tokens, group.all_reduce(error) / tokens, {}};
 }
 
-QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden, int64_t holdout,
-                              const Recipe& recipe, const Plan& plan,
-                              const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group) {
+QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const at::Tensor& hidden,
+                              int64_t holdout, const Recipe& recipe, const Plan& plan,
+                              const std::function<void(const LinearResult&)>& on_linear,
+                              const ProcessGroup& group) {
   const std::vector<LinearSpec> linears = block.linears();
   std::array<InputStats, kTapCount> stats;
   {
     const StageTimer timer("statistics", statistics_flops(block, hidden.size(0) * hidden.size(1)));
     TapStats taps(linears, recipe.token_weights);
-    observe_block(block, spec, hidden, holdout, [&](Tap tap, const at::Tensor& inputs, bool held_out) { taps.add(tap, inputs, held_out); });
+    observe_block(block, spec, hidden, holdout,
+                  [&](Tap tap, const at::Tensor& inputs, bool held_out) { taps.add(tap, inputs, held_out); });
     stats = taps.finish(group);
   }
 
@@ -161,13 +173,16 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     if (owners[i] != group.rank()) continue;
     const LinearSpec& linear = linears[i];
     const Recipe& own = plan.at(linear.name);
-    LinearResult& result = quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight = quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
-                                             stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    LinearResult& result =
+        quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
+    BinarizedWeight weight =
+        quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
+                        stats[static_cast<size_t>(linear.tap)], own, &result.report);
     check_outputs(result.report, linear.name);
     result.salient_share = weight.salient_share();
     const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
-    if (std::none_of(linears.begin() + static_cast<int64_t>(i) + 1, linears.end(), reads_the_same)) stats[static_cast<size_t>(linear.tap)] = {};
+    if (std::none_of(linears.begin() + static_cast<int64_t>(i) + 1, linears.end(), reads_the_same))
+      stats[static_cast<size_t>(linear.tap)] = {};
     quantized.linears.emplace(linear.name, std::move(weight));
     on_linear(result);
   }
@@ -179,8 +194,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
   return quantized;
 }
 
-void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
-              const ProcessGroup& group) {
+void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears,
+              const std::vector<int>& owners, const ProcessGroup& group) {
   if (group.size() == 1) return;
   const StageTimer timer("exchange");
   quantized.results.resize(linears.size());
@@ -192,16 +207,19 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
   for (const LinearSpec& linear : block.linears()) {
     const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
     const auto bias = quantized.tensors.find(linear.name + ".bias");
-    block.set_linear(linear.role, std::make_unique<DenseLinear>(quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
-                                                               bias == quantized.tensors.end() ? dense.bias() : bias->second,
-                                                               dense.product_dtype()));
+    block.set_linear(
+        linear.role,
+        std::make_unique<DenseLinear>(
+            quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
+            bias == quantized.tensors.end() ? dense.bias() : bias->second, dense.product_dtype()));
   }
   install(quantized.tensors, block.attn_norm(), spec.attn_norm(block.index()));
   install(quantized.tensors, block.mlp_norm(), spec.mlp_norm(block.index()));
 }
 
 void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name) {
-  if (const auto weight = tensors.find(name + ".weight"); weight != tensors.end()) norm.weight = weight->second;
+  if (const auto weight = tensors.find(name + ".weight"); weight != tensors.end())
+    norm.weight = weight->second;
   if (const auto bias = tensors.find(name + ".bias"); bias != tensors.end()) norm.bias = bias->second;
 }
 

@@ -22,12 +22,10 @@ nlohmann::json to_json(const LinearResult& result, bool with_seconds) {
 }
 
 LinearResult linear_result_from_json(const nlohmann::json& json) {
-  LinearResult result{json.at("name"),
-                      {NmPattern::parse(json.at("nm").get<std::string>()), json.at("levels")},
-                      json.at("rows"),
-                      json.at("cols"),
-                      json.at("salient_share"),
-                      {}};
+  LinearResult result{
+      json.at("name"),          {NmPattern::parse(json.at("nm").get<std::string>()), json.at("levels")},
+      json.at("rows"),          json.at("cols"),
+      json.at("salient_share"), {}};
   LinearReport& report = result.report;
   report.output_error = json.at("output_error");
   report.holdout_error = json.at("holdout_error");

@@ -12,7 +12,8 @@
 
 namespace stbllm {
 
-at::Tensor spilled_tensor(at::IntArrayRef sizes, at::ScalarType dtype, const std::filesystem::path& directory) {
+at::Tensor spilled_tensor(at::IntArrayRef sizes, at::ScalarType dtype,
+                          const std::filesystem::path& directory) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
   const int64_t bytes = count * static_cast<int64_t>(c10::elementSize(dtype));

@@ -30,7 +30,9 @@ void TrainedVectors::add_norm(NormWeights& norm, const std::string& name) {
   add(norm.bias, name + ".bias", /*by_factors=*/false);
 }
 
-void TrainedVectors::add_bias(at::Tensor& bias, const std::string& name) { add(bias, name, /*by_factors=*/false); }
+void TrainedVectors::add_bias(at::Tensor& bias, const std::string& name) {
+  add(bias, name, /*by_factors=*/false);
+}
 
 void TrainedVectors::step(double rate) {
   const at::NoGradGuard no_grad;
@@ -39,7 +41,8 @@ void TrainedVectors::step(double rate) {
     const bool by_factors = !v.unit.defined();
     const at::Tensor gradient = (v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit)).contiguous();
     for (int64_t i = 0; i < gradient.numel(); ++i)
-      v.moved.data_ptr<float>()[i] += adam(gradient.data_ptr<float>()[i], v.mean.data_ptr<float>()[i], v.square.data_ptr<float>()[i]);
+      v.moved.data_ptr<float>()[i] +=
+          adam(gradient.data_ptr<float>()[i], v.mean.data_ptr<float>()[i], v.square.data_ptr<float>()[i]);
     update_leaf(v);
     v.leaf.mutable_grad().reset();
   }
@@ -67,11 +70,13 @@ void TrainedVectors::write_back(std::map<std::string, at::Tensor>& tensors) cons
   for (const Vector& v : vectors_) tensors[v.name] = v.leaf.detach().clone();
 }
 
-TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, bool train_codes)
+TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized,
+                           bool train_codes)
     : quantized_(quantized) {
   const std::vector<LinearSpec> linears = block.linears();
   std::vector<at::Tensor> originals;
-  for (const LinearSpec& linear : linears) originals.push_back(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight());
+  for (const LinearSpec& linear : linears)
+    originals.push_back(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight());
   install(quantized, block, spec);
   weights_.reserve(linears.size());
   for (size_t i = 0; i < linears.size(); ++i) {

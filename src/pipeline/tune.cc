@@ -12,8 +12,9 @@
 
 namespace stbllm {
 
-TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, const at::Tensor& inputs,
-                      const at::Tensor& targets, int64_t holdout, const Recipe& recipe) {
+TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized,
+                      const at::Tensor& inputs, const at::Tensor& targets, int64_t holdout,
+                      const Recipe& recipe) {
   const at::NoGradGuard no_grad;
   const int64_t windows = inputs.size(0), seqlen = inputs.size(1), training = windows - holdout;
   TrainedBlock trained(block, spec, quantized, /*train_codes=*/recipe.tune_code_lr > 0);
@@ -34,19 +35,24 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   }
   const auto loss_of = [&](int64_t first, int64_t count) {
     const at::Tensor x = inputs.narrow(0, first, count), y = targets.narrow(0, first, count);
-    const at::Tensor loss = ((block.forward(x.to(at::kFloat), positions) - y).square().sum(-1) * token_weight.narrow(0, first, count)).mean() / energy;
+    const at::Tensor loss = ((block.forward(x.to(at::kFloat), positions) - y).square().sum(-1) *
+                             token_weight.narrow(0, first, count))
+                                .mean() /
+                            energy;
     release_spilled(x);
     release_spilled(y);
     return loss;
   };
   const int64_t step = windows_per_step(seqlen);
   const auto judge = [&] {
-    return held_out_mean(windows, holdout, step, [&](int64_t first, int64_t count) { return loss_of(first, count).item<double>(); });
+    return held_out_mean(windows, holdout, step,
+                         [&](int64_t first, int64_t count) { return loss_of(first, count).item<double>(); });
   };
 
   TuneReport report;
   report.loss_before = report.loss_after = judge();
-  const int64_t steps_per_epoch = ceil_div(training, step), total_steps = steps_per_epoch * recipe.tune_epochs;
+  const int64_t steps_per_epoch = ceil_div(training, step),
+                total_steps = steps_per_epoch * recipe.tune_epochs;
   int64_t done = 0;
   for (int epoch = 1; epoch <= recipe.tune_epochs; ++epoch) {
     for (int64_t first = 0; first < training; first += step, ++done) {

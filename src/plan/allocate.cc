@@ -27,7 +27,8 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
   STBLLM_CHECK(!outlier_shares.empty(), "no blocks");
   const auto [low, high] = std::minmax_element(outlier_shares.begin(), outlier_shares.end());
   std::vector<double> z;
-  for (const double share : outlier_shares) z.push_back(*high > *low ? 2 * (share - *low) / (*high - *low) : 0);
+  for (const double share : outlier_shares)
+    z.push_back(*high > *low ? 2 * (share - *low) / (*high - *low) : 0);
   const double mean = std::accumulate(z.begin(), z.end(), 0.0) / static_cast<double>(z.size());
   std::vector<NmPattern> result;
   for (const double value : z) {
@@ -41,7 +42,10 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
 std::string Code::str() const { return levels == 1 ? nm.str() : fmt::format("{}x{}", nm.str(), levels); }
 
 void check_affordable(int64_t least, int64_t budget) {
-  if (least > budget) fail(ErrorCode::kUsage, "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget, least);
+  if (least > budget)
+    fail(ErrorCode::kUsage,
+         "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget,
+         least);
 }
 
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget) {
@@ -57,7 +61,8 @@ std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& of
     const std::vector<Offer>& own = offers[i];
     STBLLM_CHECK(!own.empty(), "no offers for linear {}", i);
     for (size_t o = 1; o < own.size(); ++o)
-      if (std::pair(own[o].bytes, own[o].error) < std::pair(own[choice[i]].bytes, own[choice[i]].error)) choice[i] = o;
+      if (std::pair(own[o].bytes, own[o].error) < std::pair(own[choice[i]].bytes, own[choice[i]].error))
+        choice[i] = o;
     total += own[choice[i]].bytes;
     for (size_t from = choice[i];;) {
       Step best{i, from, 0, 0};
@@ -73,7 +78,8 @@ std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& of
   }
   check_affordable(total, budget);
   // The steps of a linear come with falling gain, so that a stable sort keeps their order.
-  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.saved_per_byte > b.saved_per_byte; });
+  std::stable_sort(steps.begin(), steps.end(),
+                   [](const Step& a, const Step& b) { return a.saved_per_byte > b.saved_per_byte; });
   std::vector<bool> closed(offers.size());
   for (const Step& step : steps) {
     if (closed[step.linear] || (closed[step.linear] = total + step.bytes > budget)) continue;
@@ -88,7 +94,8 @@ std::string describe(const std::vector<Code>& codes) {
   for (const Code& code : codes) ++counts[code];
   if (counts.size() == 1) return counts.begin()->first.str();
   std::string text;
-  for (const auto& [code, count] : counts) text += (text.empty() ? "" : ", ") + code.str() + " x " + std::to_string(count);
+  for (const auto& [code, count] : counts)
+    text += (text.empty() ? "" : ", ") + code.str() + " x " + std::to_string(count);
   return text;
 }
 

@@ -51,8 +51,8 @@ STBLLM_INLINE float residual_of(float x, const SetFit& fit, int orders, int lane
 }
 
 /// Fits the weights of columns [begin, end) whose mask is 1.
-STBLLM_INLINE void fit_set(const float (*value)[kLanes], const float (*mask)[kLanes], int begin, int end, int orders, bool means,
-                           SetFit& fit) {
+STBLLM_INLINE void fit_set(const float (*value)[kLanes], const float (*mask)[kLanes], int begin, int end,
+                           int orders, bool means, SetFit& fit) {
   float inverse_count[kLanes];
   {
     float count[kLanes] = {};
@@ -64,19 +64,21 @@ STBLLM_INLINE void fit_set(const float (*value)[kLanes], const float (*mask)[kLa
     float sum[kLanes] = {};
     if (means) {
       for (int c = begin; c < end; ++c)
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] += mask[c][lane] * residual_of(value[c][lane], fit, order, lane);
+        for (int lane = 0; lane < kLanes; ++lane)
+          sum[lane] += mask[c][lane] * residual_of(value[c][lane], fit, order, lane);
     }
     for (int lane = 0; lane < kLanes; ++lane) fit.mean[order][lane] = sum[lane] * inverse_count[lane];
     float deviation[kLanes] = {};
     for (int c = begin; c < end; ++c)
       for (int lane = 0; lane < kLanes; ++lane)
-        deviation[lane] += mask[c][lane] * std::fabs(residual_of(value[c][lane], fit, order, lane) - fit.mean[order][lane]);
+        deviation[lane] +=
+            mask[c][lane] * std::fabs(residual_of(value[c][lane], fit, order, lane) - fit.mean[order][lane]);
     for (int lane = 0; lane < kLanes; ++lane) fit.scale[order][lane] = deviation[lane] * inverse_count[lane];
   }
 }
 
-STBLLM_INLINE void add_error(const float (*value)[kLanes], const float (*mask)[kLanes], const float* weight, int begin, int end,
-                             int orders, const SetFit& fit, float (&error)[kLanes]) {
+STBLLM_INLINE void add_error(const float (*value)[kLanes], const float (*mask)[kLanes], const float* weight,
+                             int begin, int end, int orders, const SetFit& fit, float (&error)[kLanes]) {
   for (int c = begin; c < end; ++c)
     for (int lane = 0; lane < kLanes; ++lane) {
       const float r = residual_of(value[c][lane], fit, orders, lane);
@@ -90,9 +92,10 @@ double sum_lanes(const float (&lanes)[kLanes]) {
   return sum;
 }
 
-/// Any order of the rest, around means or not: every set is fitted again for every count (the released arithmetic).
-STBLLM_CLONES void salient_errors_by_fits(const Tile& tile, const float* weight, int cols, int min_count, int max_count,
-                                          int rest_order, bool means, double* error) {
+/// Any order of the rest, around means or not: every set is fitted again for every count (the released
+/// arithmetic).
+STBLLM_CLONES void salient_errors_by_fits(const Tile& tile, const float* weight, int cols, int min_count,
+                                          int max_count, int rest_order, bool means, double* error) {
   SetFit fit;
   for (int count = min_count; count <= max_count; ++count) {
     float lanes[kLanes] = {};
@@ -104,8 +107,9 @@ STBLLM_CLONES void salient_errors_by_fits(const Tile& tile, const float* weight,
   }
 }
 
-/// Without means a set with the scale a costs  sum w (|x| - a)^2 = sum w x^2 - 2 a sum w |x| + a^2 sum w,  which running sums
-/// over the columns give for every count; only the second order of the salient columns looks at them again.
+/// Without means a set with the scale a costs  sum w (|x| - a)^2 = sum w x^2 - 2 a sum w |x| + a^2 sum w,
+/// which running sums over the columns give for every count; only the second order of the salient columns
+/// looks at them again.
 struct SetSums {
   alignas(64) double count[kLanes], magnitude[kLanes], weight[kLanes], weighted[kLanes], energy[kLanes];
 };
@@ -118,7 +122,8 @@ STBLLM_INLINE void add_column(SetSums& sums, const Tile& tile, int c, double wei
   }
 }
 
-STBLLM_CLONES void salient_errors(const Tile& tile, const float* weight, int cols, int min_count, int max_count, double* error) {
+STBLLM_CLONES void salient_errors(const Tile& tile, const float* weight, int cols, int min_count,
+                                  int max_count, double* error) {
   SetSums salient = {}, rest = {};
   for (int c = 0; c < cols; ++c) add_column(rest, tile, c, weight[c], 1);
   for (int count = 0; count <= max_count; ++count) {
@@ -129,7 +134,8 @@ STBLLM_CLONES void salient_errors(const Tile& tile, const float* weight, int col
     if (count < min_count) continue;
     alignas(64) float first[kLanes], deviation[kLanes] = {}, weighted_deviation[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane)
-      first[lane] = salient.count[lane] > 0 ? static_cast<float>(salient.magnitude[lane] / salient.count[lane]) : 0.f;
+      first[lane] =
+          salient.count[lane] > 0 ? static_cast<float>(salient.magnitude[lane] / salient.count[lane]) : 0.f;
     for (int c = 0; c < count; ++c)
       for (int lane = 0; lane < kLanes; ++lane) {
         const float r = tile.kept[c][lane] * std::fabs(std::fabs(tile.value[c][lane]) - first[lane]);
@@ -148,30 +154,34 @@ STBLLM_CLONES void salient_errors(const Tile& tile, const float* weight, int col
 }
 
 /// Around the mean of each region, recomputed for every threshold (the released arithmetic).
-STBLLM_CLONES void region_errors_with_means(const Tile& tile, const float* weight, int cols, const float* thresholds, int count,
-                                            int levels, double* error) {
+STBLLM_CLONES void region_errors_with_means(const Tile& tile, const float* weight, int cols,
+                                            const float* thresholds, int count, int levels, double* error) {
   for (int t = 0; t < count; ++t) {
     const float p1 = thresholds[t], p2 = levels == 3 ? 2 * p1 : std::numeric_limits<float>::infinity();
     float number[3][kLanes] = {}, mean[3][kLanes] = {}, scale[3][kLanes] = {};
     for (int c = 0; c < cols; ++c)
       for (int lane = 0; lane < kLanes; ++lane) {
         const float x = tile.value[c][lane], m = tile.kept[c][lane], magnitude = std::fabs(x);
-        const float dense = magnitude < p1 ? m : 0.f, sparse = magnitude >= p2 ? m : 0.f, middle = m - dense - sparse;
+        const float dense = magnitude < p1 ? m : 0.f, sparse = magnitude >= p2 ? m : 0.f,
+                    middle = m - dense - sparse;
         number[0][lane] += dense, number[1][lane] += middle, number[2][lane] += sparse;
         mean[0][lane] += dense * x, mean[1][lane] += middle * x, mean[2][lane] += sparse * x;
       }
     for (int r = 0; r < 3; ++r)
-      for (int lane = 0; lane < kLanes; ++lane) mean[r][lane] = number[r][lane] > 0 ? mean[r][lane] / number[r][lane] : 0.f;
+      for (int lane = 0; lane < kLanes; ++lane)
+        mean[r][lane] = number[r][lane] > 0 ? mean[r][lane] / number[r][lane] : 0.f;
     for (int c = 0; c < cols; ++c)
       for (int lane = 0; lane < kLanes; ++lane) {
         const float x = tile.value[c][lane], m = tile.kept[c][lane], magnitude = std::fabs(x);
-        const float dense = magnitude < p1 ? m : 0.f, sparse = magnitude >= p2 ? m : 0.f, middle = m - dense - sparse;
+        const float dense = magnitude < p1 ? m : 0.f, sparse = magnitude >= p2 ? m : 0.f,
+                    middle = m - dense - sparse;
         scale[0][lane] += dense * std::fabs(x - mean[0][lane]);
         scale[1][lane] += middle * std::fabs(x - mean[1][lane]);
         scale[2][lane] += sparse * std::fabs(x - mean[2][lane]);
       }
     for (int r = 0; r < 3; ++r)
-      for (int lane = 0; lane < kLanes; ++lane) scale[r][lane] = number[r][lane] > 0 ? scale[r][lane] / number[r][lane] : 0.f;
+      for (int lane = 0; lane < kLanes; ++lane)
+        scale[r][lane] = number[r][lane] > 0 ? scale[r][lane] / number[r][lane] : 0.f;
     float lanes[kLanes] = {};
     for (int c = 0; c < cols; ++c)
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -187,7 +197,8 @@ STBLLM_CLONES void region_errors_with_means(const Tile& tile, const float* weigh
   }
 }
 
-constexpr int kMaxThresholds = 255;  // one less than a power of two: the binary search below has no special cases
+constexpr int kMaxThresholds =
+    255;  // one less than a power of two: the binary search below has no special cases
 
 /// What a region's error needs to know of it; per row.
 struct RegionSums {
@@ -212,11 +223,12 @@ STBLLM_INLINE float region_cost(float count, float magnitude, float weight, floa
   return scale * (scale * weight - 2 * weighted);
 }
 
-/// Without means a region costs -2 a sum w |x| + a^2 sum w (and sum w x^2, the same for every threshold), so that all
-/// thresholds are served by sums over cells, from the smallest magnitudes (dense) and from the largest (sparse).
-/// `table`: the thresholds, filled up with infinity.
-STBLLM_CLONES void region_errors(const Tile& tile, const float* weight, int cols, const float (&table)[kMaxThresholds], int count,
-                                 int levels, RegionCells& cells, double* error) {
+/// Without means a region costs -2 a sum w |x| + a^2 sum w (and sum w x^2, the same for every threshold), so
+/// that all thresholds are served by sums over cells, from the smallest magnitudes (dense) and from the
+/// largest (sparse). `table`: the thresholds, filled up with infinity.
+STBLLM_CLONES void region_errors(const Tile& tile, const float* weight, int cols,
+                                 const float (&table)[kMaxThresholds], int count, int levels,
+                                 RegionCells& cells, double* error) {
   std::fill_n(reinterpret_cast<float*>(cells.below), (count + 1) * sizeof(RegionSums) / sizeof(float), 0.f);
   std::fill_n(reinterpret_cast<float*>(cells.half), (count + 1) * sizeof(RegionSums) / sizeof(float), 0.f);
   RegionSums total = {};
@@ -251,12 +263,14 @@ STBLLM_CLONES void region_errors(const Tile& tile, const float* weight, int cols
     const RegionSums& sparse = levels == 3 ? cells.half[t + 1] : none;
     float lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane)
-      lanes[lane] = region_cost(dense.count[lane], dense.magnitude[lane], dense.weight[lane], dense.weighted[lane]) +
-                    region_cost(sparse.count[lane], sparse.magnitude[lane], sparse.weight[lane], sparse.weighted[lane]) +
-                    region_cost(total.count[lane] - dense.count[lane] - sparse.count[lane],
-                         total.magnitude[lane] - dense.magnitude[lane] - sparse.magnitude[lane],
-                         total.weight[lane] - dense.weight[lane] - sparse.weight[lane],
-                         total.weighted[lane] - dense.weighted[lane] - sparse.weighted[lane]);
+      lanes[lane] =
+          region_cost(dense.count[lane], dense.magnitude[lane], dense.weight[lane], dense.weighted[lane]) +
+          region_cost(sparse.count[lane], sparse.magnitude[lane], sparse.weight[lane],
+                      sparse.weighted[lane]) +
+          region_cost(total.count[lane] - dense.count[lane] - sparse.count[lane],
+                      total.magnitude[lane] - dense.magnitude[lane] - sparse.magnitude[lane],
+                      total.weight[lane] - dense.weight[lane] - sparse.weight[lane],
+                      total.weighted[lane] - dense.weighted[lane] - sparse.weighted[lane]);
     error[t] = sum_lanes(lanes);
   }
 }
@@ -275,8 +289,8 @@ int best_candidate(const std::vector<double>& errors, int64_t tiles, int candida
 
 }  // namespace
 
-int search_salient(const ColumnBlock& block, const std::vector<int64_t>& order, int min_count, int max_count, int rest_order,
-                   bool means) {
+int search_salient(const ColumnBlock& block, const std::vector<int64_t>& order, int min_count, int max_count,
+                   int rest_order, bool means) {
   const int cols = static_cast<int>(block.values.size(0));
   STBLLM_CHECK(cols <= kMaxBlock, "a column block of {} columns, at most {}", cols, kMaxBlock);
   const int candidates = std::min(max_count, cols) - min_count + 1;
@@ -290,7 +304,8 @@ int search_salient(const ColumnBlock& block, const std::vector<int64_t>& order, 
       load_tile(block, order.data(), t * kLanes, tile);
       double* error = &errors[t * candidates];
       if (means || rest_order > 1)
-        salient_errors_by_fits(tile, weight.data(), cols, min_count, min_count + candidates - 1, rest_order, means, error);
+        salient_errors_by_fits(tile, weight.data(), cols, min_count, min_count + candidates - 1, rest_order,
+                               means, error);
       else
         salient_errors(tile, weight.data(), cols, min_count, min_count + candidates - 1, error);
     }
@@ -298,8 +313,8 @@ int search_salient(const ColumnBlock& block, const std::vector<int64_t>& order, 
   return min_count + best_candidate(errors, tiles, candidates);
 }
 
-float search_regions(const ColumnBlock& block, const std::vector<uint8_t>& salient, const std::vector<float>& thresholds,
-                     int levels, bool means, bool upper_quantile_rule) {
+float search_regions(const ColumnBlock& block, const std::vector<uint8_t>& salient,
+                     const std::vector<float>& thresholds, int levels, bool means, bool upper_quantile_rule) {
   const int cols = static_cast<int>(block.values.size(0));
   STBLLM_CHECK(cols <= kMaxBlock, "a column block of {} columns, at most {}", cols, kMaxBlock);
   int candidates = static_cast<int>(thresholds.size());
@@ -310,7 +325,8 @@ float search_regions(const ColumnBlock& block, const std::vector<uint8_t>& salie
   const float* weight = block.weight.data_ptr<float>();
   STBLLM_CHECK(candidates <= kMaxThresholds, "{} thresholds, at most {}", candidates, kMaxThresholds);
   float table[kMaxThresholds];
-  std::fill_n(std::copy_n(thresholds.begin(), candidates, table), kMaxThresholds - candidates, std::numeric_limits<float>::infinity());
+  std::fill_n(std::copy_n(thresholds.begin(), candidates, table), kMaxThresholds - candidates,
+              std::numeric_limits<float>::infinity());
   at::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
     Tile tile;
     const auto cells = std::make_unique<RegionCells>();
@@ -319,7 +335,8 @@ float search_regions(const ColumnBlock& block, const std::vector<uint8_t>& salie
       for (int c = 0; c < cols; ++c)
         if (salient[c]) std::fill_n(tile.kept[c], kLanes, 0.f);
       if (means)
-        region_errors_with_means(tile, weight, cols, thresholds.data(), candidates, levels, &errors[t * candidates]);
+        region_errors_with_means(tile, weight, cols, thresholds.data(), candidates, levels,
+                                 &errors[t * candidates]);
       else
         region_errors(tile, weight, cols, table, candidates, levels, *cells, &errors[t * candidates]);
     }
@@ -348,14 +365,14 @@ at::Tensor assign_sets(const ColumnBlock& block, const std::vector<uint8_t>& sal
 
 namespace {
 
-/// Plain tensor operations, and on (rows, cols) so that sums run along rows: where a residual is zero up to rounding, its sign
-/// is then the one of the released code.
+/// Plain tensor operations, and on (rows, cols) so that sums run along rows: where a residual is zero up to
+/// rounding, its sign is then the one of the released code.
 BinarizedBlock binarize_with_means(const at::Tensor& values, const at::Tensor& sets, int levels) {
   const at::Tensor w = values.t().contiguous(), set_of = sets.t().contiguous();
   const int64_t rows = w.size(0);
   const int slots = levels + 2;
-  BinarizedBlock result{at::zeros({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat), at::zeros_like(w, at::kChar),
-                        at::zeros_like(w, at::kChar)};
+  BinarizedBlock result{at::zeros({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat),
+                        at::zeros_like(w, at::kChar), at::zeros_like(w, at::kChar)};
   for (int slot = 0; slot <= levels; ++slot) {
     const at::Tensor member = set_of.eq(slot == levels ? kSalientSet : slot + 1);
     at::Tensor residual = w;
@@ -377,10 +394,11 @@ BinarizedBlock binarize_with_means(const at::Tensor& values, const at::Tensor& s
   return result;
 }
 
-/// kLanes rows of binarize_sets without means; pointers to their first row, matrices `stride` apart from column to column.
-/// scale: [slot][lane].
-STBLLM_CLONES void binarize_lanes(const float* values, const uint8_t* sets, int64_t stride, int cols, int lanes, int levels,
-                                  float (*scale)[kLanes], int8_t* sign, int8_t* residual_sign) {
+/// kLanes rows of binarize_sets without means; pointers to their first row, matrices `stride` apart from
+/// column to column. scale: [slot][lane].
+STBLLM_CLONES void binarize_lanes(const float* values, const uint8_t* sets, int64_t stride, int cols,
+                                  int lanes, int levels, float (*scale)[kLanes], int8_t* sign,
+                                  int8_t* residual_sign) {
   float count[5][kLanes] = {}, sum[5][kLanes] = {};  // by set; [0] takes what is pruned
   for (int c = 0; c < cols; ++c)
     for (int lane = 0; lane < lanes; ++lane) {
@@ -414,17 +432,19 @@ STBLLM_CLONES void binarize_lanes(const float* values, const uint8_t* sets, int6
 BinarizedBlock binarize_sets(const at::Tensor& values, const at::Tensor& sets, int levels, bool means) {
   if (means) return binarize_with_means(values, sets, levels);
   const int64_t cols = values.size(0), rows = values.size(1), slots = levels + 2;
-  BinarizedBlock result{at::empty({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat), at::empty({cols, rows}, at::kChar),
-                        at::empty({cols, rows}, at::kChar)};
+  BinarizedBlock result{at::empty({rows, slots}, at::kFloat), at::zeros({rows, slots}, at::kFloat),
+                        at::empty({cols, rows}, at::kChar), at::empty({cols, rows}, at::kChar)};
   at::parallel_for(0, ceil_div(rows, kLanes), 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = t * kLanes;
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows - row));
       float scale[5][kLanes];
-      binarize_lanes(values.data_ptr<float>() + row, sets.data_ptr<uint8_t>() + row, rows, static_cast<int>(cols), lanes, levels, scale,
-                     result.sign.data_ptr<int8_t>() + row, result.residual_sign.data_ptr<int8_t>() + row);
+      binarize_lanes(values.data_ptr<float>() + row, sets.data_ptr<uint8_t>() + row, rows,
+                     static_cast<int>(cols), lanes, levels, scale, result.sign.data_ptr<int8_t>() + row,
+                     result.residual_sign.data_ptr<int8_t>() + row);
       for (int lane = 0; lane < lanes; ++lane)
-        for (int64_t slot = 0; slot < slots; ++slot) result.scale.data_ptr<float>()[(row + lane) * slots + slot] = scale[slot][lane];
+        for (int64_t slot = 0; slot < slots; ++slot)
+          result.scale.data_ptr<float>()[(row + lane) * slots + slot] = scale[slot][lane];
     }
   });
   return result;

@@ -18,14 +18,16 @@ at::Tensor BinarizedWeight::to_dense() const {
   const int64_t rows = symbols.size(0), cols = symbols.size(1);
   const at::Tensor kept = symbols.ne(0);
   const at::Tensor level = (symbols.abs() - 1).clamp_min(0).to(at::kLong);
-  const at::Tensor block = at::arange(cols, at::kLong).div(column_block, "floor").unsqueeze(0).expand({rows, cols});
+  const at::Tensor block =
+      at::arange(cols, at::kLong).div(column_block, "floor").unsqueeze(0).expand({rows, cols});
   const int64_t slots = scales.size(2);
   // scale(row, col / column_block, level) as a gather from (rows, blocks * slots)
   const at::Tensor flat = scales.reshape({rows, -1});
   at::Tensor dense = flat.gather(1, block * slots + level).mul_(symbols.sign().to(at::kFloat));
   if (has_salient()) {
     const at::Tensor columns = salient_columns.to(at::kLong);
-    const at::Tensor salient_block = columns.div(column_block, "floor").unsqueeze(0).expand({rows, -1}) * slots;
+    const at::Tensor salient_block =
+        columns.div(column_block, "floor").unsqueeze(0).expand({rows, -1}) * slots;
     const at::Tensor main = flat.gather(1, salient_block + levels);
     const at::Tensor residual = flat.gather(1, salient_block + levels + 1);
     const at::Tensor sign = symbols.index_select(1, columns).sign().to(at::kFloat);
@@ -43,7 +45,9 @@ double BinarizedWeight::salient_share() const {
 
 void BinarizedWeight::expand_scales() {
   const at::Tensor factor = at::tensor(at::ArrayRef<float>(scale_code_factors(scale_bits)));
-  const at::Tensor per_block = row_scales.unsqueeze(1) * factor.index_select(0, scale_codes.flatten().to(at::kLong)).view_as(scale_codes);
+  const at::Tensor per_block =
+      row_scales.unsqueeze(1) *
+      factor.index_select(0, scale_codes.flatten().to(at::kLong)).view_as(scale_codes);
   scales = per_block.unsqueeze(2) * level_values.view({1, 1, -1});
 }
 
@@ -52,7 +56,8 @@ const std::array<float, 64>& scale_code_factors(int scale_bits) {
   static const auto factors = [] {
     std::array<std::array<float, 64>, 3> all{};
     for (int bits = 4; bits <= 6; ++bits)
-      for (int code = 0; code < 1 << bits; ++code) all[bits - 4][code] = static_cast<float>(std::exp2(-code * std::exp2(2.0 - bits)));
+      for (int code = 0; code < 1 << bits; ++code)
+        all[bits - 4][code] = static_cast<float>(std::exp2(-code * std::exp2(2.0 - bits)));
     return all;
   }();
   return factors[scale_bits - 4];
@@ -65,9 +70,10 @@ constexpr int64_t kPanel = 256;
 
 STBLLM_CLONES float dot(const float* a, const float* b, int64_t count) {
   Lanes sums = {};
-  for_each_lanes(0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-    sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes);
-  });
+  for_each_lanes(
+      0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) {
+        sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes);
+      });
   return sum_of(sums);
 }
 
@@ -76,14 +82,18 @@ double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
   if (!d.is_cpu()) return (d.mm(hessian) * d).sum(at::kDouble).item<double>();
   const int64_t rows = d.size(0), cols = d.size(1);
   STBLLM_CHECK(d.is_contiguous(), "rows are adjacent");
-  std::vector<double> energy(static_cast<size_t>(rows));  // a row's own: no sum depends on the number of threads
+  std::vector<double> energy(
+      static_cast<size_t>(rows));  // a row's own: no sum depends on the number of threads
   for (int64_t first = 0; first < cols; first += kPanel) {
     const int64_t width = std::min(kPanel, cols - first), rest = cols - first;
-    const at::Tensor product = d.narrow(1, first, width).mm(hessian.narrow(0, first, width).narrow(1, first, rest));
+    const at::Tensor product =
+        d.narrow(1, first, width).mm(hessian.narrow(0, first, width).narrow(1, first, rest));
     at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const float *own = d.const_data_ptr<float>() + row * cols + first, *mixed = product.const_data_ptr<float>() + row * rest;
-        energy[row] += double{dot(own, mixed, width)} + 2 * double{dot(own + width, mixed + width, rest - width)};
+        const float *own = d.const_data_ptr<float>() + row * cols + first,
+                    *mixed = product.const_data_ptr<float>() + row * rest;
+        energy[row] +=
+            double{dot(own, mixed, width)} + 2 * double{dot(own + width, mixed + width, rest - width)};
       }
     });
   }
@@ -92,15 +102,18 @@ double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
 
 }  // namespace
 
-double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian) {
+double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized,
+                             const at::Tensor& hessian) {
   const at::Tensor w = weight.to(hessian.device(), at::kFloat).contiguous();
-  const double error = output_energy((quantized.to(hessian.device()) - w).contiguous(), hessian), energy = output_energy(w, hessian);
+  const double error = output_energy((quantized.to(hessian.device()) - w).contiguous(), hessian),
+               energy = output_energy(w, hessian);
   return energy > 0 ? error / energy : 0;
 }
 
 double output_error_flops(int64_t rows, int64_t cols) {
   double flops = 0;
-  for (int64_t first = 0; first < cols; first += kPanel) flops += 2.0 * 2 * static_cast<double>(rows * std::min(kPanel, cols - first) * (cols - first));
+  for (int64_t first = 0; first < cols; first += kPanel)
+    flops += 2.0 * 2 * static_cast<double>(rows * std::min(kPanel, cols - first) * (cols - first));
   return flops;
 }
 

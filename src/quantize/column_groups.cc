@@ -21,7 +21,8 @@ std::array<double, 256> invert_upper(const float* upper, int64_t stride, int wid
 
 /// Groups of a column block `block_width` wide; `set_metric` fills in what is particular.
 template <typename SetMetric>
-std::vector<ColumnGroup> make_groups(const LeanWeight& lean, const GroupCodebooks& codebooks, int64_t block_width, const SetMetric& set_metric) {
+std::vector<ColumnGroup> make_groups(const LeanWeight& lean, const GroupCodebooks& codebooks,
+                                     int64_t block_width, const SetMetric& set_metric) {
   std::vector<ColumnGroup> groups;
   for (int first = 0; first < block_width; first += lean.nm.group) {
     ColumnGroup& group = groups.emplace_back();
@@ -36,16 +37,20 @@ std::vector<ColumnGroup> make_groups(const LeanWeight& lean, const GroupCodebook
 
 }  // namespace
 
-std::vector<ColumnGroup> groups_by_factor(const LeanWeight& lean, const GroupCodebooks& codebooks, const BlockColumns& block,
-                                          const at::Tensor& factor, Compensate compensate) {
+std::vector<ColumnGroup> groups_by_factor(const LeanWeight& lean, const GroupCodebooks& codebooks,
+                                          const BlockColumns& block, const at::Tensor& factor,
+                                          Compensate compensate) {
   return make_groups(lean, codebooks, block.width, [&](ColumnGroup& group) {
     const int width = group.width;
-    const float* u = compensate == Compensate::kNone ? nullptr : factor.const_data_ptr<float>() + group.first * (block.width + 1);
+    const float* u = compensate == Compensate::kNone
+                         ? nullptr
+                         : factor.const_data_ptr<float>() + group.first * (block.width + 1);
     std::array<double, 256> inverse{};
     if (compensate == Compensate::kColumn)
       inverse = invert_upper(u, block.width, width);
     else
-      for (int i = 0; i < width; ++i) inverse[i * width + i] = u == nullptr ? 1.0 : 1.0 / u[i * (block.width + 1)];
+      for (int i = 0; i < width; ++i)
+        inverse[i * width + i] = u == nullptr ? 1.0 : 1.0 / u[i * (block.width + 1)];
     for (int i = 0; i < width; ++i)
       for (int j = 0; j < width; ++j) {
         double sum = 0;
@@ -57,8 +62,8 @@ std::vector<ColumnGroup> groups_by_factor(const LeanWeight& lean, const GroupCod
   });
 }
 
-std::vector<ColumnGroup> groups_by_hessian(const LeanWeight& lean, const GroupCodebooks& codebooks, const BlockColumns& block,
-                                           const at::Tensor& hessian) {
+std::vector<ColumnGroup> groups_by_hessian(const LeanWeight& lean, const GroupCodebooks& codebooks,
+                                           const BlockColumns& block, const at::Tensor& hessian) {
   return make_groups(lean, codebooks, block.width, [&](ColumnGroup& group) {
     const float* h = hessian.const_data_ptr<float>() + group.first * (block.width + 1);
     for (int i = 0; i < group.width; ++i)

@@ -21,8 +21,8 @@ at::Tensor factor_in_three_steps(const at::Tensor& h) {
   return second_info.item<int>() != 0 ? at::Tensor() : upper;
 }
 
-/// Puts the inverse of a lower triangle in its place, by halves: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1], so that most of it is
-/// products.
+/// Puts the inverse of a lower triangle in its place, by halves: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1],
+/// so that most of it is products.
 void invert_lower(at::Tensor lower) {
   constexpr int64_t kWhole = 192;
   const int64_t size = lower.size(0), half = (size + 1) / 2, rest = size - half;
@@ -30,15 +30,17 @@ void invert_lower(at::Tensor lower) {
     lower.copy_(at::linalg_solve_triangular(lower, at::eye(size, lower.options()), /*upper=*/false));
     return;
   }
-  const at::Tensor first = lower.narrow(0, 0, half).narrow(1, 0, half), last = lower.narrow(0, half, rest).narrow(1, half, rest);
+  const at::Tensor first = lower.narrow(0, 0, half).narrow(1, 0, half),
+                   last = lower.narrow(0, half, rest).narrow(1, half, rest);
   const at::Tensor below = lower.narrow(0, half, rest).narrow(1, 0, half);
   invert_lower(first);
   invert_lower(last);
   below.copy_(last.mm(below.mm(first)).neg_());
 }
 
-/// With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and H^-1 = U^T U for U = R^-1.
-/// Takes at most 16 bytes for each of H's elements, beside H: for LLaMA-2-7B's widest linears these are 2 GB.
+/// With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and H^-1 =
+/// U^T U for U = R^-1. Takes at most 16 bytes for each of H's elements, beside H: for LLaMA-2-7B's widest
+/// linears these are 2 GB.
 at::Tensor factor_in_one_step(at::Tensor h) {
   h = h.flip({0, 1});
   h = h.to(at::kDouble);
@@ -54,7 +56,8 @@ at::Tensor factor_in_one_step(at::Tensor h) {
 InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool three_steps) {
   if (!is_finite(hessian))
     fail(ErrorCode::kCorrupt,
-         "the Hessian of the inputs holds values that are not finite; the checkpoint's activations overflow: check its weights");
+         "the Hessian of the inputs holds values that are not finite; the checkpoint's activations overflow: "
+         "check its weights");
   const at::Tensor diagonal = hessian.diagonal();
   const at::Tensor dead = diagonal.eq(0).to(at::kFloat);
   const double mean = diagonal.mean().item<double>();
@@ -65,7 +68,10 @@ InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool thr
     const at::Tensor upper = three_steps ? factor_in_three_steps(h) : factor_in_one_step(std::move(h));
     if (upper.defined() && is_finite(upper)) return {upper.contiguous(), damping, retries};
     if (retries == kMaxRetries)
-      fail(ErrorCode::kCorrupt, "the Hessian of the inputs is not positive definite even with damping {:g}; use more calibration text", damping);
+      fail(ErrorCode::kCorrupt,
+           "the Hessian of the inputs is not positive definite even with damping {:g}; use more calibration "
+           "text",
+           damping);
     log::debug("the Cholesky of a Hessian failed with damping {:g}; trying again with more", damping);
   }
 }

@@ -1,6 +1,7 @@
 // Coordinate descent over group codes. With G = H D (all other groups fixed), group g with content q costs
 //   q^T H_gg q - 2 q^T b + const,   b = H_gg q_old - G_g,
-// so the search of encode_columns serves again with metric H_gg. Twin: tests/quantize try every code of every group.
+// so the search of encode_columns serves again with metric H_gg. Twin: tests/quantize try every code of every
+// group.
 
 #include <ATen/Parallel.h>
 
@@ -29,7 +30,8 @@ STBLLM_CLONES void make_target(const float* hessian, int64_t stride, int width, 
 }
 
 /// q = values, delta = by how much it changed. Returns whether anything did.
-STBLLM_CLONES bool change_values(const float (*values)[kTileRows], int width, float (*q)[kTileRows], float (*delta)[kTileRows]) {
+STBLLM_CLONES bool change_values(const float (*values)[kTileRows], int width, float (*q)[kTileRows],
+                                 float (*delta)[kTileRows]) {
   int any = 0;
   for (int c = 0; c < width; ++c)
     for (int lane = 0; lane < kTileRows; ++lane) {
@@ -41,7 +43,8 @@ STBLLM_CLONES bool change_values(const float (*values)[kTileRows], int width, fl
 }
 
 /// Puts `chosen` in place of `lanes` rows of symbols, columns `stride` apart. Returns how many differ.
-STBLLM_CLONES int64_t replace_symbols(const int8_t (*chosen)[kTileRows], int width, int lanes, int8_t* symbols, int64_t stride) {
+STBLLM_CLONES int64_t replace_symbols(const int8_t (*chosen)[kTileRows], int width, int lanes,
+                                      int8_t* symbols, int64_t stride) {
   int changes = 0;
   for (int c = 0; c < width; ++c)
     for (int lane = 0; lane < lanes; ++lane) {
@@ -52,8 +55,8 @@ STBLLM_CLONES int64_t replace_symbols(const int8_t (*chosen)[kTileRows], int wid
 }
 
 /// gradient[c] += sum_k delta[k] H[k][c] over the columns of the block that are still to come
-STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end, const float (*delta)[kTileRows],
-                              float (*gradient)[kTileRows]) {
+STBLLM_CLONES void add_change(const float* hessian, int64_t stride, int width, int begin, int end,
+                              const float (*delta)[kTileRows], float (*gradient)[kTileRows]) {
   for (int c = begin; c < end; ++c)
     for (int k = 0; k < width; ++k) {
       const float factor = hessian[k * stride + c];
@@ -80,7 +83,8 @@ double descend(LeanWeight& lean) {
     const BlockColumns block(lean, b);
     const int64_t start = block.start, rest = block.rest;
     const int width = static_cast<int>(block.width);
-    const std::vector<ColumnGroup> groups = groups_by_hessian(lean, codebooks, block, block.host_part(lean.hessian));
+    const std::vector<ColumnGroup> groups =
+        groups_by_hessian(lean, codebooks, block, block.host_part(lean.hessian));
     at::Tensor change = at::zeros({width, rows}, at::kFloat);
     const float* q = dense.data_ptr<float>() + start * rows;
     const float* g = gradient.data_ptr<float>() + start * rows;
@@ -98,19 +102,22 @@ double descend(LeanWeight& lean) {
         const int64_t first_row = t * kTileRows;
         const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
         alignas(64) float scale[kTileRows];
-        for (int lane = 0; lane < kTileRows; ++lane) scale[lane] = lane < lanes ? scales[first_row + lane] : 1.f;
+        for (int lane = 0; lane < kTileRows; ++lane)
+          scale[lane] = lane < lanes ? scales[first_row + lane] : 1.f;
         load_tile(q + first_row, rows, width, lanes, value);
         load_tile(g + first_row, rows, width, lanes, slope);
         for (const ColumnGroup& group : groups) {
           const int first = group.first, w = group.width;
-          make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first, target);
+          make_target(h + (start + first) * cols + start + first, cols, w, value + first, slope + first,
+                      target);
           if (group.table) {
             best_codes(*group.table, target, scale, w, chosen);
           } else {
             for (int c = 0; c < w; ++c)
               for (int lane = 0; lane < kTileRows; ++lane)
                 chosen[c][lane] = lane < lanes ? symbols[(first + c) * rows + first_row + lane] : int8_t{0};
-            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, w, lanes, chosen);
+            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, w, lanes,
+                                  chosen);
           }
           dequantize(chosen, lean.level_values, scale, w, target);
           if (!change_values(target, w, value + first, delta)) continue;
@@ -123,7 +130,8 @@ double descend(LeanWeight& lean) {
     });
     if (rest > 0) {
       const StageTimer timer("products", 2.0 * static_cast<double>(rest * width * rows));
-      gradient.narrow(0, start + width, rest).addmm_(lean.hessian.narrow(0, start + width, rest).narrow(1, start, width), change);
+      gradient.narrow(0, start + width, rest)
+          .addmm_(lean.hessian.narrow(0, start + width, rest).narrow(1, start, width), change);
     }
   }
   return static_cast<double>(changed) / static_cast<double>(rows * cols);

@@ -26,7 +26,8 @@ bool GroupCodebook::enumerable(NmPattern nm, int levels) {
   return states <= static_cast<double>(kMaxEnumeratedStates);
 }
 
-GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::min(nm.keep, width)), words_(ceil_div(width, 4)) {
+GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width)
+    : kept_(std::min(nm.keep, width)), words_(ceil_div(width, 4)) {
   const int64_t total = pair_count(width, kept_, levels);
   STBLLM_CHECK(total <= kMaxEnumeratedStates, "{} states of {} with {} levels", total, nm.str(), levels);
   position_.reserve(total * kept_);
@@ -35,7 +36,8 @@ GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::m
   for (int k = 0; k < kept_; ++k) symbol_states *= 2 * levels;
   for (unsigned support = 0; support < 1u << width; ++support) {
     if (std::popcount(support) != kept_) continue;
-    for (int64_t state = 0; state < symbol_states / 2; ++state) {  // the last symbol's sign bit is the top half
+    for (int64_t state = 0; state < symbol_states / 2;
+         ++state) {  // the last symbol's sign bit is the top half
       int64_t rest = state;
       int position = -1;
       for (int k = 0; k < kept_; ++k) {
@@ -54,7 +56,8 @@ GroupCodebook::GroupCodebook(NmPattern nm, int levels, int width) : kept_(std::m
   packed_.assign(total * words_, 0);
   for (int64_t state = 0; state < total; ++state)
     for (int k = 0; k < kept_; ++k)
-      packed_[state * words_ + positions(state)[k] / 4] |= uint32_t{static_cast<uint8_t>(symbols(state)[k])} << positions(state)[k] % 4 * 8;
+      packed_[state * words_ + positions(state)[k] / 4] |= uint32_t{static_cast<uint8_t>(symbols(state)[k])}
+                                                           << positions(state)[k] % 4 * 8;
 }
 
 GroupCodebooks::GroupCodebooks(NmPattern nm, int levels, int64_t cols) {
@@ -72,7 +75,8 @@ const GroupCodebook* GroupCodebooks::find(int width) const {
   return nullptr;
 }
 
-GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_values, const double* metric, int width)
+GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_values, const double* metric,
+                       int width)
     : codebook(&book) {
   const int kept = book.kept();
   coefficient.resize(book.states() * kept);
@@ -97,25 +101,28 @@ GroupTable::GroupTable(const GroupCodebook& book, std::span<const float> level_v
 
 namespace {
 
-/// The loop over all states, for a fixed number of kept weights so that it unrolls; two vectors of rows share what is read for
-/// a state. negated: -1 where the negative of the state is meant, else 0.
+/// The loop over all states, for a fixed number of kept weights so that it unrolls; two vectors of rows share
+/// what is read for a state. negated: -1 where the negative of the state is meant, else 0.
 template <int kKept>
-STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state,
-                               int32_t* negated) {
+STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale,
+                               int32_t* best_state, int32_t* negated) {
   const auto states = static_cast<int32_t>(table.codebook->states());
   const uint8_t* positions = table.codebook->positions(0);
   const float *coefficients = table.coefficient.data(), *half_energy = table.half_energy.data();
   for (int first = 0; first < kTileRows; first += 2 * kLanes) {
     const Lanes a[] = {load_lanes(scale + first), load_lanes(scale + first + kLanes)};
-    Lanes cost_min[] = {std::numeric_limits<float>::infinity() + Lanes{}, std::numeric_limits<float>::infinity() + Lanes{}};
+    Lanes cost_min[] = {std::numeric_limits<float>::infinity() + Lanes{},
+                        std::numeric_limits<float>::infinity() + Lanes{}};
     Lanes dot_min[] = {{}, {}};
     IntLanes state_min[] = {{}, {}};
     for (int32_t state = 0; state < states; ++state) {
       for (int half = 0; half < 2; ++half) {
         Lanes dot = {};
         for (int k = 0; k < kKept; ++k)
-          dot += coefficients[state * kKept + k] * load_lanes(&target[positions[state * kKept + k]][first + half * kLanes]);
-        const Lanes cost = a[half] * half_energy[state] - magnitude_of(dot);  // over 2 a, which is the same for all states
+          dot += coefficients[state * kKept + k] *
+                 load_lanes(&target[positions[state * kKept + k]][first + half * kLanes]);
+        const Lanes cost =
+            a[half] * half_energy[state] - magnitude_of(dot);  // over 2 a, which is the same for all states
         const IntLanes better = cost < cost_min[half];
         cost_min[half] = better ? cost : cost_min[half];
         dot_min[half] = better ? dot : dot_min[half];
@@ -128,10 +135,10 @@ STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kT
   }
 }
 
-#define STBLLM_SCAN(kept)                                                                                                            \
-  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state, \
-                                 int32_t* negated) {                                                                                 \
-    scan_states<kept>(table, target, scale, best_state, negated);                                                                    \
+#define STBLLM_SCAN(kept)                                                                     \
+  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float(*target)[kTileRows],    \
+                                 const float* scale, int32_t* best_state, int32_t* negated) { \
+    scan_states<kept>(table, target, scale, best_state, negated);                             \
   }
 STBLLM_SCAN(1)
 STBLLM_SCAN(2)
@@ -144,22 +151,25 @@ STBLLM_SCAN(8)
 #undef STBLLM_SCAN
 
 /// symbols[c][lane] = those of the lane's state, or of its negative.
-STBLLM_CLONES void spread_symbols(const GroupCodebook& codebook, const int32_t* state, const int32_t* negated, int width,
-                                  int8_t (*symbols)[kTileRows]) {
+STBLLM_CLONES void spread_symbols(const GroupCodebook& codebook, const int32_t* state, const int32_t* negated,
+                                  int width, int8_t (*symbols)[kTileRows]) {
   for (int word = 0; word < codebook.words(); ++word)
     for (int first = 0; first < kTileRows; first += kLanes) {
       IntLanes four, sign;
       for (int lane = 0; lane < kLanes; ++lane)
-        four[lane] = static_cast<int32_t>(codebook.packed()[int64_t{state[first + lane]} * codebook.words() + word]);
+        four[lane] =
+            static_cast<int32_t>(codebook.packed()[int64_t{state[first + lane]} * codebook.words() + word]);
       std::memcpy(&sign, negated + first, sizeof(sign));
       for (int c = 4 * word; c < std::min(4 * word + 4, width); ++c)
         store_byte_lanes(symbols[c] + first, (signed_bytes_of(four, c % 4) ^ sign) - sign);
     }
 }
 
-STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale, float* values) {
+STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale,
+                                     float* values) {
   for (int first = 0; first < kTileRows; first += kLanes) {
-    const IntLanes symbol = load_byte_lanes(symbols + first), sign = symbol & INT32_MIN, index = symbol < 0 ? -symbol : symbol;
+    const IntLanes symbol = load_byte_lanes(symbols + first), sign = symbol & INT32_MIN,
+                   index = symbol < 0 ? -symbol : symbol;
     Lanes value = index == 1 ? level[0] + Lanes{} : Lanes{};
     value = index == 2 ? level[1] + Lanes{} : value;
     value = index == 3 ? level[2] + Lanes{} : value;
@@ -172,7 +182,7 @@ STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, 
 void best_codes(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int width,
                 int8_t (*symbols)[kTileRows]) {
   alignas(64) int32_t state[kTileRows], negated[kTileRows];
-  using Scan = void (*)(const GroupTable&, const float (*)[kTileRows], const float*, int32_t*, int32_t*);
+  using Scan = void (*)(const GroupTable&, const float(*)[kTileRows], const float*, int32_t*, int32_t*);
   static constexpr Scan kScan[] = {nullptr, scan_1, scan_2, scan_3, scan_4, scan_5, scan_6, scan_7, scan_8};
   const int kept = table.codebook->kept();
   STBLLM_CHECK(kept <= 8, "{} kept weights in an enumerated group", kept);
@@ -180,8 +190,8 @@ void best_codes(const GroupTable& table, const float (*target)[kTileRows], const
   spread_symbols(*table.codebook, state, negated, width, symbols);
 }
 
-void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale, int width,
-                float (*values)[kTileRows]) {
+void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale,
+                int width, float (*values)[kTileRows]) {
   STBLLM_CHECK(level_values.size() <= 3, "{} levels", level_values.size());
   std::array<float, 3> level{};
   std::copy(level_values.begin(), level_values.end(), level.begin());
@@ -209,7 +219,9 @@ void improve_codes_locally(NmPattern nm, std::span<const float> level_values, co
     if (present != kept) {
       std::array<int, 16> order;
       for (int c = 0; c < width; ++c) order[c] = c;
-      const auto gain = [&](int c) { return std::abs(b[c]) / std::sqrt(std::max(metric[c * width + c], 1e-30)); };
+      const auto gain = [&](int c) {
+        return std::abs(b[c]) / std::sqrt(std::max(metric[c * width + c], 1e-30));
+      };
       std::stable_sort(order.begin(), order.begin() + width, [&](int x, int y) { return gain(x) > gain(y); });
       for (int c = 0; c < width; ++c) symbol[c] = 0;
       for (int k = 0; k < kept; ++k) {
@@ -238,11 +250,14 @@ void improve_codes_locally(NmPattern nm, std::span<const float> level_values, co
             double change;
             if (to == from) {
               const double step = y - value[from];
-              change = a * a * (2 * step * product[from] + step * step * metric[from * width + from]) - 2 * a * step * b[from];
+              change = a * a * (2 * step * product[from] + step * step * metric[from * width + from]) -
+                       2 * a * step * b[from];
             } else {
-              change = a * a * (2 * x * product[from] + 2 * y * product[to] + x * x * metric[from * width + from] +
-                                y * y * metric[to * width + to] + 2 * x * y * metric[from * width + to]) -
-                       2 * a * (x * b[from] + y * b[to]);
+              change =
+                  a * a *
+                      (2 * x * product[from] + 2 * y * product[to] + x * x * metric[from * width + from] +
+                       y * y * metric[to * width + to] + 2 * x * y * metric[from * width + to]) -
+                  2 * a * (x * b[from] + y * b[to]);
             }
             if (change < best) best = change, best_from = from, best_to = to, best_symbol = s;
           }

@@ -37,7 +37,9 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
   const int64_t cols = x.size(1);
   for (int64_t first = 0; first < cols; first += kPanel) {
     const int64_t width = std::min(kPanel, cols - first);
-    sum.narrow(0, first, width).narrow(1, first, cols - first).addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols - first));
+    sum.narrow(0, first, width)
+        .narrow(1, first, cols - first)
+        .addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols - first));
   }
   (holdout ? holdout_tokens_ : tokens_) += tokens;
 }
@@ -63,7 +65,8 @@ InputStats StatsAccumulator::finish() {
   STBLLM_CHECK(tokens_ > 0, "no calibration token was seen");
   InputStats stats;
   stats.hessian = mirrored(sum_, 2.0 / static_cast<double>(tokens_));
-  if (holdout_tokens_ > 0) stats.holdout_hessian = mirrored(holdout_sum_, 2.0 / static_cast<double>(holdout_tokens_));
+  if (holdout_tokens_ > 0)
+    stats.holdout_hessian = mirrored(holdout_sum_, 2.0 / static_cast<double>(holdout_tokens_));
   stats.tokens = tokens_;
   return stats;
 }

@@ -27,7 +27,8 @@ at::Tensor unit_values(const at::Tensor& symbols, std::span<const float> level_v
     table[levels - 1 - level] = -level_values[level];
   }
   if (!symbols.is_cpu()) {
-    const at::Tensor on_device = at::tensor(at::ArrayRef<float>(table.data(), 2 * levels + 1), at::kFloat).to(symbols.device());
+    const at::Tensor on_device =
+        at::tensor(at::ArrayRef<float>(table.data(), 2 * levels + 1), at::kFloat).to(symbols.device());
     return on_device.index_select(0, symbols.to(at::kInt).add_(levels).flatten()).view(symbols.sizes());
   }
   at::Tensor values = at::empty(symbols.sizes(), at::kFloat);
@@ -58,7 +59,8 @@ float LeanWeight::set_scale(int64_t block, int64_t row, float wanted) {
   const int64_t at = block * rows() + row;
   uint8_t unused = 0;
   uint8_t& code = coded ? scale_codes.data_ptr<uint8_t>()[at] : unused;
-  return scales.data_ptr<float>()[at] = representable_scale(scale_bits, coded ? row_scales.data_ptr<float>()[row] : 0.f, wanted, code);
+  return scales.data_ptr<float>()[at] =
+             representable_scale(scale_bits, coded ? row_scales.data_ptr<float>()[row] : 0.f, wanted, code);
 }
 
 float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t& code) {
@@ -69,9 +71,11 @@ float representable_scale(int scale_bits, float row_scale, float wanted, uint8_t
   const std::array<float, 64>& factors = scale_code_factors(scale_bits);
   const auto value = [&](int c) { return row_scale * factors[c]; };
   const double exact = wanted > 0 ? -std::log2(static_cast<double>(wanted) / row_scale) / step : last;
-  const int below = std::clamp(static_cast<int>(std::floor(std::clamp(exact, 0.0, static_cast<double>(last)))), 0, last);
+  const int below =
+      std::clamp(static_cast<int>(std::floor(std::clamp(exact, 0.0, static_cast<double>(last)))), 0, last);
   const int above = std::min(below + 1, last);
-  code = static_cast<uint8_t>(std::abs(value(below) - wanted) <= std::abs(value(above) - wanted) ? below : above);
+  code = static_cast<uint8_t>(std::abs(value(below) - wanted) <= std::abs(value(above) - wanted) ? below
+                                                                                                 : above);
   return value(code);
 }
 
@@ -84,17 +88,20 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
   at::Tensor relative = at::empty_like(magnitude);
   for (int64_t b = 0; b < blocks; ++b) {
     const BlockColumns block(lean, b);
-    const at::Tensor m = magnitude.narrow(0, block.start, block.width), w = kept.narrow(0, block.start, block.width);
+    const at::Tensor m = magnitude.narrow(0, block.start, block.width),
+                     w = kept.narrow(0, block.start, block.width);
     const at::Tensor mean = (m * w).sum(0) / w.sum(0).clamp_min(1);
     lean.scales[b].copy_(mean.clamp_min(kSmallestScale));
     relative.narrow(0, block.start, block.width).copy_(m / lean.scales[b].unsqueeze(0));
   }
   lean.level_values.assign(1, 1.f);
   if (levels > 1) {
-    // Lloyd's iteration on a histogram of |w| / scale: cells of 1/64 up to 8 hold what a level could tell apart.
+    // Lloyd's iteration on a histogram of |w| / scale: cells of 1/64 up to 8 hold what a level could tell
+    // apart.
     constexpr int kCells = 512;
     const at::Tensor cell = (relative * 64).clamp_max(kCells - 1).to(at::kLong).flatten();
-    const at::Tensor histogram = at::zeros({kCells}, at::kDouble).index_add_(0, cell, weighted.flatten().to(at::kDouble));
+    const at::Tensor histogram =
+        at::zeros({kCells}, at::kDouble).index_add_(0, cell, weighted.flatten().to(at::kDouble));
     const double* mass = histogram.data_ptr<double>();
     std::vector<double> centre(levels);
     for (int l = 0; l < levels; ++l) centre[l] = 0.5 * std::exp2(l * (levels == 2 ? 1.3 : 1.0));
@@ -121,7 +128,8 @@ void initialize_scales(LeanWeight& lean, int levels, const at::Tensor& column_we
     lean.scale_codes = at::zeros({blocks, rows}, at::kByte);
     const at::Tensor largest = lean.scales.amax(0) * 1.2f;
     for (int64_t row = 0; row < rows; ++row)
-      lean.row_scales.data_ptr<float>()[row] = std::max(round_to_half(largest.data_ptr<float>()[row]), kSmallestScale);
+      lean.row_scales.data_ptr<float>()[row] =
+          std::max(round_to_half(largest.data_ptr<float>()[row]), kSmallestScale);
   }
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t row = 0; row < rows; ++row) lean.set_scale(b, row, scales[b * rows + row]);

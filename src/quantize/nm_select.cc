@@ -14,7 +14,8 @@ ImportanceScore::ImportanceScore(const at::Tensor& weight_t, Importance metric) 
   row_sum_ = weight_t.abs().sum(0, /*keepdim=*/true).clamp_min(1e-30);
   if (metric == Importance::kRia) return;
   const at::Tensor mu = relative_magnitude(weight_t);
-  // Sums go column by column first: a reduction over all elements would be cut differently by another number of threads.
+  // Sums go column by column first: a reduction over all elements would be cut differently by another number
+  // of threads.
   const double count = static_cast<double>(mu.numel());
   mean_ = mu.sum(1, false, at::kDouble).sum() / count;
   deviation_ = (mu - mean_).square().sum(1, false, at::kDouble).sum().div(count - 1).sqrt();
@@ -25,7 +26,8 @@ at::Tensor ImportanceScore::relative_magnitude(const at::Tensor& columns_t) cons
   return magnitude / row_sum_ + magnitude / magnitude.sum(1, /*keepdim=*/true).clamp_min(1e-30);
 }
 
-at::Tensor ImportanceScore::operator()(const at::Tensor& columns_t, const at::Tensor& norm_sq, const at::Tensor& inverse_diag) const {
+at::Tensor ImportanceScore::operator()(const at::Tensor& columns_t, const at::Tensor& norm_sq,
+                                       const at::Tensor& inverse_diag) const {
   switch (metric_) {
     case Importance::kMagnitude:
       return columns_t.abs();
@@ -34,7 +36,8 @@ at::Tensor ImportanceScore::operator()(const at::Tensor& columns_t, const at::Te
     case Importance::kRia:
       return relative_magnitude(columns_t) * norm_sq.sqrt().sqrt().unsqueeze(1);
     case Importance::kSi:
-      return ((relative_magnitude(columns_t) - mean_) / (deviation_ + 1e-12)).to(at::kFloat) * norm_sq.sqrt().unsqueeze(1);
+      return ((relative_magnitude(columns_t) - mean_) / (deviation_ + 1e-12)).to(at::kFloat) *
+             norm_sq.sqrt().unsqueeze(1);
     case Importance::kObs:
       return (columns_t / inverse_diag.unsqueeze(1)).square();
   }
@@ -43,13 +46,16 @@ at::Tensor ImportanceScore::operator()(const at::Tensor& columns_t, const at::Te
 
 namespace {
 
-/// kLanes rows of a group; `stride` apart from column to column. A column's rank is the number of columns that go before it.
-STBLLM_CLONES void keep_largest(const float* score, int64_t stride, int width, int keep, int lanes, uint8_t* kept) {
+/// kLanes rows of a group; `stride` apart from column to column. A column's rank is the number of columns
+/// that go before it.
+STBLLM_CLONES void keep_largest(const float* score, int64_t stride, int width, int keep, int lanes,
+                                uint8_t* kept) {
   int32_t rank[16][kLanes] = {};
   for (int b = 1; b < width; ++b)
     for (int a = 0; a < b; ++a)
       for (int lane = 0; lane < lanes; ++lane) {
-        const int32_t later_wins = score[b * stride + lane] > score[a * stride + lane];  // of equals the first one goes before
+        const int32_t later_wins =
+            score[b * stride + lane] > score[a * stride + lane];  // of equals the first one goes before
         rank[a][lane] += later_wins;
         rank[b][lane] += 1 - later_wins;
       }
@@ -69,7 +75,8 @@ at::Tensor nm_mask(const at::Tensor& score_t, NmPattern nm) {
       const int width = static_cast<int>(std::min<int64_t>(nm.group, cols - first));
       for (int64_t row = 0; row < rows; row += kLanes)
         keep_largest(score_t.data_ptr<float>() + first * rows + row, rows, width, std::min(nm.keep, width),
-                     static_cast<int>(std::min<int64_t>(kLanes, rows - row)), mask.data_ptr<uint8_t>() + first * rows + row);
+                     static_cast<int>(std::min<int64_t>(kLanes, rows - row)),
+                     mask.data_ptr<uint8_t>() + first * rows + row);
     }
   });
   return mask;

@@ -38,13 +38,18 @@ auto timed(std::string_view stage, double flops, Work&& work) {
   return work();
 }
 
-/// A Cholesky and the inverse of a triangle; with `three_steps` the inverse of a whole matrix and another Cholesky.
-double factor_flops(int64_t cols, bool three_steps) { return (three_steps ? 4. : 2.) / 3 * std::pow(static_cast<double>(cols), 3); }
+/// A Cholesky and the inverse of a triangle; with `three_steps` the inverse of a whole matrix and another
+/// Cholesky.
+double factor_flops(int64_t cols, bool three_steps) {
+  return (three_steps ? 4. : 2.) / 3 * std::pow(static_cast<double>(cols), 3);
+}
 
-/// One search over all groups of the weight: per state a dot product of N terms and four operations for its cost.
+/// One search over all groups of the weight: per state a dot product of N terms and four operations for its
+/// cost.
 double search_flops(const LeanWeight& lean, int levels) {
   if (!GroupCodebook::enumerable(lean.nm, levels)) return 0;
-  const double per_group = static_cast<double>(GroupCodebook(lean.nm, levels, lean.nm.group).states()) * (2 * lean.nm.keep + 3);
+  const double per_group =
+      static_cast<double>(GroupCodebook(lean.nm, levels, lean.nm.group).states()) * (2 * lean.nm.keep + 3);
   return static_cast<double>(lean.rows() * lean.cols()) / lean.nm.group * per_group;
 }
 
@@ -59,7 +64,8 @@ std::vector<int64_t> find_outliers(const at::Tensor& hessian, double share, int 
   const double threshold = share * diagonal.sum(at::kDouble).item<double>();
   for (int64_t j = 0; j < diagonal.numel(); ++j)
     if (energy[j] > 0 && energy[j] >= threshold) columns.push_back(j);
-  std::stable_sort(columns.begin(), columns.end(), [&](int64_t a, int64_t b) { return energy[a] > energy[b]; });
+  std::stable_sort(columns.begin(), columns.end(),
+                   [&](int64_t a, int64_t b) { return energy[a] > energy[b]; });
   if (static_cast<int>(columns.size()) > limit) columns.resize(limit);
   std::sort(columns.begin(), columns.end());
   return columns;
@@ -77,7 +83,8 @@ void zero_columns(at::Tensor& hessian, const std::vector<int64_t>& outliers) {
   hessian.index_fill_(1, columns, 0);
 }
 
-/// Sorts values that are not negative: their bits are in the order of their values, so that three passes over 11-bit digits do.
+/// Sorts values that are not negative: their bits are in the order of their values, so that three passes over
+/// 11-bit digits do.
 void sort_magnitudes(std::vector<float>& values) {
   std::vector<float> other(values.size());
   for (const int shift : {0, 11, 22}) {
@@ -90,8 +97,8 @@ void sort_magnitudes(std::vector<float>& values) {
   }
 }
 
-/// numpy.quantile of float32 values at float32 positions: index, fraction and interpolation are float32 too, and many
-/// weights of a checkpoint are equal, so that a threshold often falls exactly on one of them.
+/// numpy.quantile of float32 values at float32 positions: index, fraction and interpolation are float32 too,
+/// and many weights of a checkpoint are equal, so that a threshold often falls exactly on one of them.
 std::vector<float> quantiles(std::vector<float> values, int count, float low, float high) {
   sort_magnitudes(values);
   std::vector<float> result(count);
@@ -109,30 +116,43 @@ std::vector<float> quantiles(std::vector<float> values, int count, float low, fl
 /// The metric that `recipe` asks for, from the one before where that is the same.
 std::shared_ptr<const CodeMetric> code_metric(const InputStats& stats, const Recipe& recipe, double shrink) {
   const bool factored = recipe.compensate != Compensate::kNone;
-  if (const CodeMetric* last = stats.metric.get(); last != nullptr && last->outlier_share == recipe.outlier_share &&
-                                                   last->max_outliers == recipe.max_outliers && last->shrink == shrink &&
-                                                   last->damping == recipe.damping && last->factored == factored)
+  if (const CodeMetric* last = stats.metric.get();
+      last != nullptr && last->outlier_share == recipe.outlier_share &&
+      last->max_outliers == recipe.max_outliers && last->shrink == shrink &&
+      last->damping == recipe.damping && last->factored == factored)
     return stats.metric;
   stats.metric.reset();  // not two of them in memory
-  CodeMetric metric{recipe.outlier_share, shrink, recipe.damping, recipe.max_outliers, factored,
-                    find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers), shrink_hessian(stats.hessian, shrink), {}};
+  CodeMetric metric{recipe.outlier_share,
+                    shrink,
+                    recipe.damping,
+                    recipe.max_outliers,
+                    factored,
+                    find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers),
+                    shrink_hessian(stats.hessian, shrink),
+                    {}};
   if (!metric.outliers.empty()) zero_columns(metric.hessian, metric.outliers);
   if (factored)
-    metric.factor = timed("factor", factor_flops(stats.hessian.size(0), false), [&] { return inverse_factor(metric.hessian, recipe.damping); });
+    metric.factor = timed("factor", factor_flops(stats.hessian.size(0), false),
+                          [&] { return inverse_factor(metric.hessian, recipe.damping); });
   return stats.metric = std::make_shared<const CodeMetric>(std::move(metric));
 }
 
 /// Columns of inputs that are always zero, in host memory.
-at::Tensor dead_columns(const at::Tensor& hessian) { return hessian.diagonal().eq(0).nonzero().flatten().cpu(); }
+at::Tensor dead_columns(const at::Tensor& hessian) {
+  return hessian.diagonal().eq(0).nonzero().flatten().cpu();
+}
 
-/// The paper's path, in host memory: fixed support, salient columns, regions by magnitude, block-wise compensation.
-BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian, const at::Tensor& norm_sq,
-                                    const std::vector<int64_t>& outliers, const Recipe& recipe, LinearReport& report) {
+/// The paper's path, in host memory: fixed support, salient columns, regions by magnitude, block-wise
+/// compensation.
+BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor& hessian,
+                                    const at::Tensor& norm_sq, const std::vector<int64_t>& outliers,
+                                    const Recipe& recipe, LinearReport& report) {
   const int64_t cols = weight_t.size(0), rows = weight_t.size(1);
-  // In float32 the rounding of a Cholesky depends on the number of threads: only the released arithmetic needs it.
-  const InverseFactor factor =
-      timed("factor", factor_flops(cols, !recipe.packable()),
-            [&] { return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable()); });
+  // In float32 the rounding of a Cholesky depends on the number of threads: only the released arithmetic
+  // needs it.
+  const InverseFactor factor = timed("factor", factor_flops(cols, !recipe.packable()), [&] {
+    return inverse_factor(hessian, recipe.damping, /*three_steps=*/!recipe.packable());
+  });
   report.damping = factor.damping;
   report.damping_retries = factor.retries;
   const at::Tensor upper = factor.upper.cpu();
@@ -152,28 +172,33 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
   at::Tensor dense = recipe.packable() ? at::Tensor() : at::zeros({cols, rows}, at::kFloat);
   std::vector<int32_t> salient_columns;
   std::vector<at::Tensor> salient_signs;
-  // The released code prunes the whole layer first and then forgets the mask: pruned weights are zeros that take part.
+  // The released code prunes the whole layer first and then forgets the mask: pruned weights are zeros that
+  // take part.
   const ImportanceScore importance(work, recipe.importance);
   if (!recipe.support_carried) work.mul_(nm_mask(importance(work, norm_sq, d), recipe.nm));
 
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t start = b * recipe.column_block, width = std::min<int64_t>(recipe.column_block, cols - start);
+    const int64_t start = b * recipe.column_block,
+                  width = std::min<int64_t>(recipe.column_block, cols - start);
     const at::Tensor w = work.narrow(0, start, width).contiguous();
     const at::Tensor d_block = d.narrow(0, start, width);
-    std::vector<int64_t> places;  // of columns of this block that are stored exactly: they have no part in the searches
+    std::vector<int64_t>
+        places;  // of columns of this block that are stored exactly: they have no part in the searches
     for (const int64_t column : outliers)
       if (column >= start && column < start + width) places.push_back(column - start);
     const at::Tensor outlier_places = at::tensor(places, at::kLong);
     const at::Tensor support = timed("mask", 0, [&] {
       if (!recipe.support_carried) return at::ones({width, rows}, at::kByte);
       at::Tensor score = importance(w, norm_sq.narrow(0, start, width), d_block).contiguous();
-      return nm_mask(score.index_fill_(0, outlier_places, -std::numeric_limits<float>::infinity()), recipe.nm);
+      return nm_mask(score.index_fill_(0, outlier_places, -std::numeric_limits<float>::infinity()),
+                     recipe.nm);
     });
     const at::Tensor kept = support.index_fill(0, outlier_places, 0);
     const at::Tensor saliency = w.square() / d_block.square().unsqueeze(1);
     const bool on_saliency = recipe.search_on == SearchOn::kSaliency;
-    const ColumnBlock search{on_saliency ? saliency : w, kept,
-                             on_saliency ? at::ones({width}, at::kFloat) : d_block.square().reciprocal().contiguous()};
+    const ColumnBlock search{
+        on_saliency ? saliency : w, kept,
+        on_saliency ? at::ones({width}, at::kFloat) : d_block.square().reciprocal().contiguous()};
 
     std::vector<uint8_t> salient(width, 0);
     int salient_count = 0;
@@ -183,11 +208,13 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       std::vector<int64_t> order(width);
       std::iota(order.begin(), order.end(), 0);
       std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return sum[x] > sum[y]; });
-      // Differs from STBLLM: the released code tries 1..49 and binarizes the rest with order 2 during this search.
+      // Differs from STBLLM: the released code tries 1..49 and binarizes the rest with order 2 during this
+      // search.
       const int minimum = on_saliency ? 1 : 0;
       const int maximum = on_saliency ? recipe.max_salient - 1 : recipe.max_salient;
-      salient_count =
-          timed("salient search", 0, [&] { return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means); });
+      salient_count = timed("salient search", 0, [&] {
+        return search_salient(search, order, minimum, maximum, on_saliency ? 2 : 1, recipe.means);
+      });
       for (int i = 0; i < salient_count; ++i) salient[order[i]] = 1;
     }
     report.salient_count.push_back(static_cast<int>(std::count(salient.begin(), salient.end(), 1)));
@@ -206,26 +233,30 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
       if (!values.empty()) {
         const StageTimer timer("region search");
         const std::vector<float> thresholds = quantiles(std::move(values), 160, 0.10f, 0.90f);
-        p1 = search_regions(search, salient, thresholds, recipe.levels, recipe.means, recipe.upper_quantile_rule);
+        p1 = search_regions(search, salient, thresholds, recipe.levels, recipe.means,
+                            recipe.upper_quantile_rule);
       }
       report.threshold.push_back(p1);
     }
     const at::Tensor sets = assign_sets(search, salient, p1, recipe.levels);
-    BinarizedBlock fit = timed("binarize", 0, [&] { return binarize_sets(w, sets, recipe.levels, recipe.means); });
+    BinarizedBlock fit =
+        timed("binarize", 0, [&] { return binarize_sets(w, sets, recipe.levels, recipe.means); });
     if (recipe.packable()) fit.scale = round_to_half(fit.scale);
     const at::Tensor q = timed("dequantize", 0, [&] { return fit.dequantize(sets, recipe.levels); });
     if (recipe.packable()) {
       // +-(1 + level); salient columns are of level 0.
       const at::Tensor level = at::where(sets.eq(kSalientSet), at::ones_like(sets), sets).to(at::kChar);
       at::Tensor symbols = fit.sign * level;
-      for (const int64_t c : places) symbols[c].copy_(support[c]);  // N of M is kept there too, whatever the code says
+      for (const int64_t c : places)
+        symbols[c].copy_(support[c]);  // N of M is kept there too, whatever the code says
       symbols_t.narrow(0, start, width).copy_(symbols);
       scales.select(1, b).copy_(fit.scale);
       for (int64_t c = 0; c < width; ++c)
         if (salient[c]) {
           salient_columns.push_back(static_cast<int32_t>(start + c));
           // Pruned weights of a salient column have no residual; any sign will do.
-          salient_signs.push_back(at::where(fit.residual_sign[c].eq(0), at::ones({rows}, at::kChar), fit.residual_sign[c]));
+          salient_signs.push_back(
+              at::where(fit.residual_sign[c].eq(0), at::ones({rows}, at::kChar), fit.residual_sign[c]));
         }
     } else {
       dense.narrow(0, start, width).copy_(q);
@@ -253,15 +284,17 @@ BinarizedWeight quantize_by_regions(const at::Tensor& weight_t, const at::Tensor
   return result;
 }
 
-/// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards. Where `metric` is, if all states of a
-/// group can be tried there. weight_t in host memory.
-LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, int sweeps, const Recipe& recipe, LinearReport& report) {
+/// Our path: every code chosen by exhaustive search in the H metric, scales fitted afterwards. Where `metric`
+/// is, if all states of a group can be tried there. weight_t in host memory.
+LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, int sweeps,
+                         const Recipe& recipe, LinearReport& report) {
   LeanWeight lean;
   lean.nm = recipe.nm;
   lean.column_block = recipe.column_block;
   lean.scale_bits = recipe.scale_bits;
   lean.target = weight_t.clone();
-  const at::Device device = GroupCodebook::enumerable(recipe.nm, recipe.levels) ? metric.hessian.device() : at::kCPU;
+  const at::Device device =
+      GroupCodebook::enumerable(recipe.nm, recipe.levels) ? metric.hessian.device() : at::kCPU;
   lean.hessian = metric.hessian.to(device);
   const at::Tensor upper = metric.factored ? metric.factor.upper.to(device) : at::Tensor();
   lean.target.index_fill_(0, dead_columns(lean.hessian), 0);  // outlier columns among them
@@ -277,7 +310,8 @@ LeanWeight optimize_lean(const at::Tensor& weight_t, const CodeMetric& metric, i
   if (recipe.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < sweeps; ++sweep) {
     const double changed = timed("descend", one_search, [&] { return descend(lean); });
-    if (sweep < recipe.refit) timed("refit", 0, [&] { refit(lean, /*with_levels=*/sweep == 0); });  // later they hardly move
+    if (sweep < recipe.refit)
+      timed("refit", 0, [&] { refit(lean, /*with_levels=*/sweep == 0); });  // later they hardly move
     if (changed < 1e-4) break;
   }
   return lean;
@@ -303,12 +337,14 @@ BinarizedWeight finish_lean(const LeanWeight& lean) {
 
 }  // namespace
 
-BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe, LinearReport* report) {
+BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Recipe& recipe,
+                                LinearReport* report) {
   const double started = seconds_now();
   LinearReport local;
   LinearReport& out = report ? *report : local;
   const at::Tensor w = weight.to(at::kCPU, at::kFloat);
-  STBLLM_CHECK(stats.hessian.size(0) == w.size(1), "H has {} columns, the weight {}", stats.hessian.size(0), w.size(1));
+  STBLLM_CHECK(stats.hessian.size(0) == w.size(1), "H has {} columns, the weight {}", stats.hessian.size(0),
+               w.size(1));
   const at::Tensor weight_t = w.t().contiguous();
   std::vector<int64_t> outliers;
   BinarizedWeight result;
@@ -335,7 +371,8 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
     result = finish_lean(optimize_lean(weight_t, *metric, recipe.descend, recipe, out));
   } else {
     outliers = find_outliers(stats.hessian, recipe.outlier_share, recipe.max_outliers);
-    result = quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq().cpu(), outliers, recipe, out);
+    result =
+        quantize_by_regions(weight_t, stats.hessian, stats.feature_norm_sq().cpu(), outliers, recipe, out);
   }
   if (!outliers.empty()) {
     const at::Tensor outlier_columns = at::tensor(outliers, at::kLong);
@@ -349,7 +386,8 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
   const StageTimer timer("errors", hessians * output_error_flops(w.size(0), w.size(1)));
   const at::Tensor dense = result.to_dense();
   out.output_error = relative_output_error(w, dense, stats.hessian);
-  if (stats.holdout_hessian.defined()) out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
+  if (stats.holdout_hessian.defined())
+    out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
   out.seconds = seconds_now() - started;
   return result;
 }

@@ -18,8 +18,9 @@ NLOHMANN_JSON_SERIALIZE_ENUM(Importance, {{Importance::kMagnitude, "magnitude"},
                                           {Importance::kRia, "ria"},
                                           {Importance::kSi, "si"},
                                           {Importance::kObs, "obs"}})
-NLOHMANN_JSON_SERIALIZE_ENUM(Compensate,
-                             {{Compensate::kNone, "none"}, {Compensate::kBlock, "block"}, {Compensate::kColumn, "column"}})
+NLOHMANN_JSON_SERIALIZE_ENUM(Compensate, {{Compensate::kNone, "none"},
+                                          {Compensate::kBlock, "block"},
+                                          {Compensate::kColumn, "column"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(SearchOn, {{SearchOn::kWeights, "weights"}, {SearchOn::kSaliency, "saliency"}})
 NLOHMANN_JSON_SERIALIZE_ENUM(Allocation, {{Allocation::kUniform, "uniform"},
                                           {Allocation::kNorm, "norm"},
@@ -35,7 +36,8 @@ void from_json(const nlohmann::json& json, NmPattern& nm) { nm = NmPattern::pars
 
 namespace {
 
-/// Calls visit(name, field) for every field, so that reading, writing and the list of known names cannot drift apart.
+/// Calls visit(name, field) for every field, so that reading, writing and the list of known names cannot
+/// drift apart.
 template <typename R, typename Visit>
 void visit_fields(R& r, Visit&& visit) {
   visit("name", r.name);
@@ -100,9 +102,11 @@ Recipe Recipe::from_json(const nlohmann::json& json) {
     } catch (const nlohmann::json::exception&) {
       fits = false;
     }
-    if (!fits) fail(ErrorCode::kUsage, "recipe field '{}': the value {} has the wrong type", name, found->dump());
+    if (!fits)
+      fail(ErrorCode::kUsage, "recipe field '{}': the value {} has the wrong type", name, found->dump());
     if constexpr (std::is_enum_v<Field>) {  // nlohmann maps an unknown name to the first one
-      if (nlohmann::json(field) != *found) fail(ErrorCode::kUsage, "recipe field '{}': unknown value {}", name, found->dump());
+      if (nlohmann::json(field) != *found)
+        fail(ErrorCode::kUsage, "recipe field '{}': unknown value {}", name, found->dump());
     }
   });
   for (const auto& [key, value] : json.items())
@@ -136,30 +140,38 @@ std::vector<std::string> Recipe::preset_names() {
 }
 
 void Recipe::validate() const {
-  require((allocation == Allocation::kBudget) == (target_bpw > 0), "target_bpw", "stored bits per weight above 0 with allocation 'budget', else 0");
-  require(allocation != Allocation::kBudget || (lean() && scale_bits < 16 && column_block % 8 == 0), "allocation",
-          "'budget' with a lean code, coded scales and column blocks of a multiple of 8 only");
+  require((allocation == Allocation::kBudget) == (target_bpw > 0), "target_bpw",
+          "stored bits per weight above 0 with allocation 'budget', else 0");
+  require(allocation != Allocation::kBudget || (lean() && scale_bits < 16 && column_block % 8 == 0),
+          "allocation", "'budget' with a lean code, coded scales and column blocks of a multiple of 8 only");
   require(levels >= 1 && levels <= 3, "levels", "1, 2 or 3");
   require(max_salient >= 0 && max_salient <= 50, "max_salient", "0 .. 50 columns per column block");
   require(column_block % nm.group == 0 && column_block >= 16 && column_block <= 256, "column_block",
           "a multiple of M between 16 and 256");
   require(scale_bits == 16 || (scale_bits >= 4 && scale_bits <= 6), "scale_bits", "4, 5, 6 or 16");
-  require(scale_bits == 16 || max_salient == 0, "scale_bits", "16 together with max_salient (coded scales have no salient slots)");
+  require(scale_bits == 16 || max_salient == 0, "scale_bits",
+          "16 together with max_salient (coded scales have no salient slots)");
   require(damping >= 0 && damping <= 1, "damping", "a share of the mean diagonal between 0 and 1");
   require(shrink < 1, "shrink", "less than 1 (below 0: chosen on held-out windows)");
   require(outlier_share >= 0 && outlier_share <= 1, "outlier_share", "a share of the trace between 0 and 1");
   require(max_outliers >= 0, "max_outliers", "a count >= 0");
   require(refit >= 0 && descend >= 0, "refit", "counts >= 0");
-  require(lean() || (refit == 0 && descend == 0), "refit", "0 unless the code is lean (one level or coded scales, no salient columns)");
-  require(lean() || compensate != Compensate::kColumn, "compensate", "'block' or 'none' unless the code is lean");
+  require(lean() || (refit == 0 && descend == 0), "refit",
+          "0 unless the code is lean (one level or coded scales, no salient columns)");
+  require(lean() || compensate != Compensate::kColumn, "compensate",
+          "'block' or 'none' unless the code is lean");
   require(packable() || !lean(), "support_carried, means", "true and false for lean codes");
   require(packable() || max_outliers == 0, "max_outliers", "0 where the result has no packed form");
-  require(!lean() || (importance == Importance::kMagnitude && search_on == SearchOn::kWeights && !upper_quantile_rule),
-          "importance, search_on, upper_quantile_rule", "'magnitude', 'weights' and false for lean codes, whose support comes from the search");
+  require(!lean() || (importance == Importance::kMagnitude && search_on == SearchOn::kWeights &&
+                      !upper_quantile_rule),
+          "importance, search_on, upper_quantile_rule",
+          "'magnitude', 'weights' and false for lean codes, whose support comes from the search");
   require(lean() || shrink == 0, "shrink", "0 unless the code is lean");
   require(tune_epochs >= 0 && distill_epochs >= 0, "tune_epochs, distill_epochs", "counts >= 0");
-  require(lean() || (tune_epochs == 0 && distill_epochs == 0), "tune_epochs, distill_epochs", "0 unless the code is lean");
-  require(tune_lr >= 0 && tune_code_lr >= 0 && distill_lr >= 0 && distill_code_lr >= 0, "tune_lr and the like", "rates >= 0");
+  require(lean() || (tune_epochs == 0 && distill_epochs == 0), "tune_epochs, distill_epochs",
+          "0 unless the code is lean");
+  require(tune_lr >= 0 && tune_code_lr >= 0 && distill_lr >= 0 && distill_code_lr >= 0,
+          "tune_lr and the like", "rates >= 0");
 }
 
 }  // namespace stbllm

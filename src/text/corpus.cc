@@ -187,8 +187,9 @@ std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>&
   return windows;
 }
 
-std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, HeldOut held_out, int64_t seqlen,
-                                                      uint64_t seed, std::string_view what) {
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
+                                                      HeldOut held_out, int64_t seqlen, uint64_t seed,
+                                                      std::string_view what) {
   check_seqlen(seqlen);
   const int64_t starts = static_cast<int64_t>(ids.size()) - seqlen + 1;
   if (starts <= 0) {
@@ -202,8 +203,10 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   const int64_t shift = static_cast<int64_t>(random.below(ids.size() - places * seqlen + 1));
   std::vector<int64_t> place(places);
   std::iota(place.begin(), place.end(), 0);
-  // Places go to the windows in turn, and where they are too few to the held-out ones before those behind them.
-  STBLLM_CHECK(held_out.first + held_out.count <= count, "{} held-out windows from {} on, of {}", held_out.count, held_out.first, count);
+  // Places go to the windows in turn, and where they are too few to the held-out ones before those behind
+  // them.
+  STBLLM_CHECK(held_out.first + held_out.count <= count, "{} held-out windows from {} on, of {}",
+               held_out.count, held_out.first, count);
   const int64_t before = std::clamp<int64_t>(places - held_out.count, 0, held_out.first);
   std::vector<int64_t> begin(count, -1);
   int64_t taken = 0;
@@ -221,7 +224,9 @@ std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>
   std::vector<std::vector<int32_t>> windows;
   for (int64_t i = 0; i < count; ++i) {
     while (begin[i] < 0)
-      if (const auto start = static_cast<int64_t>(random.below(starts)); !avoidable || !overlaps_held_out(start)) begin[i] = start;
+      if (const auto start = static_cast<int64_t>(random.below(starts));
+          !avoidable || !overlaps_held_out(start))
+        begin[i] = start;
     windows.emplace_back(ids.begin() + begin[i], ids.begin() + begin[i] + seqlen);
   }
   return windows;

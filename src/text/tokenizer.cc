@@ -289,7 +289,8 @@ class HuggingFaceTokenizer : public Tokenizer {
     };
     bos_id_ = id_of("bos_token", "<s>");
     eos_id_ = id_of("eos_token", "</s>");
-    if (!states_special_tokens_ || config.is_llama()) {  // LLaMA's classes make a post-processor of their own from the flags
+    if (!states_special_tokens_ ||
+        config.is_llama()) {  // LLaMA's classes make a post-processor of their own from the flags
       prefix_.clear();
       suffix_.clear();
       const auto add = [](std::vector<int32_t>& ids, int32_t id, const char* name) {

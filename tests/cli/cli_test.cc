@@ -165,7 +165,8 @@ TEST_F(Cli, FieldsOfTheRecipeAreOverridden) {
 
 TEST_F(Cli, EffortDecidesWhichStagesRun) {
   const auto epochs = [&](const std::string& effort) {
-    const Outcome quantized = run_program(quantize(effort, {"--effort", effort, "--set", "distill_lr=0.01", "--json"}));
+    const Outcome quantized =
+        run_program(quantize(effort, {"--effort", effort, "--set", "distill_lr=0.01", "--json"}));
     EXPECT_EQ(quantized.status, 0) << quantized.err;
     const auto recipe = nlohmann::json::parse(quantized.out)["recipe"];
     EXPECT_EQ(recipe["distill_lr"], 0.01);
@@ -193,7 +194,8 @@ TEST_F(Cli, TargetsBoundBitsAndBytes) {
   expect_fault(quantize("x", {"--target-size", "1000"}), ErrorCode::kUsage, "--target-size");
   expect_fault(quantize("x", {"--target-bpw", "0.01"}), ErrorCode::kUsage, "smallest codes");
   expect_fault(quantize("x", {"--target-bpw", "0.01", "--dry-run"}), ErrorCode::kUsage, "smallest codes");
-  expect_fault(quantize("x", {"--target-bpw", "1", "--target-size", "1000000"}), ErrorCode::kUsage, "--target");
+  expect_fault(quantize("x", {"--target-bpw", "1", "--target-size", "1000000"}), ErrorCode::kUsage,
+               "--target");
 }
 
 TEST_F(Cli, DenseExportIsACheckpoint) {
@@ -224,9 +226,11 @@ TEST_F(Cli, UsageFaults) {
 
 TEST_F(Cli, OptionsThatDoNotGoTogether) {
   expect_fault(quantize("packed", {"--blocks", "0"}), ErrorCode::kUsage, "--blocks");
-  expect_fault(quantize("packed", {"--blocks", "1", "--target-size", "60M"}), ErrorCode::kUsage, "--target-size");
+  expect_fault(quantize("packed", {"--blocks", "1", "--target-size", "60M"}), ErrorCode::kUsage,
+               "--target-size");
   expect_fault(quantize("packed", {"--dense", "--target-size", "60M"}), ErrorCode::kUsage, "--target-size");
-  expect_fault({"generate", checkpoint_.string(), "--prompt", "a", "--top-p", "0.5"}, ErrorCode::kUsage, "--temperature");
+  expect_fault({"generate", checkpoint_.string(), "--prompt", "a", "--top-p", "0.5"}, ErrorCode::kUsage,
+               "--temperature");
 }
 
 TEST_F(Cli, PathsThatAreNotThere) {
@@ -297,12 +301,15 @@ TEST_F(Cli, AnOutputThatIsThere) {
 }
 
 TEST_F(Cli, AReportInPlaceOfTheOutput) {
-  expect_fault(quantize("packed", {"--report", (results_ / "." / "packed").string()}), ErrorCode::kUsage, "the output itself");
+  expect_fault(quantize("packed", {"--report", (results_ / "." / "packed").string()}), ErrorCode::kUsage,
+               "the output itself");
 }
 
 TEST_F(Cli, WhatARunReadsIsNotOverwrittenEvenWithForce) {
-  const std::string weights = (checkpoint_ / "model.safetensors").string(), before = read_all(weights), text = read_all(text_);
-  expect_fault(quantize("packed", {"--force", "--report", weights}), ErrorCode::kUsage, "the checkpoint itself");
+  const std::string weights = (checkpoint_ / "model.safetensors").string(), before = read_all(weights),
+                    text = read_all(text_);
+  expect_fault(quantize("packed", {"--force", "--report", weights}), ErrorCode::kUsage,
+               "the checkpoint itself");
   expect_fault(quantize("packed", {"--force", "--report", text_}), ErrorCode::kUsage, "this run reads it");
   fs::create_hard_link(text_, results_ / "packed");
   expect_fault(quantize("packed", {"--force"}), ErrorCode::kUsage, "this run reads it");
@@ -329,7 +336,8 @@ TEST_F(Cli, AWeightThatIsNotANumber) {
   bytes.replace(8 + header, 4, 4, '\xff');  // in every float type
   test::write_all(checkpoint_ / "model.safetensors", bytes);
   expect_fault(quantize("packed"), ErrorCode::kCorrupt, "values that are not finite");
-  expect_fault({"eval-ppl", checkpoint_.string(), "--data", text_}, ErrorCode::kCorrupt, "values that are not finite");
+  expect_fault({"eval-ppl", checkpoint_.string(), "--data", text_}, ErrorCode::kCorrupt,
+               "values that are not finite");
 }
 
 TEST_F(Cli, AnOutputInsideAFile) {
@@ -346,12 +354,14 @@ TEST_F(Cli, ADirectoryForADenseCheckpointMayEndInASlash) {
 }
 
 TEST_F(Cli, AReportThatCannotBeWrittenIsRefusedBeforeTheRun) {
-  expect_fault(quantize("packed", {"--report", (results_ / "nowhere" / "run.json").string()}), ErrorCode::kWriteFailed, "run.json");
+  expect_fault(quantize("packed", {"--report", (results_ / "nowhere" / "run.json").string()}),
+               ErrorCode::kWriteFailed, "run.json");
 }
 
 TEST_F(Cli, ATextOnStdoutIsTheOneInJson) {
   const auto generate = [&](int seed, const Args& more) {
-    Args args = {"generate", checkpoint_.string(), "--prompt", "a", "--tokens", "60", "--temperature", "3", "--seed", std::to_string(seed)};
+    Args args = {"generate", checkpoint_.string(), "--prompt", "a",      "--tokens",
+                 "60",       "--temperature",      "3",        "--seed", std::to_string(seed)};
     args.insert(args.end(), more.begin(), more.end());
     return run_program(args).out;
   };

@@ -158,7 +158,8 @@ TEST_F(Processes, KeepToABudgetTogether) {
   EXPECT_LE(stored, 1.8);
   EXPECT_GT(stored, 1.6);  // a linear's next code is at most that far in so small a model
   ASSERT_EQ(run_program(quantize("alone", {"--recipe", "stbllm", "--target-bpw", "1.8"})).status, 0);
-  const PackedReader shared = PackedReader::open(results_ / "budget"), alone = PackedReader::open(results_ / "alone");
+  const PackedReader shared = PackedReader::open(results_ / "budget"),
+                     alone = PackedReader::open(results_ / "alone");
   for (const auto& [name, matrix] : alone.linears()) {  // they look at the same windows
     EXPECT_EQ(matrix.layout().nm, shared.linears().at(name).layout().nm) << name;
     EXPECT_EQ(matrix.layout().levels, shared.linears().at(name).layout().levels) << name;

@@ -41,7 +41,8 @@ nlohmann::json sample_run() {
           {"recipe", {{"name", "<script>alert(1)</script>"}}},
           {"calibration", {{"corpus", "text"}, {"nsamples", 4}, {"seqlen", 64}}},
           {"nominal_bits", 0.55},
-          {"distill", {{"divergence_before", 1.25}, {"divergence_after", 0.875}, {"changed", 0.01}, {"epochs", 1}}},
+          {"distill",
+           {{"divergence_before", 1.25}, {"divergence_after", 0.875}, {"changed", 0.01}, {"epochs", 1}}},
           {"seconds", 2.0},
           {"peak_memory_bytes", 1000000},
           {"linears", linears},
@@ -64,8 +65,8 @@ class ReportCommand : public ::testing::Test {
     if (std::string(STBLLM_BINARY).empty()) GTEST_SKIP() << "the executable is not built";
   }
   int run(const std::string& arguments) {
-    const std::string command = std::string(STBLLM_BINARY) + " report " + arguments + " > " + (scratch_ / "out").string() + " 2> " +
-                                (scratch_ / "err").string();
+    const std::string command = std::string(STBLLM_BINARY) + " report " + arguments + " > " +
+                                (scratch_ / "out").string() + " 2> " + (scratch_ / "err").string();
     return WEXITSTATUS(std::system(command.c_str()));
   }
   void write(const std::string& name, const std::string& text) { std::ofstream(scratch_ / name) << text; }
@@ -79,9 +80,11 @@ TEST_F(ReportCommand, WritesAPageThatNeedsNothingElse) {
   write("run.json", sample_run().dump());
   ASSERT_EQ(run(paths()), 0) << read("err");
   const std::string page = read("run.html");
-  for (const char* needed : {"<svg", "q_proj", "down_proj", "5:8", "0.1350", "codes", "statistics", "Hidden states", "</html>"})
+  for (const char* needed :
+       {"<svg", "q_proj", "down_proj", "5:8", "0.1350", "codes", "statistics", "Hidden states", "</html>"})
     EXPECT_THAT(page, HasSubstr(needed));
-  for (const char* reference : {"<script", "http", "src=", "<link", "@import", "url("}) EXPECT_THAT(page, Not(HasSubstr(reference)));
+  for (const char* reference : {"<script", "http", "src=", "<link", "@import", "url("})
+    EXPECT_THAT(page, Not(HasSubstr(reference)));
 }
 
 TEST_F(ReportCommand, EscapesWhatTheReportSays) {

@@ -91,11 +91,13 @@ TEST(Perplexity, OfTheSecondHalfIsThatOfItsTokensGivenTheWholeWindow) {
     const at::Tensor hidden = final_hidden_states(decoder, windows);
     for (int64_t w = 0; w < 2; ++w) {
       const at::Tensor nll = token_nll(decoder, hidden[w], windows[w]);  // of the tokens 1, 2, ..
-      EXPECT_NEAR(result.window_nll[w], nll.slice(0, seqlen / 2).mean().item<double>(), 1e-6);  // other batches of logits
+      EXPECT_NEAR(result.window_nll[w], nll.slice(0, seqlen / 2).mean().item<double>(),
+                  1e-6);  // other batches of logits
     }
     EXPECT_EQ(result.tokens, 2 * (seqlen - 1 - seqlen / 2));
   }
-  EXPECT_EQ(code_of([&] { evaluate_perplexity(decoder, some_windows(2, 2), {.second_half = true}); }), ErrorCode::kUsage);
+  EXPECT_EQ(code_of([&] { evaluate_perplexity(decoder, some_windows(2, 2), {.second_half = true}); }),
+            ErrorCode::kUsage);
 }
 
 TEST(Perplexity, StandardErrorIsThatOfTheWindows) {

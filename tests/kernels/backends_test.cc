@@ -85,8 +85,9 @@ std::vector<float> tolerances(const StructuredBinaryMatrix& matrix, Buffer& x) {
       // of a scale. A wrong weight would show at about 2^-8.
       tolerance = static_cast<float>(layout.cols + 2) * 0x1p-24f * products;
       if (x.type == ElementType::kFloat32) continue;
-      // Lookups and integers round activations by at most 2^-15 of the sum of their magnitudes in 128 columns: errors of random
-      // sign, uniformly distributed, and 3 is five deviations. Levels as integers err by at most 2^-13 of the largest.
+      // Lookups and integers round activations by at most 2^-15 of the sum of their magnitudes in 128
+      // columns: errors of random sign, uniformly distributed, and 3 is five deviations. Levels as integers
+      // err by at most 2^-13 of the largest.
       tolerance += 3 * std::sqrt(kept) * largest_weight * 0x1p-15f * largest_chunk;
       if (layout.levels > 1) tolerance += 0x1p-13f * largest_weight * magnitudes;
     }
@@ -214,12 +215,14 @@ TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
         ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), c.tolerance[i])
             << describe(c.layout) << ", result " << i << ", tokens " << x.tokens;
       for (int64_t i = results; i < times * results; ++i)
-        ASSERT_EQ(load_element(y.view(), i), load_element(y.view(), i % results)) << describe(c.layout) << ", result " << i;
+        ASSERT_EQ(load_element(y.view(), i), load_element(y.view(), i % results))
+            << describe(c.layout) << ", result " << i;
     }
 }
 
-// Every weight the largest level, whose mantissa is as large as fp16 has, and activations as large as their grid takes: sums
-// that overflowed would change their sign. The grid of lookups is then at most 2^-7 of a product, half of which may be lost.
+// Every weight the largest level, whose mantissa is as large as fp16 has, and activations as large as their
+// grid takes: sums that overflowed would change their sign. The grid of lookups is then at most 2^-7 of a
+// product, half of which may be lost.
 TEST_P(EveryBackend, HoldsTheLargestSums) {
   for (const int levels : {1, 2, 3}) {
     const Layout layout = {.rows = 64, .cols = 128, .nm = {4, 4}, .levels = levels, .scale_bits = 4};
@@ -228,9 +231,12 @@ TEST_P(EveryBackend, HoldsTheLargestSums) {
       for (int64_t group = 0; group < layout.groups(); ++group) {
         uint64_t digits = 0;
         for (int k = 0; k < 4; ++k) digits = digits * levels + (levels - 1);
-        write_bits(planes[Plane::kCodes].data() + row * layout.code_row_bytes(), group * layout.code_bits(), layout.code_bits(), digits << 4);
+        write_bits(planes[Plane::kCodes].data() + row * layout.code_row_bytes(), group * layout.code_bits(),
+                   layout.code_bits(), digits << 4);
       }
-    for (int l = 0; l < levels; ++l) test::detail::store_half(planes[Plane::kLevels], l, l + 1 == levels ? 2047.0f / 1024 : 0.5f + 0.25f * l);
+    for (int l = 0; l < levels; ++l)
+      test::detail::store_half(planes[Plane::kLevels], l,
+                               l + 1 == levels ? 2047.0f / 1024 : 0.5f + 0.25f * l);
     const StructuredBinaryMatrix matrix = planes.matrix(layout);
     ASSERT_EQ(std::fabs(matrix.at(0, 0) / matrix.at(0, 127)), 1.0f);
     for (const int64_t tokens : {1, 40})
@@ -239,19 +245,28 @@ TEST_P(EveryBackend, HoldsTheLargestSums) {
         for (int64_t i = 0; i < tokens * layout.cols; ++i) store_element(x.view(), i, sign * 1.984375f);
         Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
         for (int64_t i = 0; i < tokens * layout.rows; ++i)
-          ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), 0x1p-8f * std::fabs(load_element(expected.view(), i)))
+          ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i),
+                      0x1p-8f * std::fabs(load_element(expected.view(), i)))
               << levels << " levels, " << tokens << " tokens";
       }
   }
 }
 
 TEST_P(EveryBackend, MultipliesSeveralMatricesLikeEachAlone) {
-  // Of different codes, sizes and exact columns, some with equal tables; wide enough for more than one set of tables.
+  // Of different codes, sizes and exact columns, some with equal tables; wide enough for more than one set of
+  // tables.
   constexpr int64_t kCols = 1100;
   std::vector<StructuredBinaryMatrix> matrices;
-  for (const auto& [rows, nm, levels, outliers] : std::vector<std::tuple<int64_t, NmPattern, int, int64_t>>{
-           {70, {3, 8}, 1, 0}, {700, {3, 8}, 1, 0}, {65, {2, 4}, 3, 2}, {130, {3, 8}, 1, 2}, {64, {4, 8}, 1, 0}, {9, {2, 4}, 1, 0}})
-    matrices.push_back(test::random_matrix({.rows = rows, .cols = kCols, .nm = nm, .levels = levels, .scale_bits = 4, .outliers = outliers}, 21 + rows));
+  for (const auto& [rows, nm, levels, outliers] :
+       std::vector<std::tuple<int64_t, NmPattern, int, int64_t>>{{70, {3, 8}, 1, 0},
+                                                                 {700, {3, 8}, 1, 0},
+                                                                 {65, {2, 4}, 3, 2},
+                                                                 {130, {3, 8}, 1, 2},
+                                                                 {64, {4, 8}, 1, 0},
+                                                                 {9, {2, 4}, 1, 0}})
+    matrices.push_back(test::random_matrix(
+        {.rows = rows, .cols = kCols, .nm = nm, .levels = levels, .scale_bits = 4, .outliers = outliers},
+        21 + rows));
   const Backend& backend = find_backend(GetParam());
   for (const int64_t tokens : {1, 5, 20, 40}) {
     Buffer x = random_activations(ElementType::kBFloat16, tokens, kCols, Content::kReal, 22);
@@ -304,7 +319,8 @@ TEST_P(EveryBackend, GivesATokenTheSameResultInAnyCompany) {
       Buffer last(ElementType::kBFloat16, fewer, layout.cols);
       std::copy(x.bytes.end() - std::ssize(last.bytes), x.bytes.end(), last.bytes.begin());
       const Buffer alone = run(GetParam(), matrix, last);
-      ASSERT_TRUE(std::equal(alone.bytes.begin(), alone.bytes.end(), all.bytes.end() - std::ssize(alone.bytes)))
+      ASSERT_TRUE(
+          std::equal(alone.bytes.begin(), alone.bytes.end(), all.bytes.end() - std::ssize(alone.bytes)))
           << describe(layout) << ", " << fewer << " of " << company;
     }
   }
@@ -332,7 +348,8 @@ TEST_P(EveryBackend, PassesActivationsThatAreNotFiniteOn) {
     for (const int64_t tokens : {2, 40})
       for (const bool exact_column : {false, true})
         for (const float poison : {NAN, INFINITY}) {
-          const Layout layout = {.rows = 8, .cols = 256, .nm = {4, 4}, .levels = levels, .scale_bits = 4, .outliers = 1};
+          const Layout layout = {
+              .rows = 8, .cols = 256, .nm = {4, 4}, .levels = levels, .scale_bits = 4, .outliers = 1};
           const auto matrix = test::random_matrix(layout, 15, Content::kExact);
           Buffer x = random_activations(ElementType::kBFloat16, tokens, layout.cols, Content::kExact, 16);
           const int64_t exact = matrix.outlier_columns()[0];
@@ -340,8 +357,10 @@ TEST_P(EveryBackend, PassesActivationsThatAreNotFiniteOn) {
           Buffer y = run(GetParam(), matrix, x);
           for (int64_t r = 0; r < layout.rows; ++r) {
             EXPECT_TRUE(std::isfinite(load_element(y.view(), r)));
-            if (exact_column && matrix.at(r, exact) == 0) continue;  // some ways leave infinity times zero out
-            EXPECT_FALSE(std::isfinite(load_element(y.view(), layout.rows + r))) << levels << " " << tokens << " " << exact_column;
+            if (exact_column && matrix.at(r, exact) == 0)
+              continue;  // some ways leave infinity times zero out
+            EXPECT_FALSE(std::isfinite(load_element(y.view(), layout.rows + r)))
+                << levels << " " << tokens << " " << exact_column;
           }
         }
 }
@@ -355,7 +374,8 @@ struct OwnedRows {
     codes.resize(static_cast<size_t>(rows * layout.code_row_bytes()));
     scales.resize(static_cast<size_t>(2 * rows * layout.column_blocks()));
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t col = 0; col < cols; ++col) write_bits(codes.data() + row * layout.code_row_bytes(), col * bits, bits, rng());
+      for (int64_t col = 0; col < cols; ++col)
+        write_bits(codes.data() + row * layout.code_row_bytes(), col * bits, bits, rng());
     for (int64_t i = 0; i < std::ssize(scales) / 2; ++i) {
       const uint16_t half = float_to_half(rng() % 2 ? 0.5f : -1.0f);
       std::memcpy(&scales[2 * i], &half, sizeof half);
@@ -378,7 +398,8 @@ TEST_P(EveryBackend, IsBitEqualOnRowsOfIntegersWhereSumsAreExact) {
         const OwnedRows owned(rows, cols, bits);
         Buffer x = random_activations(type, tokens, cols, Content::kExact, 4);
         const Buffer y = run(GetParam(), owned.view(), x), expected = run("reference", owned.view(), x);
-        ASSERT_TRUE(y.bytes == expected.bytes) << bits << " bits, " << rows << " x " << cols << ", " << tokens << " tokens";
+        ASSERT_TRUE(y.bytes == expected.bytes)
+            << bits << " bits, " << rows << " x " << cols << ", " << tokens << " tokens";
       };
       for (const int64_t rows : {1, 63, 64, 65, 200}) check(rows, 96, 1);
       for (const int64_t cols : {1, 2, 63, 64, 65, 75, 128, 300})
@@ -397,7 +418,8 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
       for (int64_t r = 0; r < 150; ++r) {
         owned.view().decode_row(r, row.data());
         for (int64_t t = 0; t < tokens; ++t) {
-          // A float32 addition per column; and activations as multiples of at most 2^-14 of the largest among 64.
+          // A float32 addition per column; and activations as multiples of at most 2^-14 of the largest
+          // among 64.
           float bound = 0;
           for (int64_t first = 0; first < 300; first += 64) {
             float products = 0, weights = 0, largest = 0;
@@ -407,9 +429,11 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
               weights += std::fabs(row[c]);
               largest = std::max(largest, magnitude);
             }
-            bound += 302 * 0x1p-24f * products + (type == ElementType::kFloat32 ? 0 : 0x1p-15f * largest * weights);
+            bound += 302 * 0x1p-24f * products +
+                     (type == ElementType::kFloat32 ? 0 : 0x1p-15f * largest * weights);
           }
-          ASSERT_NEAR(load_element(y.view(), t * 150 + r), load_element(expected.view(), t * 150 + r), bound) << tokens << " tokens";
+          ASSERT_NEAR(load_element(y.view(), t * 150 + r), load_element(expected.view(), t * 150 + r), bound)
+              << tokens << " tokens";
         }
       }
       const int threads = omp_get_max_threads();
@@ -438,13 +462,15 @@ TEST_P(EveryBackend, RefusesActivationsOfAnotherWidth) {
 
 TEST_P(EveryBackend, HoldsLittleMoreThanTheFile) {
   // What prepare() may add: padding of rows and columns (none here), a bit per group where a code does not
-  // fit its form, scale codes as bytes, and tables that do not grow with the matrix. AVX2 has nibbles only, of two columns.
+  // fit its form, scale codes as bytes, and tables that do not grow with the matrix. AVX2 has nibbles only,
+  // of two columns.
   for (const NmPattern nm :
        {NmPattern{1, 8}, NmPattern{2, 8}, NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{4, 8}}) {
     const Layout layout = {.rows = 1024, .cols = 4096, .nm = nm, .scale_bits = 4};
     const auto matrix = test::random_matrix(layout, 18);
     const double nibbles = GetParam() == "cpu-avx2" ? static_cast<double>(layout.rows * layout.cols) / 4 : 0;
-    EXPECT_LE(find_backend(GetParam()).prepare(matrix)->bytes(), std::max(1.15 * static_cast<double>(matrix.bytes()), 1.1 * nibbles) + 32768)
+    EXPECT_LE(find_backend(GetParam()).prepare(matrix)->bytes(),
+              std::max(1.15 * static_cast<double>(matrix.bytes()), 1.1 * nibbles) + 32768)
         << describe(layout);
   }
 }

@@ -80,7 +80,9 @@ inline std::vector<DeviceCase> few_device_cases() {
     return cases.back().layout;
   };
   for (const int tokens : {1, 9, 20, 70})
-    for (const auto& [nm, levels] : {std::pair{NmPattern{2, 4}, 1}, {NmPattern{2, 4}, 3}, {NmPattern{5, 8}, 1}}) add(nm, levels, tokens);
+    for (const auto& [nm, levels] :
+         {std::pair{NmPattern{2, 4}, 1}, {NmPattern{2, 4}, 3}, {NmPattern{5, 8}, 1}})
+      add(nm, levels, tokens);
   for (const int tokens : {3, 40}) {
     Layout& extra = add({2, 4}, 1, tokens);
     extra.salient = 20;

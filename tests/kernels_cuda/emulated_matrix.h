@@ -58,7 +58,8 @@ class EmulatedMatrix {
     by_format([&]<bool kSparse, int kPlanes>() {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words),
-          [&] { cuda::gemm<kSparse, kPlanes, Shape>(view(), staged.halves(), staged.scales.data(), y); }, order_);
+          [&] { cuda::gemm<kSparse, kPlanes, Shape>(view(), staged.halves(), staged.scales.data(), y); },
+          order_);
     });
   }
 
@@ -69,7 +70,8 @@ class EmulatedMatrix {
     by_format([&]<bool kSparse, int kPlanes>() {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words, x.tokens),
-          [&] { cuda::gemv<kSparse, kPlanes, Shape>(view(), x, staged.halves(), staged.scales.data(), y); }, order_);
+          [&] { cuda::gemv<kSparse, kPlanes, Shape>(view(), x, staged.halves(), staged.scales.data(), y); },
+          order_);
     });
   }
 

@@ -268,7 +268,8 @@ TEST(CudaKernels, ActivationsThatAreNotFiniteAreNotLost) {
         for (int64_t r = 0; r < 16; ++r) {
           EXPECT_FALSE(std::isfinite(load_element(y.view, r))) << bad << " row " << r;
           for (int other = 1; other < tokens; ++other)
-            EXPECT_TRUE(std::isfinite(load_element(y.view, 16 * other + r))) << "token " << other << " row " << r;
+            EXPECT_TRUE(std::isfinite(load_element(y.view, 16 * other + r)))
+                << "token " << other << " row " << r;
         }
       }
 }

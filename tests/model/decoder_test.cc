@@ -111,11 +111,14 @@ TEST_P(DecoderOfEveryFamily, MatchesPlainLoops) {
   const Decoder decoder = open_decoder(directory, GetParam().model);
   const std::vector<std::vector<int32_t>> rows = {some_ids(40), some_ids(40, 100)};
   const NaiveTransformer naive(GetParam().model);
-  for (const bool autograd : {true, false}) {  // libtorch's operations, and those that do several of them in one pass
+  for (const bool autograd :
+       {true, false}) {  // libtorch's operations, and those that do several of them in one pass
     const at::AutoGradMode mode(autograd);
     const at::Tensor logits = decoder.logits(decoder.forward(batch_of(rows)));
     for (size_t i = 0; i < rows.size(); ++i)
-      EXPECT_LT(largest_difference(logits[static_cast<int64_t>(i)], as_tensor(naive.logits(rows[i]))), kFloat32Tolerance) << autograd;
+      EXPECT_LT(largest_difference(logits[static_cast<int64_t>(i)], as_tensor(naive.logits(rows[i]))),
+                kFloat32Tolerance)
+          << autograd;
   }
 }
 

@@ -130,9 +130,12 @@ TEST(ModelSpec, ReadsBothSpellingsOfRotaryParameters) {
 }
 
 TEST(ModelSpec, StopsAtOneTokenOrAtSeveral) {
-  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", 2)).stop_ids, std::vector<int32_t>{2});
-  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", {2, 7})).stop_ids, (std::vector<int32_t>{2, 7}));
-  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", nullptr)).stop_ids, std::vector<int32_t>{});
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", 2)).stop_ids,
+            std::vector<int32_t>{2});
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", {2, 7})).stop_ids,
+            (std::vector<int32_t>{2, 7}));
+  EXPECT_EQ(ModelSpec::from_config(with(test::tiny_llama(), "eos_token_id", nullptr)).stop_ids,
+            std::vector<int32_t>{});
 }
 
 TEST(ModelSpec, MistralHasAWindowUnlessItSaysNone) {

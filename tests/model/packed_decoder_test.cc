@@ -138,13 +138,17 @@ TEST_F(PackedDecoder, RunsWholeOnACudaDevice) {
   if (!torch_cuda_fault().empty()) GTEST_SKIP() << torch_cuda_fault();
   for (const TinyModel& model : {test::tiny_llama(), test::tiny_opt()}) {
     const PackedReader packed = pack(model);
-    const Decoder on_device = Decoder::from_packed(packed, find_backend("cuda")), on_cpu = Decoder::from_packed(packed, find_backend("reference"));
+    const Decoder on_device = Decoder::from_packed(packed, find_backend("cuda")),
+                  on_cpu = Decoder::from_packed(packed, find_backend("reference"));
     const at::Tensor ids = at::arange(20).mul(13).remainder(test::kTinyVocabSize).view({2, 10});
     KeyValueCache cache = on_device.make_cache(2, 10);
-    const at::Tensor head = on_device.forward(ids.slice(1, 0, 7), &cache), tail = on_device.forward(ids.slice(1, 7, 10), &cache);
-    const at::Tensor logits = on_device.logits(at::cat({head, tail}, 1)), expected = on_cpu.logits(on_cpu.forward(ids));
+    const at::Tensor head = on_device.forward(ids.slice(1, 0, 7), &cache),
+                     tail = on_device.forward(ids.slice(1, 7, 10), &cache);
+    const at::Tensor logits = on_device.logits(at::cat({head, tail}, 1)),
+                     expected = on_cpu.logits(on_cpu.forward(ids));
     EXPECT_TRUE(logits.is_cuda());
-    // Products on the device round activations to fp16, 2^-11 of their size, in each of 14 linears one after the other.
+    // Products on the device round activations to fp16, 2^-11 of their size, in each of 14 linears one after
+    // the other.
     EXPECT_LT((logits.cpu() - expected).norm().item<double>(), 0.01 * expected.norm().item<double>());
   }
 }

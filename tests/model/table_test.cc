@@ -23,9 +23,13 @@ struct Rows {
 Rows make_rows(int bits, int64_t cols, int64_t rows = 1500) {
   at::manual_seed(3);
   const at::Tensor weight = at::randn({rows, cols});
-  const auto load = [&](int64_t row, float* out) { std::memcpy(out, weight[row].data_ptr<float>(), static_cast<size_t>(cols) * sizeof(float)); };
-  Rows result{QuantizedRows::encode({.rows = rows, .cols = cols, .bits = bits}, load, "rows"), at::empty({rows, cols})};
-  for (int64_t row = 0; row < rows; ++row) result.coded.decode_row(row, result.decoded[row].data_ptr<float>());
+  const auto load = [&](int64_t row, float* out) {
+    std::memcpy(out, weight[row].data_ptr<float>(), static_cast<size_t>(cols) * sizeof(float));
+  };
+  Rows result{QuantizedRows::encode({.rows = rows, .cols = cols, .bits = bits}, load, "rows"),
+              at::empty({rows, cols})};
+  for (int64_t row = 0; row < rows; ++row)
+    result.coded.decode_row(row, result.decoded[row].data_ptr<float>());
   return result;
 }
 
@@ -45,8 +49,10 @@ TEST(Table, LooksUpDecodedRows) {
       const at::Tensor ids = at::tensor({7, 0, 1499, 7, 64, 3}, at::kInt).view({2, 3});
       EXPECT_TRUE(table.look_up(ids, at::kFloat).equal(at::embedding(rows.decoded, ids)));
       EXPECT_TRUE(table.look_up(ids.to(at::kLong), at::kFloat).equal(at::embedding(rows.decoded, ids)));
-      EXPECT_TRUE(table.look_up(ids, at::kBFloat16).equal(at::embedding(rows.decoded, ids).to(at::kBFloat16)));
-      for (const int id : {1500, -1}) EXPECT_THROW(table.look_up(at::tensor({id}, at::kInt), at::kFloat), std::logic_error);
+      EXPECT_TRUE(
+          table.look_up(ids, at::kBFloat16).equal(at::embedding(rows.decoded, ids).to(at::kBFloat16)));
+      for (const int id : {1500, -1})
+        EXPECT_THROW(table.look_up(at::tensor({id}, at::kInt), at::kFloat), std::logic_error);
       EXPECT_THROW(table.multiply(at::zeros({1, cols + 1})), std::logic_error);
     }
 }
@@ -60,12 +66,16 @@ TEST(Table, MultipliesByDecodedRows) {
           const Rows rows = make_rows(bits, cols);
           const Table table = table_of(rows);
           at::manual_seed(5);
-          const at::Tensor x = at::randn({tokens, cols}).to(dtype), exact = at::mm(x.to(at::kDouble), rows.decoded.to(at::kDouble).t());
+          const at::Tensor x = at::randn({tokens, cols}).to(dtype),
+                           exact = at::mm(x.to(at::kDouble), rows.decoded.to(at::kDouble).t());
           const at::Tensor y = table.multiply(x.unsqueeze(0)).squeeze(0);
-          // float32 sums of `cols` products in some order; of many tokens in bfloat16 some backends round activations to 2^-15 of
-          // the largest of 64, normal ones here: less than 2^-12 of the sum of magnitudes.
-          const double unit = dtype == at::kBFloat16 && tokens > 8 ? 0x1p-12 : static_cast<double>(cols + 2) * 0x1p-24;
-          const at::Tensor bound = at::mm(x.to(at::kDouble).abs(), rows.decoded.to(at::kDouble).abs().t()) * unit;
+          // float32 sums of `cols` products in some order; of many tokens in bfloat16 some backends round
+          // activations to 2^-15 of the largest of 64, normal ones here: less than 2^-12 of the sum of
+          // magnitudes.
+          const double unit =
+              dtype == at::kBFloat16 && tokens > 8 ? 0x1p-12 : static_cast<double>(cols + 2) * 0x1p-24;
+          const at::Tensor bound =
+              at::mm(x.to(at::kDouble).abs(), rows.decoded.to(at::kDouble).abs().t()) * unit;
           EXPECT_TRUE((y.to(at::kDouble) - exact).abs().le(bound).all().item<bool>())
               << bits << " bits, " << cols << " columns, " << tokens << " tokens, " << at::toString(dtype);
         }

@@ -1,4 +1,5 @@
-// Distillation: the packed model's logits come closer to the dense model's, and what is written is what was trained.
+// Distillation: the packed model's logits come closer to the dense model's, and what is written is what was
+// trained.
 
 #include "stbllm/pipeline/distill.h"
 
@@ -38,7 +39,8 @@ struct Distilled {
   std::vector<QuantizedBlock> blocks;
 };
 
-/// Quantizes all blocks of a tiny model and distils it; `interruptions` of the distillation come a few milliseconds apart.
+/// Quantizes all blocks of a tiny model and distils it; `interruptions` of the distillation come a few
+/// milliseconds apart.
 Distilled run(const test::TinyModel& model, const Recipe& recipe, int interruptions = 0) {
   const at::NoGradGuard no_grad;
   const test::ScratchDirectory scratch;
@@ -47,15 +49,16 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe, int interrupti
   Decoder student = Decoder::from_checkpoint(checkpoint);
   const Decoder teacher = Decoder::from_checkpoint(checkpoint);
   const ModelSpec& spec = student.spec();
-  const Calibration calibration =
-      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, 0, kSeqlen, /*seed=*/0);
+  const Calibration calibration = make_calibration(checkpoint, test::write_calibration_text(scratch.path()),
+                                                   kWindows, 0, kSeqlen, /*seed=*/0);
   const at::Tensor ids = ids_of(calibration.windows);
   Distilled result;
   at::Tensor hidden = student.embed(ids), dense_hidden = hidden;
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = student.block(i);
     dense_hidden = run_block(*block, spec, dense_hidden);
-    result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, uniform_plan(spec, recipe), [](const LinearResult&) {}));
+    result.blocks.push_back(quantize_block(*block, spec, hidden, kHoldout, recipe, uniform_plan(spec, recipe),
+                                           [](const LinearResult&) {}));
     hidden = run_block(*block, spec, hidden);
   }
   const WorkDirectory work(scratch / "packed", {}, /*resume=*/false, /*force=*/false);
@@ -70,7 +73,8 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe, int interrupti
         request_interrupt();
       });
     try {
-      result.report = distill(fresh, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe, work, {{"seed", 0}});
+      result.report =
+          distill(fresh, teacher, result.blocks, ids, dense_hidden, kHoldout, recipe, work, {{"seed", 0}});
       break;
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kInterrupted);
@@ -119,7 +123,8 @@ TEST(Distill, DoesNotDependOnThreads) {
 
 TEST(Distill, GoesOnToTheSameResultAfterInterruptions) {
   const Recipe recipe = distilled_recipe(0.004);
-  const Distilled undisturbed = run(test::tiny_llama(), recipe), disturbed = run(test::tiny_llama(), recipe, /*interruptions=*/4);
+  const Distilled undisturbed = run(test::tiny_llama(), recipe),
+                  disturbed = run(test::tiny_llama(), recipe, /*interruptions=*/4);
   EXPECT_GT(disturbed.interrupted, 0);
   EXPECT_EQ(undisturbed.report.divergence_after, disturbed.report.divergence_after);
   EXPECT_EQ(undisturbed.report.epochs, disturbed.report.epochs);
@@ -127,7 +132,8 @@ TEST(Distill, GoesOnToTheSameResultAfterInterruptions) {
   for (size_t i = 0; i < undisturbed.blocks.size(); ++i) {
     for (const auto& [name, weight] : undisturbed.blocks[i].linears)
       EXPECT_TRUE(weight.to_dense().equal(disturbed.blocks[i].linears.at(name).to_dense())) << name;
-    for (const auto& [name, tensor] : undisturbed.blocks[i].tensors) EXPECT_TRUE(tensor.equal(disturbed.blocks[i].tensors.at(name))) << name;
+    for (const auto& [name, tensor] : undisturbed.blocks[i].tensors)
+      EXPECT_TRUE(tensor.equal(disturbed.blocks[i].tensors.at(name))) << name;
   }
 }
 
@@ -143,11 +149,15 @@ TEST(Distill, MayLearnFromMoreWindowsThanTheBlocksSee) {
   for (const int64_t more : {0, 24}) {
     QuantizeOptions options;
     options.output = scratch / fmt::format("packed-{}.safetensors", more);
-    results.push_back(quantize_model(checkpoint, make_calibration(checkpoint, text, kWindows, more, kSeqlen, /*seed=*/0), recipe, options));
+    results.push_back(quantize_model(checkpoint,
+                                     make_calibration(checkpoint, text, kWindows, more, kSeqlen, /*seed=*/0),
+                                     recipe, options));
   }
   for (size_t i = 0; i < results[0].linears.size(); ++i)
-    EXPECT_EQ(results[0].linears[i].report.output_error, results[1].linears[i].report.output_error) << results[0].linears[i].name;
-  for (size_t i = 0; i < results[0].blocks.size(); ++i) EXPECT_EQ(results[0].blocks[i].tune->loss_after, results[1].blocks[i].tune->loss_after);
+    EXPECT_EQ(results[0].linears[i].report.output_error, results[1].linears[i].report.output_error)
+        << results[0].linears[i].name;
+  for (size_t i = 0; i < results[0].blocks.size(); ++i)
+    EXPECT_EQ(results[0].blocks[i].tune->loss_after, results[1].blocks[i].tune->loss_after);
   EXPECT_EQ(results[0].distill->divergence_before, results[1].distill->divergence_before);
   EXPECT_LT(results[1].distill->divergence_after, results[0].distill->divergence_after);
 }
@@ -157,8 +167,8 @@ TEST(Distill, ReachesThePackedFile) {
   const test::ScratchDirectory scratch;
   test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
   const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");
-  const Calibration calibration =
-      make_calibration(checkpoint, test::write_calibration_text(scratch.path()), kWindows, 0, kSeqlen, /*seed=*/0);
+  const Calibration calibration = make_calibration(checkpoint, test::write_calibration_text(scratch.path()),
+                                                   kWindows, 0, kSeqlen, /*seed=*/0);
   QuantizeOptions options;
   options.output = scratch / "packed.safetensors";
   const QuantizeResult result = quantize_model(checkpoint, calibration, distilled_recipe(0.004), options);

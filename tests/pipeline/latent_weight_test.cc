@@ -1,4 +1,5 @@
-// A weight in training: what it starts as, that its gradients are those of its equation, what it leaves behind.
+// A weight in training: what it starts as, that its gradients are those of its equation, what it leaves
+// behind.
 
 #include "stbllm/pipeline/latent_weight.h"
 
@@ -34,17 +35,21 @@ Layer make_layer(NmPattern nm, int levels, int64_t rows = 24, int64_t cols = 72)
   return layer;
 }
 
-const std::vector<std::pair<NmPattern, int>> kCodes = {{{2, 4}, 1}, {{2, 4}, 3}, {{3, 8}, 1}, {{4, 8}, 2}, {{5, 16}, 1}};
+const std::vector<std::pair<NmPattern, int>> kCodes = {
+    {{2, 4}, 1}, {{2, 4}, 3}, {{3, 8}, 1}, {{4, 8}, 2}, {{5, 16}, 1}};
 
-/// How far a weight of the forward pass may be from the weight it stands for, relative to it: half a unit of 8 bits, or what is lost
-/// between a latent in units of a scale and the product, in float32.
-double rounding_of(const LatentWeight& latent) { return latent.dense().scalar_type() == at::kBFloat16 ? 0x1p-8 : 0x1p-21; }
+/// How far a weight of the forward pass may be from the weight it stands for, relative to it: half a unit of
+/// 8 bits, or what is lost between a latent in units of a scale and the product, in float32.
+double rounding_of(const LatentWeight& latent) {
+  return latent.dense().scalar_type() == at::kBFloat16 ? 0x1p-8 : 0x1p-21;
+}
 
 void expect_exactly_n_kept(const BinarizedWeight& weight) {
   for (int64_t first = 0; first < weight.cols(); first += weight.nm.group) {
     const int64_t width = std::min<int64_t>(weight.nm.group, weight.cols() - first);
     const at::Tensor kept = weight.symbols.narrow(1, first, width).ne(0).sum(1);
-    EXPECT_TRUE(kept.eq(std::min<int64_t>(weight.nm.keep, width)).all().item<bool>()) << "group at column " << first;
+    EXPECT_TRUE(kept.eq(std::min<int64_t>(weight.nm.keep, width)).all().item<bool>())
+        << "group at column " << first;
   }
 }
 
@@ -54,7 +59,12 @@ TEST(LatentWeight, StartsAsTheQuantizedWeight) {
     ASSERT_TRUE(layer.weight.has_outliers());
     const at::Tensor expected = layer.weight.to_dense(), symbols = layer.weight.symbols;
     LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
-    EXPECT_LE((latent.dense().detach().to(at::kFloat) - expected).abs().div(expected.abs().clamp_min(1e-6)).max().item<double>(), rounding_of(latent))
+    EXPECT_LE((latent.dense().detach().to(at::kFloat) - expected)
+                  .abs()
+                  .div(expected.abs().clamp_min(1e-6))
+                  .max()
+                  .item<double>(),
+              rounding_of(latent))
         << nm.str() << " " << levels;
     EXPECT_EQ(latent.write_back(), 0);
     EXPECT_TRUE(layer.weight.symbols.equal(symbols));
@@ -70,28 +80,35 @@ TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
       at::manual_seed(11);
       const at::Tensor x = at::randn({256, layer.original.size(1)}), y = x.mm(layer.original.t());
       LatentWeight latent(layer.weight, layer.original, codes);
-      const auto loss = [&] { return (at::linear(x.to(latent.dense().scalar_type()), latent.dense()).to(at::kFloat) - y).square().mean(); };
+      const auto loss = [&] {
+        return (at::linear(x.to(latent.dense().scalar_type()), latent.dense()).to(at::kFloat) - y)
+            .square()
+            .mean();
+      };
       const double before = loss().item<double>();
       for (int64_t step = 0; step < 60; ++step) {
         loss().backward();
         latent.step(decayed({0.01, codes ? 0.01 : 0.0}, step, 60));
       }
       // White inputs instead of those that the layer was quantized for: scales alone must gain, codes more.
-      EXPECT_LT(loss().item<double>(), (codes ? 0.98 : 0.995) * before) << nm.str() << " " << levels << " codes " << codes;
+      EXPECT_LT(loss().item<double>(), (codes ? 0.98 : 0.995) * before)
+          << nm.str() << " " << levels << " codes " << codes;
       latent.write_back();
       expect_exactly_n_kept(layer.weight);
       EXPECT_EQ(layer.weight.symbols.equal(symbols), !codes);
       EXPECT_TRUE(unpack_dense(pack_weight(layer.weight, "w")).equal(layer.weight.to_dense()));
       // Row scales and levels are rounded to fp16 on the way, half a unit (2^-11) each.
       const at::Tensor dense = layer.weight.to_dense();
-      EXPECT_LE((latent.dense().detach().to(at::kFloat) - dense).abs().max().item<double>(), (rounding_of(latent) + 2 * 0x1p-11) * dense.abs().max().item<double>());
+      EXPECT_LE((latent.dense().detach().to(at::kFloat) - dense).abs().max().item<double>(),
+                (rounding_of(latent) + 2 * 0x1p-11) * dense.abs().max().item<double>());
     }
   }
 }
 
 TEST(LatentWeight, LeavesExactColumnsAlone) {
   Layer layer = make_layer({3, 8}, 1);
-  const at::Tensor columns = layer.weight.outlier_columns.to(at::kLong), before = layer.weight.to_dense().index_select(1, columns);
+  const at::Tensor columns = layer.weight.outlier_columns.to(at::kLong),
+                   before = layer.weight.to_dense().index_select(1, columns);
   LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
   for (int64_t step = 0; step < 30; ++step) {
     latent.dense().square().sum().backward();

@@ -1,7 +1,6 @@
 // The whole job on tiny models: what is in the file, that it means what the quantizer computed, and that
 // neither threads nor interruptions change a byte of it.
 
-#include "stbllm/base/interrupt.h"
 #include "stbllm/pipeline/quantize_model.h"
 
 #include <ATen/ATen.h>
@@ -14,6 +13,7 @@
 #include <set>
 
 #include "stbllm/backend/backend.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/model/torch_cuda.h"
 #include "stbllm/pack/packed_file.h"
 #include "stbllm/pipeline/estimate.h"
@@ -70,7 +70,9 @@ class Workplace {
     fs::create_directory(results());
   }
 
-  void replace_checkpoint(const test::TinyModel& model) const { test::write_checkpoint(scratch_ / "checkpoint", model); }
+  void replace_checkpoint(const test::TinyModel& model) const {
+    test::write_checkpoint(scratch_ / "checkpoint", model);
+  }
 
   QuantizeResult quantize(const Recipe& recipe, QuantizeOptions options, uint64_t seed = 0) const {
     const Checkpoint checkpoint = Checkpoint::open(scratch_ / "checkpoint");
@@ -101,7 +103,8 @@ class Workplace {
     ASSERT_TRUE(blocks == 0 || fs::exists(work / fmt::format("block_{:03}.safetensors", blocks - 1)));
   }
   /// What continues such a run, which is made here.
-  QuantizeOptions to_resume(const Recipe& recipe, int64_t blocks, const std::string& output = "packed") const {
+  QuantizeOptions to_resume(const Recipe& recipe, int64_t blocks,
+                            const std::string& output = "packed") const {
     QuantizeOptions options;
     options.output = results() / output;
     leave_unfinished(recipe, options.output, blocks);
@@ -144,8 +147,9 @@ test::TinyModel tiny_model(const std::string& family) {
   return test::tiny_opt();
 }
 
-/// Every group of every row has exactly N symbols, counted in the decoded codes (a kept weight may still be zero where its
-/// inputs are dead and its scale is). Columns stored exactly are left out, and so is a last group that is cut off.
+/// Every group of every row has exactly N symbols, counted in the decoded codes (a kept weight may still be
+/// zero where its inputs are dead and its scale is). Columns stored exactly are left out, and so is a last
+/// group that is cut off.
 void expect_exactly_n_kept(const std::string& name, const StructuredBinaryMatrix& matrix) {
   const Layout& layout = matrix.layout();
   const at::Tensor nonzero = unpack_weight(matrix).symbols.ne(0);
@@ -246,7 +250,8 @@ TEST(QuantizeModelBudget, ItsPlanOutlivesAnInterruption) {
   const fs::path plan = options.output.string() + ".work/plan.json";
   const std::string planned = read_all(plan);
   test::write_text(plan, "{");
-  expect_error(ErrorCode::kCorrupt, "plan.json", [&] { place.quantize(recipe, options); });  // it is read, not made again
+  expect_error(ErrorCode::kCorrupt, "plan.json",
+               [&] { place.quantize(recipe, options); });  // it is read, not made again
   test::write_text(plan, planned);
   place.quantize(recipe, options);
   EXPECT_TRUE(read_all(options.output) == undisturbed);
@@ -324,7 +329,8 @@ TEST(Interruption, BeforeTheFirstBlockLeavesNothing) {
   QuantizeOptions options;
   options.output = place.results() / "packed";
   request_interrupt();
-  expect_error(ErrorCode::kInterrupted, "no block was finished", [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kInterrupted, "no block was finished",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
   EXPECT_EQ(list(place.results()), std::vector<std::string>{});
 }
 
@@ -392,10 +398,12 @@ TEST(Overwriting, TheCheckpointItselfIsRefusedEvenWithForce) {
   QuantizeOptions options;
   options.force = true;
   options.output = place.checkpoint() / "model.safetensors";
-  expect_error(ErrorCode::kUsage, "the checkpoint itself", [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kUsage, "the checkpoint itself",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
   options.output = place.checkpoint();
   options.dense_output = true;
-  expect_error(ErrorCode::kUsage, "the checkpoint itself", [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kUsage, "the checkpoint itself",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
   EXPECT_TRUE(read_all(place.checkpoint() / "model.safetensors") == weights);
 }
 
@@ -406,7 +414,8 @@ TEST(Overwriting, WhatIsNoWorkDirectoryStaysEvenWithForce) {
   options.force = true;
   fs::create_directory(place.results() / "packed.work");
   std::ofstream(place.results() / "packed.work" / "mine") << "mine";
-  expect_error(ErrorCode::kExists, "no work directory", [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kExists, "no work directory",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
   EXPECT_EQ(read_all(place.results() / "packed.work" / "mine"), "mine");
 }
 
@@ -431,7 +440,8 @@ TEST(Overwriting, ARunThatIsAtWorkIsLeftAlone) {
   for (const bool resume : {false, true}) {
     options.resume = resume;
     options.force = !resume;
-    expect_error(ErrorCode::kExists, "another run is at work there", [&] { place.quantize(Recipe::load("rtn"), options); });
+    expect_error(ErrorCode::kExists, "another run is at work there",
+                 [&] { place.quantize(Recipe::load("rtn"), options); });
     EXPECT_EQ(list(other.path()), std::vector<std::string>{"fingerprint.json"});
   }
 }
@@ -489,10 +499,11 @@ TEST(DenseOutput, LeavesNothingOfAnotherModelBeside) {
   options.output = place.results() / "dense";
   options.dense_output = options.force = true;
   fs::create_directory(options.output);
-  for (const char* name : {"tokenizer.model", "merges.txt", "pytorch_model.bin", "notes.txt"}) test::write_text(options.output / name, "old");
+  for (const char* name : {"tokenizer.model", "merges.txt", "pytorch_model.bin", "notes.txt"})
+    test::write_text(options.output / name, "old");
   place.quantize(Recipe::load("stbllm-released"), options);
-  EXPECT_EQ(list(options.output),
-            (std::vector<std::string>{"config.json", "model.safetensors", "notes.txt", "tokenizer.json", "tokenizer_config.json"}));
+  EXPECT_EQ(list(options.output), (std::vector<std::string>{"config.json", "model.safetensors", "notes.txt",
+                                                            "tokenizer.json", "tokenizer_config.json"}));
 }
 
 TEST(DenseOutput, IsResumedWithTheSameBytes) {
@@ -534,7 +545,8 @@ TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
   options.output = place.results() / "device";
   options.device = "cuda";
   if (!torch_cuda_fault().empty()) {
-    expect_error(ErrorCode::kUnsupported, "device 'cuda'", [&] { place.quantize(Recipe::load("stbllm"), options); });
+    expect_error(ErrorCode::kUnsupported, "device 'cuda'",
+                 [&] { place.quantize(Recipe::load("stbllm"), options); });
     EXPECT_EQ(list(place.results()), std::vector<std::string>{});
     return;
   }
@@ -543,7 +555,8 @@ TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
   local.nm = {4, 8};  // with three levels more states than are tried, so that the search returns to the host
   alone.compensate = Compensate::kNone;
   options.force = true;
-  for (const Recipe& recipe : {Recipe::load("stbllm"), choosing, local, alone, Recipe::load("stbllm-paper")}) {
+  for (const Recipe& recipe :
+       {Recipe::load("stbllm"), choosing, local, alone, Recipe::load("stbllm-paper")}) {
     place.quantize(recipe, options);
     const fs::path on_host = place.quantize(recipe, "cpu");
     // Products round to bfloat16 in another order, which decides close calls between codes another way.
@@ -552,14 +565,16 @@ TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
   }
 }
 
-// --- memory ---------------------------------------------------------------------------------------------------
+// --- memory
+// ---------------------------------------------------------------------------------------------------
 
 TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
   const Workplace place(test::tiny_opt());
   const Recipe recipe = Recipe::load("rtn");
   const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
-  // 512 windows x 48 tokens x 64 floats = 6.3 MB per stream, far more than what a process gains while it does nothing.
+  // 512 windows x 48 tokens x 64 floats = 6.3 MB per stream, far more than what a process gains while it does
+  // nothing.
   const Calibration calibration = make_calibration(checkpoint, place.text(), 512, 0, kSeqlen, 0);
   QuantizeOptions options;
   options.compare_blocks = true;
@@ -581,7 +596,8 @@ TEST(MaxMemory, TooLittleIsRefusedAtOnce) {
   QuantizeOptions options;
   options.output = place.results() / "packed";
   options.max_memory = 1 << 20;
-  expect_error(ErrorCode::kUsage, "--max-memory 1048576", [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kUsage, "--max-memory 1048576",
+               [&] { place.quantize(Recipe::load("rtn"), options); });
   EXPECT_EQ(list(place.results()), std::vector<std::string>{});
 }
 
@@ -596,7 +612,8 @@ TEST(Spilled, TensorKeepsItsValuesOutsideMemory) {
   const at::Tensor in_memory = values.clone();
   release_spilled(in_memory);
   EXPECT_TRUE(in_memory.equal(values));
-  expect_error(ErrorCode::kWriteFailed, "nowhere", [&] { spilled_tensor({1}, at::kFloat, scratch / "nowhere"); });
+  expect_error(ErrorCode::kWriteFailed, "nowhere",
+               [&] { spilled_tensor({1}, at::kFloat, scratch / "nowhere"); });
 }
 
 // --- embedding and head codings ---------------------------------------------------------------------------

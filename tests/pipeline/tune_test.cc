@@ -48,8 +48,8 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
   Tuned tuned;
   const auto block = decoder.block(0);
   tuned.expected = run_block(*block, decoder.spec(), hidden);
-  tuned.quantized =
-      quantize_block(*block, decoder.spec(), hidden, kHoldout, recipe, uniform_plan(decoder.spec(), recipe), [](const LinearResult&) {});
+  tuned.quantized = quantize_block(*block, decoder.spec(), hidden, kHoldout, recipe,
+                                   uniform_plan(decoder.spec(), recipe), [](const LinearResult&) {});
   const auto dense_block = decoder.block(0);
   tuned.report =
       tune_block(*dense_block, decoder.spec(), tuned.quantized, hidden, tuned.expected, kHoldout, recipe);

@@ -90,14 +90,16 @@ TEST(AllocateByOutliers, ReproducesThePublishedCountsOfLlama27b) {
   Kept pruned;
   for (const NmPattern& nm : plan) pruned.push_back(nm.group - nm.keep);
   EXPECT_EQ(pruned, kPublishedPruned);
-  EXPECT_EQ(std::accumulate(pruned.begin(), pruned.end(), 0), 122);  // 3.8 of 8: fewer than the 4 that the run is named after
+  EXPECT_EQ(std::accumulate(pruned.begin(), pruned.end(), 0),
+            122);  // 3.8 of 8: fewer than the 4 that the run is named after
 }
 
 // Random offers, some of them worse than others that are smaller.
 std::vector<std::vector<Offer>> random_offers(std::mt19937& rng, int linears) {
   std::vector<std::vector<Offer>> offers(linears);
   for (auto& own : offers)
-    for (int o = 0; o < 4; ++o) own.push_back({10 + static_cast<int64_t>(rng() % 30), static_cast<double>(rng() % 1000) / 100});
+    for (int o = 0; o < 4; ++o)
+      own.push_back({10 + static_cast<int64_t>(rng() % 30), static_cast<double>(rng() % 1000) / 100});
   return offers;
 }
 
@@ -127,10 +129,12 @@ double smallest_error(const std::vector<std::vector<Offer>>& offers, int64_t bud
 }
 
 TEST(AllocateByBudget, SpendsWhereAByteSavesMost) {
-  const std::vector<std::vector<Offer>> offers = {{{10, 1.0}, {20, 0.9}}, {{10, 5.0}, {20, 1.0}}, {{10, 2.0}, {12, 1.9}, {30, 0.0}}};
+  const std::vector<std::vector<Offer>> offers = {
+      {{10, 1.0}, {20, 0.9}}, {{10, 5.0}, {20, 1.0}}, {{10, 2.0}, {12, 1.9}, {30, 0.0}}};
   EXPECT_EQ(allocate_by_budget(offers, 30), (std::vector<size_t>{0, 0, 0}));
   EXPECT_EQ(allocate_by_budget(offers, 40), (std::vector<size_t>{0, 1, 0}));
-  EXPECT_EQ(allocate_by_budget(offers, 60), (std::vector<size_t>{0, 1, 2}));  // past {12, 1.9}, above the line from 10 to 30
+  EXPECT_EQ(allocate_by_budget(offers, 60),
+            (std::vector<size_t>{0, 1, 2}));  // past {12, 1.9}, above the line from 10 to 30
   EXPECT_EQ(allocate_by_budget(offers, 1000), (std::vector<size_t>{1, 1, 2}));
 }
 

@@ -1,4 +1,5 @@
-// Properties of the lean code: exactly N kept, steps that never raise the error, exhaustive twins, thread independence.
+// Properties of the lean code: exactly N kept, steps that never raise the error, exhaustive twins, thread
+// independence.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
@@ -48,11 +49,13 @@ void expect_exactly_n_kept(const at::Tensor& symbols, NmPattern nm) {
   for (int64_t first = 0; first < cols; first += nm.group) {
     const int64_t width = std::min<int64_t>(nm.group, cols - first);
     const at::Tensor kept = symbols.narrow(1, first, width).ne(0).sum(1);
-    EXPECT_TRUE(kept.eq(std::min<int64_t>(nm.keep, width)).all().item<bool>()) << nm.str() << " group at column " << first;
+    EXPECT_TRUE(kept.eq(std::min<int64_t>(nm.keep, width)).all().item<bool>())
+        << nm.str() << " group at column " << first;
   }
 }
 
-LeanWeight start(const Layer& layer, NmPattern nm, int levels, int scale_bits, Compensate compensate = Compensate::kColumn) {
+LeanWeight start(const Layer& layer, NmPattern nm, int levels, int scale_bits,
+                 Compensate compensate = Compensate::kColumn) {
   LeanWeight lean;
   lean.nm = nm;
   lean.scale_bits = scale_bits;
@@ -68,7 +71,8 @@ class LeanCode : public ::testing::TestWithParam<std::tuple<NmPattern, int, int>
 TEST_P(LeanCode, KeepsExactlyNOfEveryGroup) {
   const auto [nm, levels, scale_bits] = GetParam();
   const Layer layer = make_layer(70, 171, 1);  // 171 is no multiple of 4, 8 or 128, 70 none of 64
-  const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  const BinarizedWeight result =
+      quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
   expect_exactly_n_kept(result.symbols, nm);
   EXPECT_TRUE(result.to_dense().isfinite().all().item<bool>());
   EXPECT_LE(result.symbols.abs().max().item<int>(), levels);
@@ -92,18 +96,22 @@ TEST_P(LeanCode, RefitAndDescendNeverRaiseTheError) {
 }
 
 LeanWeight clone(LeanWeight lean) {
-  for (at::Tensor LeanWeight::*tensor : {&LeanWeight::symbols, &LeanWeight::scales, &LeanWeight::scale_codes, &LeanWeight::row_scales})
+  for (at::Tensor LeanWeight::*tensor :
+       {&LeanWeight::symbols, &LeanWeight::scales, &LeanWeight::scale_codes, &LeanWeight::row_scales})
     if ((lean.*tensor).defined()) lean.*tensor = (lean.*tensor).clone();
   return lean;
 }
 
-double share_that_differs(const at::Tensor& a, const at::Tensor& b) { return a.ne(b).to(at::kFloat).mean().item<double>(); }
+double share_that_differs(const at::Tensor& a, const at::Tensor& b) {
+  return a.ne(b).to(at::kFloat).mean().item<double>();
+}
 
 TEST_P(LeanCode, TensorsFindWhatLanesFind) {
   const auto [nm, levels, scale_bits] = GetParam();
   if (!GroupCodebook::enumerable(nm, levels)) GTEST_SKIP() << nm.str() << " is searched over lanes only";
   const Layer layer = make_layer(70, 171, 5);
-  // Sums of other order decide otherwise where two candidates are equal to 2^-20 or so; with 11970 weights that is once or never.
+  // Sums of other order decide otherwise where two candidates are equal to 2^-20 or so; with 11970 weights
+  // that is once or never.
   constexpr double kFew = 1e-3;
   for (const Compensate compensate : {Compensate::kColumn, Compensate::kBlock, Compensate::kNone}) {
     LeanWeight lanes = start(layer, nm, levels, scale_bits, compensate), tensors = clone(lanes);
@@ -119,7 +127,9 @@ TEST_P(LeanCode, TensorsFindWhatLanesFind) {
     LeanWeight tensors = clone(lanes);
     by_tensors::refit(tensors, with_levels);
     refit(lanes, with_levels);
-    for (size_t l = 0; l < lanes.level_values.size(); ++l) EXPECT_NEAR(tensors.level_values[l], lanes.level_values[l], 0x1p-10 * lanes.level_values[l]);  // a step of fp16
+    for (size_t l = 0; l < lanes.level_values.size(); ++l)
+      EXPECT_NEAR(tensors.level_values[l], lanes.level_values[l],
+                  0x1p-10 * lanes.level_values[l]);  // a step of fp16
     EXPECT_LE(share_that_differs(tensors.scales, lanes.scales), 0.02);
     tensors = clone(lanes);
     const double changed = by_tensors::descend(tensors);
@@ -131,7 +141,8 @@ TEST_P(LeanCode, TensorsFindWhatLanesFind) {
 TEST_P(LeanCode, ScalesAreWhatTheCodingCanRepresent) {
   const auto [nm, levels, scale_bits] = GetParam();
   const Layer layer = make_layer(16, 256, 3);
-  const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  const BinarizedWeight result =
+      quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
   EXPECT_GT(result.scales.min().item<float>(), 0);
   if (scale_bits == 16) {
     EXPECT_TRUE(at::equal(result.scales, result.scales.to(at::kHalf).to(at::kFloat)));
@@ -142,14 +153,15 @@ TEST_P(LeanCode, ScalesAreWhatTheCodingCanRepresent) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Codes, LeanCode,
-                         ::testing::Values(std::tuple(NmPattern{1, 8}, 1, 5), std::tuple(NmPattern{1, 4}, 1, 4),
-                                           std::tuple(NmPattern{2, 8}, 1, 6), std::tuple(NmPattern{2, 16}, 1, 5), std::tuple(NmPattern{3, 8}, 1, 5),
-                                           std::tuple(NmPattern{2, 4}, 1, 16), std::tuple(NmPattern{2, 4}, 1, 5),
-                                           std::tuple(NmPattern{2, 4}, 2, 5), std::tuple(NmPattern{2, 4}, 3, 5),
-                                           std::tuple(NmPattern{4, 8}, 1, 5), std::tuple(NmPattern{7, 8}, 1, 5),
-                                           std::tuple(NmPattern{8, 8}, 1, 5), std::tuple(NmPattern{4, 8}, 3, 5),
-                                           std::tuple(NmPattern{6, 16}, 1, 5)));
+INSTANTIATE_TEST_SUITE_P(
+    Codes, LeanCode,
+    ::testing::Values(std::tuple(NmPattern{1, 8}, 1, 5), std::tuple(NmPattern{1, 4}, 1, 4),
+                      std::tuple(NmPattern{2, 8}, 1, 6), std::tuple(NmPattern{2, 16}, 1, 5),
+                      std::tuple(NmPattern{3, 8}, 1, 5), std::tuple(NmPattern{2, 4}, 1, 16),
+                      std::tuple(NmPattern{2, 4}, 1, 5), std::tuple(NmPattern{2, 4}, 2, 5),
+                      std::tuple(NmPattern{2, 4}, 3, 5), std::tuple(NmPattern{4, 8}, 1, 5),
+                      std::tuple(NmPattern{7, 8}, 1, 5), std::tuple(NmPattern{8, 8}, 1, 5),
+                      std::tuple(NmPattern{4, 8}, 3, 5), std::tuple(NmPattern{6, 16}, 1, 5)));
 
 TEST(TensorSearch, TakesManyRowsAndStatesInPasses) {
   const Layer layer = make_layer(1100, 48, 6);
@@ -166,15 +178,18 @@ TEST(TensorSearch, TakesManyRowsAndStatesInPasses) {
 
 TEST(GroupSearch, FindsTheBestStateOfAll) {
   at::manual_seed(4);
-  for (const auto& [nm, levels] : {std::pair(NmPattern{2, 4}, 3), std::pair(NmPattern{3, 8}, 1), std::pair(NmPattern{2, 4}, 1)}) {
-    const std::vector<float> values = levels == 3 ? std::vector<float>{0.5f, 1.f, 2.f} : std::vector<float>{1.f};
+  for (const auto& [nm, levels] :
+       {std::pair(NmPattern{2, 4}, 3), std::pair(NmPattern{3, 8}, 1), std::pair(NmPattern{2, 4}, 1)}) {
+    const std::vector<float> values =
+        levels == 3 ? std::vector<float>{0.5f, 1.f, 2.f} : std::vector<float>{1.f};
     const int m = nm.group;
     const at::Tensor root = at::randn({m, m}, at::kDouble), a = root.mm(root.t());
     const GroupCodebook book(nm, levels, m);
     const GroupTable table(book, values, a.data_ptr<double>(), m);
     const at::Tensor b = at::randn({m, kTileRows}), scale = at::rand({kTileRows}) + 0.1;
     int8_t symbols[16][kTileRows];
-    best_codes(table, reinterpret_cast<const float(*)[kTileRows]>(b.data_ptr<float>()), scale.data_ptr<float>(), m, symbols);
+    best_codes(table, reinterpret_cast<const float(*)[kTileRows]>(b.data_ptr<float>()),
+               scale.data_ptr<float>(), m, symbols);
     // The twin: all (2 levels + 1)^M symbol strings with N of them not zero.
     for (int lane = 0; lane < kTileRows; lane += 7) {
       const double s = scale[lane].item<double>();
@@ -211,12 +226,15 @@ TEST(GroupSearch, FindsTheBestStateOfAll) {
 
 TEST(InverseFactor, OneStepAndThreeStepsAgreeAndInvertH) {
   const Layer layer = make_layer(4, 401, 5);  // a triangle that is inverted by halves, twice
-  const InverseFactor one = inverse_factor(layer.stats.hessian, 0.01), three = inverse_factor(layer.stats.hessian, 0.01, true);
-  EXPECT_LT((one.upper - three.upper).abs().max().item<double>(), 1e-3 * one.upper.abs().max().item<double>());
+  const InverseFactor one = inverse_factor(layer.stats.hessian, 0.01),
+                      three = inverse_factor(layer.stats.hessian, 0.01, true);
+  EXPECT_LT((one.upper - three.upper).abs().max().item<double>(),
+            1e-3 * one.upper.abs().max().item<double>());
   at::Tensor h = layer.stats.hessian.clone();
   h.diagonal().add_(0.01 * h.diagonal().mean().item<double>());
   const at::Tensor identity = one.upper.t().mm(one.upper).mm(h);
-  EXPECT_LT((identity - at::eye(401)).abs().max().item<double>(), 1e-3);  // condition number of H times float32 epsilon
+  EXPECT_LT((identity - at::eye(401)).abs().max().item<double>(),
+            1e-3);  // condition number of H times float32 epsilon
 }
 
 TEST(InverseFactor, RaisesTheDampingOfASingularHessianAndSaysSo) {
@@ -249,7 +267,8 @@ TEST(RelativeOutputError, IsTheRatioOfTwoTraces) {
     return (wide.mm(layer.stats.hessian.to(at::kDouble)) * wide).sum().item<double>();
   };
   const double exact = trace(quantized - layer.weight) / trace(layer.weight);
-  EXPECT_NEAR(relative_output_error(layer.weight, quantized, layer.stats.hessian), exact, 1e-5 * exact);  // float32 sums of 600 terms
+  EXPECT_NEAR(relative_output_error(layer.weight, quantized, layer.stats.hessian), exact,
+              1e-5 * exact);  // float32 sums of 600 terms
 }
 
 TEST(Refit, WithoutLevelsMovesScalesAlone) {
@@ -285,8 +304,8 @@ TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
   double last = 1;
   LinearReport report;
   for (const auto& [compensate, refit, descend] :
-       {std::tuple(Compensate::kNone, 0, 0), std::tuple(Compensate::kColumn, 0, 0), std::tuple(Compensate::kColumn, 1, 0),
-        std::tuple(Compensate::kColumn, 4, 4)}) {
+       {std::tuple(Compensate::kNone, 0, 0), std::tuple(Compensate::kColumn, 0, 0),
+        std::tuple(Compensate::kColumn, 1, 0), std::tuple(Compensate::kColumn, 4, 4)}) {
     recipe.compensate = compensate;
     recipe.refit = refit;
     recipe.descend = descend;
@@ -339,11 +358,14 @@ TEST(RecipeFile, RoundTripsAndRefusesUnknownFields) {
 
 TEST(ImportanceScore, OfSomeColumnsIsThatOfTheWholeLayer) {
   at::manual_seed(8);
-  const at::Tensor layer = at::randn({48, 20}), norm_sq = at::rand({48}) + 0.1, inverse_diag = at::rand({48}) + 0.1;
-  for (const Importance metric : {Importance::kMagnitude, Importance::kWanda, Importance::kRia, Importance::kSi, Importance::kObs}) {
+  const at::Tensor layer = at::randn({48, 20}), norm_sq = at::rand({48}) + 0.1,
+                   inverse_diag = at::rand({48}) + 0.1;
+  for (const Importance metric :
+       {Importance::kMagnitude, Importance::kWanda, Importance::kRia, Importance::kSi, Importance::kObs}) {
     const ImportanceScore score(layer, metric);
-    EXPECT_TRUE(at::equal(score(layer.narrow(0, 16, 8), norm_sq.narrow(0, 16, 8), inverse_diag.narrow(0, 16, 8)),
-                          score(layer, norm_sq, inverse_diag).narrow(0, 16, 8)));
+    EXPECT_TRUE(
+        at::equal(score(layer.narrow(0, 16, 8), norm_sq.narrow(0, 16, 8), inverse_diag.narrow(0, 16, 8)),
+                  score(layer, norm_sq, inverse_diag).narrow(0, 16, 8)));
   }
 }
 
@@ -353,7 +375,8 @@ TEST(QuantizeLinear, SharesTheFactorOfATapWithoutAChangeInTheResult) {
   const InputStats shared = layer.stats;
   quantize_linear(layer.weight, shared, first);
   const CodeMetric* metric = shared.metric.get();
-  const BinarizedWeight after = quantize_linear(layer.weight, shared, second), alone = quantize_linear(layer.weight, layer.stats, second);
+  const BinarizedWeight after = quantize_linear(layer.weight, shared, second),
+                        alone = quantize_linear(layer.weight, layer.stats, second);
   EXPECT_EQ(shared.metric.get(), metric);
   EXPECT_TRUE(at::equal(after.symbols, alone.symbols));
   Recipe other = second;

@@ -1,4 +1,5 @@
-// The recipe "stbllm-released" against what the released Python code makes of three layers (shared reference tensors).
+// The recipe "stbllm-released" against what the released Python code makes of three layers (shared reference
+// tensors).
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -13,7 +14,8 @@
 namespace stbllm {
 namespace {
 
-const std::filesystem::path kReference = std::filesystem::path(STBLLM_SOURCE_DIR) / "../shared/reference/quantizer";
+const std::filesystem::path kReference =
+    std::filesystem::path(STBLLM_SOURCE_DIR) / "../shared/reference/quantizer";
 
 at::Tensor tensor_of(const SafetensorsFile& file, const std::string& name) {
   const TensorEntry& entry = file.tensors().at(name);
@@ -35,7 +37,8 @@ TEST_P(ReleasedArithmetic, GivesTheSameSalientColumnsThresholdsAndWeights) {
   InputStats stats;
   stats.hessian = tensor_of(*file, "hessian");
   stats.tokens = 2;  // feature norms are checked through the mask below; here only H matters
-  const at::Tensor weight = tensor_of(*file, "pruned_weight");  // the released code prunes in a pass of its own
+  const at::Tensor weight =
+      tensor_of(*file, "pruned_weight");  // the released code prunes in a pass of its own
   Recipe recipe = Recipe::load("stbllm-released");
   recipe.nm = {8, 8};  // already pruned: keep everything
   LinearReport report;
@@ -44,13 +47,15 @@ TEST_P(ReleasedArithmetic, GivesTheSameSalientColumnsThresholdsAndWeights) {
   const auto& blocks = expected["blocks"];
   ASSERT_EQ(report.salient_count.size(), blocks.size());
   for (size_t b = 0; b < blocks.size(); ++b) {
-    EXPECT_EQ(report.salient_count[b], static_cast<int>(blocks[b]["salient_columns"].size())) << "block " << b;
+    EXPECT_EQ(report.salient_count[b], static_cast<int>(blocks[b]["salient_columns"].size()))
+        << "block " << b;
     // p1 is a quantile of W^2 / d^2: it carries the float32 rounding of the inverse factor, squared.
     EXPECT_NEAR(report.threshold[b] / blocks[b]["p1"].get<double>(), 1.0, 2e-5) << "block " << b;
   }
   const at::Tensor wanted = tensor_of(*file, "dequantized"), got = result.to_dense();
-  // Same sign and same set for every weight: a wrong one is off by the size of a scale. The rest is float32 rounding, which
-  // grows with the compensation from block to block (2e-5 of the mean weight seen in the last one).
+  // Same sign and same set for every weight: a wrong one is off by the size of a scale. The rest is float32
+  // rounding, which grows with the compensation from block to block (2e-5 of the mean weight seen in the last
+  // one).
   EXPECT_LT(((wanted - got).abs().max() / wanted.abs().mean()).item<double>(), 1e-4);
   EXPECT_LT(((wanted - got).norm() / wanted.norm()).item<double>(), 1e-5);
 }
@@ -60,7 +65,8 @@ TEST_P(ReleasedArithmetic, GivesTheSameNmMask) {
   const auto file = SafetensorsFile::open(kReference / (std::string(GetParam()) + ".safetensors"));
   const at::Tensor weight = tensor_of(*file, "weight"), kept = tensor_of(*file, "kept");
   const at::Tensor norm_sq = tensor_of(*file, "feature_norm_sq");
-  const at::Tensor score = ImportanceScore(weight.t().contiguous(), Importance::kRia)(weight.t().contiguous(), norm_sq, at::ones_like(norm_sq));
+  const at::Tensor score = ImportanceScore(weight.t().contiguous(), Importance::kRia)(
+      weight.t().contiguous(), norm_sq, at::ones_like(norm_sq));
   const at::Tensor wanted = tensor_of(*file, "importance");
   EXPECT_LT(((score.t() - wanted).abs() - 1e-5 * wanted.abs()).max().item<double>(), 1e-12);
   const int keep = std::string(GetParam()).find("6of8") != std::string::npos ? 6 : 4;

@@ -25,7 +25,8 @@ inline void write_all(const std::filesystem::path& path, const std::string& cont
 /// Everything in a directory, hidden files too, sorted.
 inline std::vector<std::string> list(const std::filesystem::path& directory) {
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(directory)) names.push_back(entry.path().filename());
+  for (const auto& entry : std::filesystem::directory_iterator(directory))
+    names.push_back(entry.path().filename());
   std::ranges::sort(names);
   return names;
 }

@@ -241,7 +241,8 @@ inline TensorShapes llama_shapes(const nlohmann::json& config) {
     linear(block + "self_attn.q_proj", heads * head_dim, hidden, attention_bias);
     linear(block + "self_attn.k_proj", kv_heads * head_dim, hidden, attention_bias);
     linear(block + "self_attn.v_proj", kv_heads * head_dim, hidden, attention_bias);
-    linear(block + "self_attn.o_proj", hidden, heads * head_dim, attention_bias && config["model_type"] != "qwen2");
+    linear(block + "self_attn.o_proj", hidden, heads * head_dim,
+           attention_bias && config["model_type"] != "qwen2");
     linear(block + "mlp.gate_proj", ffn, hidden, mlp_bias);
     linear(block + "mlp.up_proj", ffn, hidden, mlp_bias);
     linear(block + "mlp.down_proj", hidden, ffn, mlp_bias);

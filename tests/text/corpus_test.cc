@@ -184,7 +184,8 @@ TEST(CalibrationWindows, DoNotOverlapWhileTheTextLasts) {
   for (size_t w = 0; w < 10; ++w)
     for (const int32_t id : all[w]) ++seen.at(id);
   EXPECT_THAT(seen, testing::Each(testing::Le(1)));
-  EXPECT_EQ(calibration_windows(ids_up_to(107), 4, {}, 10, 3, "text"), (std::vector<Ids>(all.begin(), all.begin() + 4)));
+  EXPECT_EQ(calibration_windows(ids_up_to(107), 4, {}, 10, 3, "text"),
+            (std::vector<Ids>(all.begin(), all.begin() + 4)));
 }
 
 TEST(CalibrationWindows, KeepHeldOutTextUnseen) {
@@ -196,19 +197,23 @@ TEST(CalibrationWindows, KeepHeldOutTextUnseen) {
       const bool held = w >= held_out.first && w < held_out.first + held_out.count;
       for (const int32_t id : windows[w]) ++(held ? judged : seen).at(id);
     }
-    for (size_t id = 0; id < seen.size(); ++id) EXPECT_TRUE(judged[id] == 0 || (judged[id] == 1 && seen[id] == 0)) << id;
+    for (size_t id = 0; id < seen.size(); ++id)
+      EXPECT_TRUE(judged[id] == 0 || (judged[id] == 1 && seen[id] == 0)) << id;
   }
-  EXPECT_EQ(calibration_windows(ids_up_to(12), 5, {1, 4}, 10, 5, "text").size(), 5u);  // nothing else is left to be seen
+  EXPECT_EQ(calibration_windows(ids_up_to(12), 5, {1, 4}, 10, 5, "text").size(),
+            5u);  // nothing else is left to be seen
 }
 
 TEST(CalibrationWindows, ReachEveryStart) {
   std::vector<int> seen(5);
-  for (const Ids& window : calibration_windows(ids_up_to(7), 200, {}, 3, 1, "text")) ++seen.at(window.front());
+  for (const Ids& window : calibration_windows(ids_up_to(7), 200, {}, 3, 1, "text"))
+    ++seen.at(window.front());
   EXPECT_THAT(seen, testing::Each(testing::Gt(0)));
 }
 
 TEST(CalibrationWindows, NeedTextForOneWindow) {
-  for (const Ids& window : calibration_windows(ids_up_to(4), 2, {}, 3, 0, "text")) EXPECT_THAT(window, AnyOf(Ids{0, 1, 2}, Ids{1, 2, 3}));
+  for (const Ids& window : calibration_windows(ids_up_to(4), 2, {}, 3, 0, "text"))
+    EXPECT_THAT(window, AnyOf(Ids{0, 1, 2}, Ids{1, 2, 3}));
   expect_error(ErrorCode::kTooLittleText, "poem has 2 tokens, one calibration window of 3 needs more",
                [] { calibration_windows(ids_up_to(2), 1, {}, 3, 0, "poem"); });
 }

@@ -58,7 +58,8 @@ TEST(TokenizerReference, VocabAndMergesGiveTheIdsOfTokenizerJson) {
   const fs::path directory = kShared / "models" / "tiny-opt";
   if (!fs::exists(directory)) GTEST_SKIP() << directory << " is not there";
   json files = json::object();
-  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json"}) files[name] = test::read_all(directory / name);
+  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json"})
+    files[name] = test::read_all(directory / name);
   const Corpus corpus = read_corpus(kShared / "data" / "wiki.test.raw");
   EXPECT_EQ(Tokenizer::from_serialized(files.dump())->encode(corpus.text),
             Tokenizer::load(directory)->encode(corpus.text));

@@ -188,7 +188,8 @@ TEST(SpecialTokens, ComeFromThePostProcessorWhereThereIsOne) {
 
 TEST(SpecialTokens, FollowTheFlagsInLlamasClassesWhateverThePostProcessorSays) {
   const auto encode = [&](const json& config) {
-    return tokenizer_of({{"tokenizer.json", sentencepiece_tokenizer()}, {"tokenizer_config.json", config}})->encode("hello");
+    return tokenizer_of({{"tokenizer.json", sentencepiece_tokenizer()}, {"tokenizer_config.json", config}})
+        ->encode("hello");
   };
   const json llama = {{"tokenizer_class", "LlamaTokenizerFast"}, {"bos_token", "<s>"}, {"eos_token", "</s>"}};
   EXPECT_EQ(encode(llama), (Ids{1, 274}));

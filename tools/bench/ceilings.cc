@@ -43,21 +43,19 @@ constexpr int kChains =
     12;  // independent sums: more than latency times throughput of any of these instructions
 constexpr int kRounds = 1 << 16;
 
-// Runs one instruction on twelve independent registers over and over, with zeros: what lies in a register may be denormal, which
-// takes the processor a hundred times as long. Returns operations per second.
+// Runs one instruction on twelve independent registers over and over, with zeros: what lies in a register may
+// be denormal, which takes the processor a hundred times as long. Returns operations per second.
 #define STBLLM_TWELVE(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
-#define STBLLM_SIXTEEN                                                                                     \
+#define STBLLM_SIXTEEN                                                                                       \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
       "xmm13", "xmm14", "xmm15"
-#define STBLLM_RATE(name, features, line)                                                                  \
-  __attribute__((target(features))) double name(double operations) {                                       \
-    const double seconds = best_seconds(1, 0.05, 1, [](int) {                                              \
-      asm volatile("vzeroall" ::: STBLLM_SIXTEEN);                                                         \
-      for (int round = 0; round < kRounds; ++round)                                                        \
-        asm volatile(STBLLM_TWELVE(line)::                                                                 \
-                         : STBLLM_SIXTEEN);                                                                \
-    });                                                                                                    \
-    return operations * kChains * kRounds / seconds;                                                       \
+#define STBLLM_RATE(name, features, line)                                                                \
+  __attribute__((target(features))) double name(double operations) {                                     \
+    const double seconds = best_seconds(1, 0.05, 1, [](int) {                                            \
+      asm volatile("vzeroall" ::: STBLLM_SIXTEEN);                                                       \
+      for (int round = 0; round < kRounds; ++round) asm volatile(STBLLM_TWELVE(line)::: STBLLM_SIXTEEN); \
+    });                                                                                                  \
+    return operations * kChains * kRounds / seconds;                                                     \
   }
 
 #define STBLLM_FMA(i) "vfmadd231ps %%zmm15, %%zmm15, %%zmm" #i "\n\t"

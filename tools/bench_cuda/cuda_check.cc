@@ -166,7 +166,8 @@ double measure_copy(Timer& timer) {
   return 2.0 * kBytes / microseconds * 1e6;
 }
 
-/// Normal halves: operands that do not change would draw less power than real ones. A megabyte of them, again and again.
+/// Normal halves: operands that do not change would draw less power than real ones. A megabyte of them, again
+/// and again.
 void fill_random(void* data, size_t bytes) {
   static const std::vector<uint16_t> some = [] {
     std::vector<uint16_t> halves(size_t{1} << 19);
@@ -176,7 +177,8 @@ void fill_random(void* data, size_t bytes) {
     return halves;
   }();
   for (size_t done = 0; done < bytes; done += 2 * some.size())
-    check_cuda(cudaMemcpy(static_cast<std::byte*>(data) + done, some.data(), std::min(bytes - done, 2 * some.size()), cudaMemcpyHostToDevice));
+    check_cuda(cudaMemcpy(static_cast<std::byte*>(data) + done, some.data(),
+                          std::min(bytes - done, 2 * some.size()), cudaMemcpyHostToDevice));
 }
 
 int run_bench(const char* path) {

@@ -19,7 +19,9 @@ struct Options {
 
 void run(const Options& options) {
   apply(options.common);
-  if (options.generate.temperature == 0 && options.generate.top_p < 1) fail(ErrorCode::kUsage, "--top-p {}: nothing is sampled at temperature 0; add --temperature", options.generate.top_p);
+  if (options.generate.temperature == 0 && options.generate.top_p < 1)
+    fail(ErrorCode::kUsage, "--top-p {}: nothing is sampled at temperature 0; add --temperature",
+         options.generate.top_p);
   const LoadedModel model = load_model(options.model, options.backend, options.dtype, /*keep_blocks=*/true);
   const std::vector<int32_t> prompt = model.tokenizer->encode(options.prompt);
   if (prompt.empty()) fail(ErrorCode::kUsage, "--prompt: the text gives no token; write at least one word");
@@ -27,12 +29,16 @@ void run(const Options& options) {
   generate_options.stop_ids = model.decoder.spec().stop_ids;
   if (model.tokenizer->eos_id() >= 0) generate_options.stop_ids.push_back(model.tokenizer->eos_id());
   std::vector<int32_t> ids = prompt;
-  // A token is decoded behind those printed just before it: at the beginning of a text some decoders drop a space.
+  // A token is decoded behind those printed just before it: at the beginning of a text some decoders drop a
+  // space.
   size_t context = 0, printed = 0;
-  const auto text_of = [&](size_t first, size_t end) { return model.tokenizer->decode(std::span(ids).subspan(first, end - first)); };
+  const auto text_of = [&](size_t first, size_t end) {
+    return model.tokenizer->decode(std::span(ids).subspan(first, end - first));
+  };
   const auto print_rest = [&](bool all) {
     const std::string before = text_of(context, printed), text = text_of(context, ids.size());
-    if (text.size() <= before.size() || (!all && text.ends_with("\uFFFD"))) return;  // the next token may complete the character
+    if (text.size() <= before.size() || (!all && text.ends_with("\uFFFD")))
+      return;  // the next token may complete the character
     fmt::print("{}", text.substr(before.size()));
     std::fflush(stdout);
     context = printed;
@@ -46,7 +52,8 @@ void run(const Options& options) {
   });
   if (!options.common.json) print_rest(/*all=*/true);
   const double prefill = static_cast<double>(result.prompt_tokens) / result.prefill_seconds;
-  const double decode = result.decode_seconds > 0 ? static_cast<double>(result.decode_passes) / result.decode_seconds : 0;
+  const double decode =
+      result.decode_seconds > 0 ? static_cast<double>(result.decode_passes) / result.decode_seconds : 0;
   if (options.common.json) {
     print_json({{"text", text_of(0, ids.size()).substr(text_of(0, prompt.size()).size())},
                 {"ids", result.ids},
@@ -57,8 +64,8 @@ void run(const Options& options) {
     return;
   }
   fmt::print("\n\n");
-  fmt::print(stderr, "prompt {} tokens, {:.1f} tokens/s; generated {} tokens, {:.1f} tokens/s ({}, {})\n", result.prompt_tokens, prefill,
-             result.ids.size(), decode, model.backend, options.dtype);
+  fmt::print(stderr, "prompt {} tokens, {:.1f} tokens/s; generated {} tokens, {:.1f} tokens/s ({}, {})\n",
+             result.prompt_tokens, prefill, result.ids.size(), decode, model.backend, options.dtype);
 }
 
 }  // namespace
@@ -66,16 +73,28 @@ void run(const Options& options) {
 void add_generate(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("generate", "Continue a text");
-  command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")->required();
+  command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")
+      ->required();
   command->add_option("-p,--prompt", options->prompt, "The text to continue")->required();
-  command->add_option("-n,--tokens", options->generate.max_tokens, "At most so many new tokens")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("-n,--tokens", options->generate.max_tokens, "At most so many new tokens")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command->add_option("--temperature", options->generate.temperature, "0: always the most likely token")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command->add_option("--top-p", options->generate.top_p, "Sample from the likeliest tokens that reach this probability")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  command
+      ->add_option("--top-p", options->generate.top_p,
+                   "Sample from the likeliest tokens that reach this probability")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   command->add_option("--seed", options->generate.seed, "Same seed, same text");
-  command->add_option("--backend", options->backend, "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")->capture_default_str();
-  command->add_option("--dtype", options->dtype, "Activations: bfloat16 or float32")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  command
+      ->add_option("--backend", options->backend,
+                   "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")
+      ->capture_default_str();
+  command->add_option("--dtype", options->dtype, "Activations: bfloat16 or float32")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

@@ -25,7 +25,8 @@ std::string text_in(const nlohmann::json& object, const char* key) {
 void run(const Options& options) {
   if (!std::filesystem::exists(options.model)) fail(ErrorCode::kNotFound, "{}: no such file", options.model);
   if (std::filesystem::is_directory(options.model))
-    fail(ErrorCode::kUsage, "{}: expected a packed .safetensors file, found a directory; quantize it first", options.model);
+    fail(ErrorCode::kUsage, "{}: expected a packed .safetensors file, found a directory; quantize it first",
+         options.model);
   const PackedReader reader = PackedReader::open(options.model);
   if (options.verify) reader.verify_checksums();
   const Ledger ledger = make_ledger(reader);
@@ -39,20 +40,24 @@ void run(const Options& options) {
     print_json(json);
     return;
   }
-  fmt::print("{}  (recipe {}, calibrated on {})\n\n", options.model, text_in(recipe, "name"), text_in(calibration, "corpus"));
-  fmt::print("{:<44} {:>11} {:>6} {:>3} {:>5} {:>8} {:>8} {:>9} {:>9}\n", "linear", "shape", "N:M", "L", "extra", "nominal", "stored", "error",
-             "held out");
+  fmt::print("{}  (recipe {}, calibrated on {})\n\n", options.model, text_in(recipe, "name"),
+             text_in(calibration, "corpus"));
+  fmt::print("{:<44} {:>11} {:>6} {:>3} {:>5} {:>8} {:>8} {:>9} {:>9}\n", "linear", "shape", "N:M", "L",
+             "extra", "nominal", "stored", "error", "held out");
   for (const LinearEntry& entry : ledger.linears)
     fmt::print("{:<44} {:>11} {:>6} {:>3} {:>5} {:>8.4f} {:>8.4f} {:>9.5f} {:>9.5f}\n", entry.name,
-               fmt::format("{}x{}", entry.layout.rows, entry.layout.cols), entry.layout.nm.str(), entry.layout.levels,
-               entry.layout.salient + entry.layout.outliers, entry.nominal_bits, entry.stored_bits, entry.output_error, entry.holdout_error);
+               fmt::format("{}x{}", entry.layout.rows, entry.layout.cols), entry.layout.nm.str(),
+               entry.layout.levels, entry.layout.salient + entry.layout.outliers, entry.nominal_bits,
+               entry.stored_bits, entry.output_error, entry.holdout_error);
   fmt::print("\n{:<24} {:>14} {:>12}\n", "plane", "bytes", "bits/weight");
   for (const auto& [name, bytes] : ledger.plane_bytes)
-    fmt::print("{:<24} {:>14} {:>12.4f}\n", name, bytes, 8.0 * static_cast<double>(bytes) / static_cast<double>(ledger.linear_weights));
-  fmt::print("{:<24} {:>14} {:>12.4f}   nominal {:.4f}, kept {:.4f}\n", "all linears", ledger.linear_bytes, ledger.stored_bits,
-             ledger.nominal_bits, ledger.density);
+    fmt::print("{:<24} {:>14} {:>12.4f}\n", name, bytes,
+               8.0 * static_cast<double>(bytes) / static_cast<double>(ledger.linear_weights));
+  fmt::print("{:<24} {:>14} {:>12.4f}   nominal {:.4f}, kept {:.4f}\n", "all linears", ledger.linear_bytes,
+             ledger.stored_bits, ledger.nominal_bits, ledger.density);
   fmt::print("{:<24} {:>14}\n", "embedding, norms, ...", ledger.dense_bytes);
-  fmt::print("{:<24} {:>14} {:>12.4f}   of {} parameters\n", "file", ledger.file_bytes, ledger.file_bits, ledger.parameters);
+  fmt::print("{:<24} {:>14} {:>12.4f}   of {} parameters\n", "file", ledger.file_bytes, ledger.file_bits,
+             ledger.parameters);
   if (options.verify) fmt::print("checksums of all tensors agree\n");
 }
 

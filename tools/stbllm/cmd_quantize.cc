@@ -27,7 +27,7 @@ struct Options {
   std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
   int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
-  double target_bits = 0;  // 0: none
+  double target_bits = 0;                                 // 0: none
   int64_t target_size = 0;
   uint64_t seed = 0;
   bool dry_run = false, profile = false;
@@ -38,8 +38,10 @@ struct Options {
 /// "descend=2": the value is JSON where it parses as such, else a string.
 void set_field(nlohmann::json& recipe, const std::string& assignment) {
   const size_t equals = assignment.find('=');
-  if (equals == std::string::npos || equals == 0) fail(ErrorCode::kUsage, "--set {}: expected FIELD=VALUE", assignment);
-  if (find_invalid_utf8(assignment) != std::string::npos) fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
+  if (equals == std::string::npos || equals == 0)
+    fail(ErrorCode::kUsage, "--set {}: expected FIELD=VALUE", assignment);
+  if (find_invalid_utf8(assignment) != std::string::npos)
+    fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
   const std::string text = assignment.substr(equals + 1);
   const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   recipe[assignment.substr(0, equals)] = value.is_discarded() ? nlohmann::json(text) : value;
@@ -53,7 +55,8 @@ void apply_effort(Options& options, nlohmann::json& recipe) {
   if (options.samples == 0) options.samples = best ? 96 : 16;
   if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
   if (options.effort == "default") return;
-  for (const char* epochs : {"tune_epochs", "distill_epochs"}) recipe[epochs] = best ? std::max(1, recipe[epochs].get<int>()) : 0;
+  for (const char* epochs : {"tune_epochs", "distill_epochs"})
+    recipe[epochs] = best ? std::max(1, recipe[epochs].get<int>()) : 0;
 }
 
 /// Text that stands in for a calibration corpus when none was named: never the evaluation split.
@@ -64,13 +67,15 @@ std::string default_calibration() {
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotFound) throw;
     }
-  fail(ErrorCode::kUsage, "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
+  fail(ErrorCode::kUsage,
+       "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
 }
 
 nlohmann::json stages_json(const std::vector<Stage>& stages) {
   nlohmann::json json = nlohmann::json::array();
   for (const Stage& stage : stages)
-    json.push_back({{"name", stage.name}, {"seconds", stage.seconds}, {"flops", stage.flops}, {"calls", stage.calls}});
+    json.push_back(
+        {{"name", stage.name}, {"seconds", stage.seconds}, {"flops", stage.flops}, {"calls", stage.calls}});
   return json;
 }
 
@@ -78,7 +83,8 @@ void print_stages(const std::vector<Stage>& stages, double total) {
   fmt::print("  {:<28} {:>9} {:>7} {:>9} {:>7}\n", "stage", "seconds", "%", "GFLOP/s", "calls");
   for (const Stage& stage : stages) {
     const auto depth = static_cast<size_t>(std::count(stage.name.begin(), stage.name.end(), '/'));
-    const std::string name = std::string(2 * depth, ' ') + stage.name.substr(stage.name.rfind('/') + 1);  // npos + 1 == 0
+    const std::string name =
+        std::string(2 * depth, ' ') + stage.name.substr(stage.name.rfind('/') + 1);  // npos + 1 == 0
     fmt::print("  {:<28} {:>9.2f} {:>7.1f} {:>9} {:>7}\n", name, stage.seconds, 100 * stage.seconds / total,
                stage.flops > 0 ? fmt::format("{:.1f}", stage.flops / stage.seconds / 1e9) : "", stage.calls);
   }
@@ -95,31 +101,42 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
   }
   const std::string kind = estimate.exact ? "exact" : "estimate";
   fmt::print("dry run, nothing was written\n");
-  fmt::print("  quantized linears   {} bytes ({})\n  other tensors       {} bytes (exact)\n", estimate.linear_bytes, kind, estimate.dense_bytes);
+  fmt::print("  quantized linears   {} bytes ({})\n  other tensors       {} bytes (exact)\n",
+             estimate.linear_bytes, kind, estimate.dense_bytes);
   fmt::print("  file                {} and a header with configuration and tokenizer\n",
              human_bytes(static_cast<double>(estimate.linear_bytes + estimate.dense_bytes)));
-  fmt::print("  peak memory         {} (predicted)\n", human_bytes(static_cast<double>(estimate.peak_memory_bytes)));
-  fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n", estimate.seconds / 60);
+  fmt::print("  peak memory         {} (predicted)\n",
+             human_bytes(static_cast<double>(estimate.peak_memory_bytes)));
+  fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n",
+             estimate.seconds / 60);
 }
 
-/// Refuses to write over what this run reads, even with --force. check_request() looks after -o and the checkpoint.
+/// Refuses to write over what this run reads, even with --force. check_request() looks after -o and the
+/// checkpoint.
 void check_inputs(const Options& options) {
   std::error_code ignored;  // what is not there is no input
   const std::filesystem::path report = options.report, output = options.quantize.output;
   for (const std::string& input : {options.calib, options.recipe})
     for (const auto& path : {report, output})
-      if (std::filesystem::equivalent(path, input, ignored)) fail(ErrorCode::kUsage, "{}: this run reads it; choose another path to write to", path.string());
+      if (std::filesystem::equivalent(path, input, ignored))
+        fail(ErrorCode::kUsage, "{}: this run reads it; choose another path to write to", path.string());
   if (!report.empty() && std::filesystem::exists(report, ignored) &&
-      std::filesystem::equivalent(std::filesystem::absolute(report).parent_path(), options.checkpoint, ignored))
-    fail(ErrorCode::kUsage, "--report {}: this would overwrite a part of the checkpoint itself; choose another path", report.string());
+      std::filesystem::equivalent(std::filesystem::absolute(report).parent_path(), options.checkpoint,
+                                  ignored))
+    fail(ErrorCode::kUsage,
+         "--report {}: this would overwrite a part of the checkpoint itself; choose another path",
+         report.string());
 }
 
 /// Refuses a report that could not be written at the end of the run.
 void check_report(const std::filesystem::path& path, const std::filesystem::path& output, bool force) {
   if (std::filesystem::weakly_canonical(path) == std::filesystem::weakly_canonical(output))
     fail(ErrorCode::kUsage, "--report {}: this is the output itself; choose another path", path.string());
-  if (std::filesystem::is_directory(path)) fail(ErrorCode::kUsage, "--report {}: a directory is there; name a file", path.string());
-  if (std::filesystem::exists(path) && !force) fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force", path.string());
+  if (std::filesystem::is_directory(path))
+    fail(ErrorCode::kUsage, "--report {}: a directory is there; name a file", path.string());
+  if (std::filesystem::exists(path) && !force)
+    fail(ErrorCode::kExists, "{}: the report is there already; choose another path or pass --force",
+         path.string());
   const std::string probe = fmt::format("{}.probe-{}", path.string(), ::getpid());
   write_text(probe, "");
   std::filesystem::remove(probe);
@@ -134,44 +151,54 @@ void run(Options options) {
   nlohmann::json fields = Recipe::load(options.recipe).to_json();
   if (!options.nm.empty()) {
     fields["nm"] = options.nm;
-    if (fields["allocation"] == "budget") fields.update({{"allocation", "uniform"}, {"target_bpw", 0}});  // which knows no N:M of its own
+    if (fields["allocation"] == "budget")
+      fields.update({{"allocation", "uniform"}, {"target_bpw", 0}});  // which knows no N:M of its own
   }
   const bool more_asked_for = options.distill_samples > 0;
   apply_effort(options, fields);
   for (const std::string& assignment : options.fields) set_field(fields, assignment);
   if (options.target_size > 0)
-    options.target_bits = bits_for_file(Checkpoint::open(options.checkpoint), Recipe::from_json(fields), options.target_size);
+    options.target_bits =
+        bits_for_file(Checkpoint::open(options.checkpoint), Recipe::from_json(fields), options.target_size);
   if (options.target_bits > 0) fields.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
   const Recipe recipe = Recipe::from_json(fields);
   if (recipe.distill_epochs == 0) {
     if (more_asked_for)
-      fail(ErrorCode::kUsage, "--distill-nsamples {}: nothing is distilled; add --effort best or --set distill_epochs=1", options.distill_samples);
+      fail(ErrorCode::kUsage,
+           "--distill-nsamples {}: nothing is distilled; add --effort best or --set distill_epochs=1",
+           options.distill_samples);
     options.distill_samples = 0;
   }
   const ProcessGroup group = ProcessGroup::from_environment();
   const bool first = group.rank() == 0;  // the one that prints and writes
   if (!first) log::set_level(log::Level::kWarn);
-  if (options.dry_run && group.size() > 1) fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
-  if (options.quantize.dense_output && !options.quantize.output.has_filename()) options.quantize.output = options.quantize.output.parent_path();
+  if (options.dry_run && group.size() > 1)
+    fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
+  if (options.quantize.dense_output && !options.quantize.output.has_filename())
+    options.quantize.output = options.quantize.output.parent_path();
   options.quantize.force |= options.dry_run;  // which overwrites nothing
   check_request(options.checkpoint, recipe, options.quantize, group);
   check_inputs(options);
-  if (first && !options.dry_run && !options.report.empty()) check_report(options.report, options.quantize.output, options.quantize.force);
+  if (first && !options.dry_run && !options.report.empty())
+    check_report(options.report, options.quantize.output, options.quantize.force);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
   const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
-  const Calibration calibration = make_calibration(checkpoint, calib, options.samples, options.distill_samples, seqlen, options.seed);
-  log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}", options.checkpoint, spec.layers,
-            static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
-            options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples) : std::to_string(options.samples), seqlen,
-            calibration.provenance["corpus"].get<std::string>());
+  const Calibration calibration =
+      make_calibration(checkpoint, calib, options.samples, options.distill_samples, seqlen, options.seed);
+  log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",
+            options.checkpoint, spec.layers, static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
+            options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples)
+                                        : std::to_string(options.samples),
+            seqlen, calibration.provenance["corpus"].get<std::string>());
   if (options.dry_run) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;
   }
   const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
-  if (memory.spill) log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+  if (memory.spill)
+    log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
   for (const int signal : {SIGINT, SIGTERM})
     std::signal(signal, [](int again) {  // the second one stops at once
       request_interrupt();
@@ -201,7 +228,8 @@ void run(Options options) {
   if (!options.report.empty()) {
     nlohmann::json report = json;
     report["linears"] = nlohmann::json::array();
-    for (const LinearResult& linear : result.linears) report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
+    for (const LinearResult& linear : result.linears)
+      report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
     report["blocks"] = result.blocks;
     if (!ledger_json.is_null()) report["ledger"] = ledger_json;
     report["stages"] = stages_json(profiled_stages());
@@ -213,14 +241,18 @@ void run(Options options) {
   }
   fmt::print("{}\n", options.quantize.output.string());
   if (!options.quantize.dense_output)
-    fmt::print("  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n  nominal bits            {:.4f}\n  file                    {}\n",
-               json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
-               human_bytes(json["file_bytes"].get<double>()));
+    fmt::print(
+        "  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n  nominal bits        "
+        "    {:.4f}\n  file                    {}\n",
+        json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
+        human_bytes(json["file_bytes"].get<double>()));
   if (result.distill)
-    fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on {} windows\n", result.distill->divergence_before,
-               result.distill->divergence_after, calibration.holdout > 0 ? "held-out" : "the training");
+    fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on {} windows\n",
+               result.distill->divergence_before, result.distill->divergence_after,
+               calibration.holdout > 0 ? "held-out" : "the training");
   fmt::print("  time                    {:.1f} s, peak memory {} (predicted {})\n", result.seconds,
-             human_bytes(static_cast<double>(peak_memory_bytes())), human_bytes(static_cast<double>(memory.peak_bytes)));
+             human_bytes(static_cast<double>(peak_memory_bytes())),
+             human_bytes(static_cast<double>(memory.peak_bytes)));
   if (options.profile) print_stages(profiled_stages(), result.seconds);
 }
 
@@ -230,46 +262,82 @@ void add_quantize(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("quantize", "Turn a HuggingFace checkpoint into one packed file");
   command->footer(
-      "Several processes share the calibration when each is started with the same command and the environment\n"
-      "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes the result.\n\n" +
+      "Several processes share the calibration when each is started with the same command and the "
+      "environment\n"
+      "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes "
+      "the result.\n\n" +
       app.get_footer());
-  command->add_option("checkpoint", options->checkpoint, "Directory with config.json, weights and tokenizer")->required();
-  command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")->required();
+  command->add_option("checkpoint", options->checkpoint, "Directory with config.json, weights and tokenizer")
+      ->required();
+  command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")
+      ->required();
   std::string names;
   for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
-  command->add_option("--recipe", options->recipe, "A preset (" + names + ") or a .json file like those in configs/")->capture_default_str();
-  command->add_option("--nm", options->nm, "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
-  command->add_option("--target-bpw", options->target_bits, "Choose the code of each linear so that they store at most so many bits per weight, everything counted")
+  command
+      ->add_option("--recipe", options->recipe,
+                   "A preset (" + names + ") or a .json file like those in configs/")
+      ->capture_default_str();
+  command->add_option("--nm", options->nm,
+                      "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
+  command
+      ->add_option("--target-bpw", options->target_bits,
+                   "Choose the code of each linear so that they store at most so many bits per weight, "
+                   "everything counted")
       ->check(CLI::PositiveNumber)
       ->excludes("--nm");
-  CLI::Option* target_size = command->add_option("--target-size", options->target_size, "The same for a file of at most so many bytes (90M, 2G)")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->excludes("--target-bpw")
-      ->excludes("--nm");
-  command->add_option("--set", options->fields, "Override a field of the recipe: --set descend=2 --set shrink=0.3");
-  command->add_option("--calib", options->calib, "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; default: the first of these two that is there");
-  command->add_option("--effort", options->effort, "fast: linear algebra alone; default: what the recipe says; best: also tune and distil (--dry-run predicts the minutes)")
+  CLI::Option* target_size = command
+                                 ->add_option("--target-size", options->target_size,
+                                              "The same for a file of at most so many bytes (90M, 2G)")
+                                 ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+                                 ->excludes("--target-bpw")
+                                 ->excludes("--nm");
+  command->add_option("--set", options->fields,
+                      "Override a field of the recipe: --set descend=2 --set shrink=0.3");
+  command->add_option("--calib", options->calib,
+                      "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
+                      "default: the first of these two that is there");
+  command
+      ->add_option("--effort", options->effort,
+                   "fast: linear algebra alone; default: what the recipe says; best: also tune and distil "
+                   "(--dry-run predicts the minutes)")
       ->check(CLI::IsMember({"fast", "default", "best"}))
       ->capture_default_str();
-  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 96")->check(CLI::PositiveNumber);
-  command->add_option("--distill-nsamples", options->distill_samples, "Windows beside those that only distillation sees; default 480 for best effort without --nsamples, else 0")
+  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 96")
+      ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--distill-nsamples", options->distill_samples,
+                   "Windows beside those that only distillation sees; default 480 for best effort without "
+                   "--nsamples, else 0")
       ->check(CLI::NonNegativeNumber);
-  command->add_option("--seqlen", options->seqlen, "Tokens per window, at most the model's positions; default 2048, best effort 512")->check(CLI::PositiveNumber);
+  command
+      ->add_option("--seqlen", options->seqlen,
+                   "Tokens per window, at most the model's positions; default 2048, best effort 512")
+      ->check(CLI::PositiveNumber);
   command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
   command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks")
       ->check(CLI::PositiveNumber)
       ->excludes(target_size);
   command
-      ->add_option("--max-memory", options->quantize.max_memory,
-                   "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
+      ->add_option(
+          "--max-memory", options->quantize.max_memory,
+          "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
-  command->add_option("--device", options->quantize.device, "Where forward passes, Hessians and the searches of lean recipes run: cpu or cuda")->capture_default_str();
-  command->add_flag("--dense", options->quantize.dense_output, "Write a HuggingFace directory of dequantized weights instead")->excludes(target_size);
+  command
+      ->add_option("--device", options->quantize.device,
+                   "Where forward passes, Hessians and the searches of lean recipes run: cpu or cuda")
+      ->capture_default_str();
+  command
+      ->add_flag("--dense", options->quantize.dense_output,
+                 "Write a HuggingFace directory of dequantized weights instead")
+      ->excludes(target_size);
   command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
   command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");
-  command->add_option("--report", options->report, "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");
+  command->add_option(
+      "--report", options->report,
+      "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");
   command->add_flag("--profile", options->profile, "Also print the seconds of each stage");
-  command->add_flag("--dry-run", options->dry_run, "Print bytes of the result, peak memory and minutes; write nothing");
+  command->add_flag("--dry-run", options->dry_run,
+                    "Print bytes of the result, peak memory and minutes; write nothing");
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

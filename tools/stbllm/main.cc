@@ -40,7 +40,9 @@ std::string human_bytes(double bytes) {
   return fmt::format("{:.1f} kB", bytes / 1e3);
 }
 
-std::string json_text(const nlohmann::json& json) { return json.dump(1, ' ', /*ensure_ascii=*/false, nlohmann::json::error_handler_t::replace) + '\n'; }
+std::string json_text(const nlohmann::json& json) {
+  return json.dump(1, ' ', /*ensure_ascii=*/false, nlohmann::json::error_handler_t::replace) + '\n';
+}
 
 void print_json(const nlohmann::json& json) { std::cout << json_text(json); }
 
@@ -62,8 +64,10 @@ int run(int argc, char** argv) {
   app.add_option("--log-level", level, "trace, debug, info, warning, error or off");
   app.fallthrough();
   app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
-  app.footer("Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 not supported, 7 text too short,\n"
-             "8 output exists, 9 cannot write, 10 verification failed, 130 interrupted.");
+  app.footer(
+      "Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 "
+      "not supported, 7 text too short,\n"
+      "8 output exists, 9 cannot write, 10 verification failed, 130 interrupted.");
   add_quantize(app);
   add_eval_ppl(app);
   add_inspect(app);
@@ -75,7 +79,9 @@ int run(int argc, char** argv) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     fail(ErrorCode::kUsage, "{}; --help explains", error.what());
   }
-  if (std::fflush(stdout) != 0 || !std::cout.flush()) fail(ErrorCode::kWriteFailed, "the result cannot be written to the standard output; check where it leads");
+  if (std::fflush(stdout) != 0 || !std::cout.flush())
+    fail(ErrorCode::kWriteFailed,
+         "the result cannot be written to the standard output; check where it leads");
   return 0;
 }
 
@@ -89,12 +95,14 @@ int main(int argc, char** argv) {
     stbllm::log::write(stbllm::log::Level::kError, error.what());
     return static_cast<int>(error.code());
   } catch (const std::filesystem::filesystem_error& error) {
-    stbllm::log::write(stbllm::log::Level::kError, fmt::format("{}: {}; check the path", error.path1().string(), error.code().message()));
+    stbllm::log::write(stbllm::log::Level::kError,
+                       fmt::format("{}: {}; check the path", error.path1().string(), error.code().message()));
     return static_cast<int>(stbllm::ErrorCode::kNotFound);
   } catch (const std::bad_alloc&) {
     stbllm::log::write(stbllm::log::Level::kError, "out of memory; use fewer or shorter windows");
   } catch (const c10::Error& error) {
-    stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what_without_backtrace());
+    stbllm::log::write(stbllm::log::Level::kError,
+                       std::string("unexpected: ") + error.what_without_backtrace());
   } catch (const std::exception& error) {
     stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what());
   }

@@ -305,7 +305,8 @@ std::string report_page(const json& run) {
     facts += fact(human_bytes(ledger.at("file_bytes")), "file");
   }
   if (const json distill = run.value("distill", json::object()); !distill.empty())
-    facts += fact(number(distill, "divergence_before", 3) + " → " + number(distill, "divergence_after", 3), "nats per token from the dense logits, by distillation");
+    facts += fact(number(distill, "divergence_before", 3) + " → " + number(distill, "divergence_after", 3),
+                  "nats per token from the dense logits, by distillation");
   facts += fact(fmt::format("{:.1f} s", run.at("seconds").get<double>()), "time");
   facts += fact(human_bytes(run.at("peak_memory_bytes")), "peak memory");
   page += "<section class=\"facts\">" + facts + "</section>\n";
@@ -313,8 +314,9 @@ std::string report_page(const json& run) {
   page += section("Error of each linear",
                   "Relative squared error of the outputs on the calibration inputs, tr(D H Dᵀ) / tr(W H Wᵀ).",
                   line_chart(errors, "error of each linear over depth") + legend(roles));
-  page += section("Code of each linear", "N:M: how many weights of each group are kept; xL: at how many levels.",
-                  code_grid(linears, roles, codes) + legend(codes));
+  page +=
+      section("Code of each linear", "N:M: how many weights of each group are kept; xL: at how many levels.",
+              code_grid(linears, roles, codes) + legend(codes));
 
   if (const json blocks = run.value("blocks", json::array()); !blocks.empty()) {
     Series error{"relative error", {}}, angle{"1 − cosine", {}}, before{"before tuning", {}},

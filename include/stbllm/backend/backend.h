@@ -24,7 +24,8 @@ struct ActivationView {
   int64_t width = 0;  ///< elements per token
 };
 
-/// A matrix in a backend's own layout. Owns its memory and is independent of the file it came from; rows of integers keep the file mapped.
+/// A matrix in a backend's own layout. Owns its memory and is independent of the file it came from; rows of
+/// integers keep the file mapped.
 class PreparedMatrix {
  public:
   virtual ~PreparedMatrix() = default;
@@ -40,25 +41,28 @@ struct Product {
 class Backend {
  public:
   virtual ~Backend() = default;
-  virtual std::string_view name() const = 0;  ///< "reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda"
+  virtual std::string_view name()
+      const = 0;  ///< "reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda"
   virtual bool on_cuda() const { return false; }  ///< activations live in CUDA memory
   virtual std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const = 0;
-  /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null: this backend has no product
-  /// with them.
+  /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null: this
+  /// backend has no product with them.
   virtual std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows&) const { return nullptr; }
-  /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any ElementType.
-  /// `stream` is a cudaStream_t for CUDA, ignored elsewhere.
+  /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any
+  /// ElementType. `stream` is a cudaStream_t for CUDA, ignored elsewhere.
   virtual void matmul(const PreparedMatrix& matrix, const ActivationView& x, const ActivationView& y,
                       void* stream = nullptr) const = 0;
-  /// The same for every product, whose matrices have equally many columns. One by one, unless a backend does better.
-  virtual void matmul_all(std::span<const Product> products, const ActivationView& x, void* stream = nullptr) const {
+  /// The same for every product, whose matrices have equally many columns. One by one, unless a backend does
+  /// better.
+  virtual void matmul_all(std::span<const Product> products, const ActivationView& x,
+                          void* stream = nullptr) const {
     for (const Product& product : products) matmul(*product.matrix, x, product.y, stream);
   }
 };
 
-/// The backend of that name; "auto" is the fastest this machine can run, "cpu" the fastest on the CPU. Environment
-/// variable STBLLM_BACKEND overrides "auto". Never null: throws Error(kUsage) for an unknown name and
-/// Error(kUnsupported), with the reason, for one that cannot run here.
+/// The backend of that name; "auto" is the fastest this machine can run, "cpu" the fastest on the CPU.
+/// Environment variable STBLLM_BACKEND overrides "auto". Never null: throws Error(kUsage) for an unknown name
+/// and Error(kUnsupported), with the reason, for one that cannot run here.
 const Backend& find_backend(std::string_view name);
 /// Why "auto" chose what it chose, in one sentence.
 std::string describe_auto_backend();

@@ -10,8 +10,8 @@ namespace stbllm {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// The value of `width` (0..57) bits that start at bit `offset` of `stream`; bit 0 of a byte is its least significant.
-/// Reads only the bytes that hold those bits.
+/// The value of `width` (0..57) bits that start at bit `offset` of `stream`; bit 0 of a byte is its least
+/// significant. Reads only the bytes that hold those bits.
 inline uint64_t read_bits(const std::byte* stream, int64_t offset, int width) {
   uint64_t value = 0;
   const int64_t first = offset >> 3, last = (offset + width + 7) >> 3;

@@ -3,17 +3,20 @@
 
 namespace stbllm {
 
-/// Whether products of bfloat16 are faster than those of float32. AVX512-BF16 alone does not say so: where Intel's processors
-/// hide their AMX, as virtual machines do, vdpbf16ps has half the rate of AMD's and float32 wins by almost two.
+/// Whether products of bfloat16 are faster than those of float32. AVX512-BF16 alone does not say so: where
+/// Intel's processors hide their AMX, as virtual machines do, vdpbf16ps has half the rate of AMD's and
+/// float32 wins by almost two.
 inline bool multiplies_bfloat16_fast() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") && (__builtin_cpu_is("amd") || __builtin_cpu_supports("amx-bf16"));
+  return __builtin_cpu_supports("avx512bf16") &&
+         (__builtin_cpu_is("amd") || __builtin_cpu_supports("amx-bf16"));
 #else
   return false;
 #endif
 }
 
-/// Whether a permutation of two registers of bytes or words (vpermi2b, vpermi2w) is one operation of AVX-512 rather than three.
+/// Whether a permutation of two registers of bytes or words (vpermi2b, vpermi2w) is one operation of AVX-512
+/// rather than three.
 inline bool permutes_fast() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("amd");

@@ -16,8 +16,8 @@ inline void release_freed_memory() {
 #endif
 }
 
-/// Products and activations ask for the same large blocks again and again; the C library would give them back to the system in
-/// between, which then clears them page by page.
+/// Products and activations ask for the same large blocks again and again; the C library would give them back
+/// to the system in between, which then clears them page by page.
 inline void keep_freed_memory() {
 #if defined(__GLIBC__)
   mallopt(M_MMAP_THRESHOLD, 1 << 30);

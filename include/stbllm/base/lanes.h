@@ -1,7 +1,7 @@
 #pragma once
-// Sixteen numbers side by side, so that the compiler turns inner loops into vector code for each instruction set.
-// Everything is inlined always, so that files compiled for different machines may share it. The quantizer runs over this many rows in
-// lockstep: no result depends on how rows are split over threads.
+// Sixteen numbers side by side, so that the compiler turns inner loops into vector code for each instruction
+// set. Everything is inlined always, so that files compiled for different machines may share it. The
+// quantizer runs over this many rows in lockstep: no result depends on how rows are split over threads.
 
 #include <array>
 #include <cstdint>
@@ -28,15 +28,19 @@ STBLLM_INLINE Lanes load_lanes(const float* from, int count = kLanes) {  // zero
   std::memcpy(&x, from, sizeof(float) * count);
   return x;
 }
-STBLLM_INLINE void store_lanes(float* to, Lanes x, int count = kLanes) { std::memcpy(to, &x, sizeof(float) * count); }
-/// Calls visit(first, count) for neighbours from `begin` to `end`: kLanes of them, a constant to the compiler, then the rest.
+STBLLM_INLINE void store_lanes(float* to, Lanes x, int count = kLanes) {
+  std::memcpy(to, &x, sizeof(float) * count);
+}
+/// Calls visit(first, count) for neighbours from `begin` to `end`: kLanes of them, a constant to the
+/// compiler, then the rest.
 template <typename Visit>
 STBLLM_INLINE void for_each_lanes(int64_t begin, int64_t end, const Visit& visit) {
   for (; begin + kLanes <= end; begin += kLanes) visit(begin, kLanes);
   if (begin < end) visit(begin, static_cast<int>(end - begin));
 }
 
-/// Sixteen bytes with their signs. By way of words: g++ 12 takes lanes one by one where they grow fourfold at once.
+/// Sixteen bytes with their signs. By way of words: g++ 12 takes lanes one by one where they grow fourfold at
+/// once.
 STBLLM_INLINE IntLanes load_byte_lanes(const int8_t* from) {
   using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
   using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
@@ -70,7 +74,9 @@ STBLLM_INLINE void store_bfloat16_lanes(uint16_t* to, Lanes rounded, int count =
   std::memcpy(to, &words, sizeof(uint16_t) * count);
 }
 /// The four bits of each word from bit 4 * k on.
-STBLLM_INLINE IntLanes nibbles_of(WordLanes words, int k) { return __builtin_convertvector(words, IntLanes) >> 4 * k & 15; }
+STBLLM_INLINE IntLanes nibbles_of(WordLanes words, int k) {
+  return __builtin_convertvector(words, IntLanes) >> 4 * k & 15;
+}
 /// Byte k of each number, with its sign.
 STBLLM_INLINE IntLanes signed_bytes_of(IntLanes x, int k) { return x << (24 - 8 * k) >> 24; }
 
@@ -99,12 +105,14 @@ STBLLM_INLINE float sum_of(Lanes x) {
 }
 /// e^x within 3 ulp; 0 below -87, infinity above 88.3. NaN stays NaN.
 STBLLM_INLINE Lanes exp_of(Lanes x) {
-  // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first of so few bits that n times it is exact.
+  // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first of so few bits that n times it is
+  // exact.
   constexpr float kRound = 0x1.8p23f;  // added, it leaves an integer in the lowest bits
   const Lanes lowest = Lanes{} - 88.f, bounded_below = x < -88.f ? lowest : x;
   const Lanes shifted = bounded_below * 1.44269504f + kRound, n = shifted - kRound;
   const Lanes r = bounded_below - n * 0.693359375f + n * 2.12194440e-4f;
-  const Lanes series = 1 + r + r * r * (0.5f + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720)))));
+  const Lanes series =
+      1 + r + r * r * (0.5f + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720)))));
   const IntLanes exponent = ((IntLanes)shifted - 0x4b400000 + 127) << 23;  // of kRound's bits
   const Lanes zero = {}, result = series * (Lanes)exponent;
   const Lanes bounded = x > 88.3f ? zero + __builtin_inff() : result;

@@ -1,5 +1,6 @@
 #pragma once
-// N:M sparsity: N weights kept of every M consecutive columns of a row. Always kept:group, never pruned:group.
+// N:M sparsity: N weights kept of every M consecutive columns of a row. Always kept:group, never
+// pruned:group.
 
 #include <compare>
 #include <string>

@@ -1,6 +1,7 @@
 #pragma once
-// SplitMix64 (Steele, Lea, Flood 2014): the state advances by the golden ratio, each output is a bijective mix of it. In place
-// of a library's generator, because windows and samples must be the same on every machine.
+// SplitMix64 (Steele, Lea, Flood 2014): the state advances by the golden ratio, each output is a bijective
+// mix of it. In place of a library's generator, because windows and samples must be the same on every
+// machine.
 
 #include <cstdint>
 

@@ -30,8 +30,8 @@ struct Perplexity {
 struct EvaluationOptions {
   /// Bound on the hidden states of windows that go through the blocks together. Results do not depend on it.
   int64_t hidden_bytes = int64_t{1} << 30;
-  /// Score the second half of each window only, given the first, as llama.cpp's llama-perplexity does: it predicts the
-  /// tokens seqlen / 2 + 1 .. seqlen - 1.
+  /// Score the second half of each window only, given the first, as llama.cpp's llama-perplexity does: it
+  /// predicts the tokens seqlen / 2 + 1 .. seqlen - 1.
   bool second_half = false;
 };
 
@@ -46,8 +46,9 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
 /// positions; Error(kMismatch) for an id beyond the vocabulary.
 void check_windows(const Decoder& decoder, const Windows& windows);
 
-/// Tokens that go through a block in one call: enough for full-speed products, few enough for small intermediates. Shorter windows
-/// are batched; a fixed number, because the shape of a product decides how it is rounded.
+/// Tokens that go through a block in one call: enough for full-speed products, few enough for small
+/// intermediates. Shorter windows are batched; a fixed number, because the shape of a product decides how it
+/// is rounded.
 inline constexpr int64_t kTokensPerPass = 2048;
 inline int64_t windows_per_pass(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerPass / seqlen); }
 
@@ -67,8 +68,10 @@ int64_t tokens_per_head_pass(const Decoder& decoder);
 /// Log-softmax in float32 (tokens, vocab) of the logits of hidden states (tokens, hidden).
 at::Tensor log_probabilities(const Decoder& decoder, const at::Tensor& hidden);
 
-/// NLL of the tokens from `first_token` >= 1 on, float64, from the hidden states (tokens, hidden) of one window.
-at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window, int64_t first_token = 1);
+/// NLL of the tokens from `first_token` >= 1 on, float64, from the hidden states (tokens, hidden) of one
+/// window.
+at::Tensor token_nll(const Decoder& decoder, const at::Tensor& hidden, const std::vector<int32_t>& window,
+                     int64_t first_token = 1);
 
 struct MeanAndError {
   double mean = 0;

@@ -49,8 +49,8 @@ struct Architecture {
   Position position;
   Mlp mlp;
   std::span<const LinearSlot> linears;  ///< in the order of the forward pass
-  bool sliding_window;                  ///< config key "sliding_window" is obeyed; null: every token sees all before it
-  int64_t default_window;               ///< its value when it is absent
+  bool sliding_window;     ///< config key "sliding_window" is obeyed; null: every token sees all before it
+  int64_t default_window;  ///< its value when it is absent
 
   std::string_view embedding;   ///< "embed_tokens"
   std::string_view positions;   ///< "decoder.embed_positions", empty for rotary

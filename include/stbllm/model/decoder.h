@@ -44,8 +44,8 @@ class Decoder {
   /// Memory of all that stays resident (embedding, head, kept or packed blocks).
   int64_t bytes() const;
 
-  /// The tables (vocab, embedding_width) at both ends of a dense decoder; the same tensor when tied. The quantizer replaces them
-  /// by what their packed coding gives.
+  /// The tables (vocab, embedding_width) at both ends of a dense decoder; the same tensor when tied. The
+  /// quantizer replaces them by what their packed coding gives.
   const at::Tensor& embedding() const { return outer_.embedding.dense(); }
   const at::Tensor& head() const { return outer_.head.dense(); }
   void set_tables(at::Tensor embedding, at::Tensor head);
@@ -58,10 +58,11 @@ class Decoder {
   Positions positions(int64_t first, int64_t count) const { return {spec_, first, count, dtype_, device_}; }
   /// Block `index`. Owned by the caller, and by the decoder where it is kept.
   std::shared_ptr<DecoderBlock> block(int64_t index) const;
-  /// hidden (batch, tokens, hidden) that leaves the last block -> what the head multiplies (batch, tokens, embedding_width).
+  /// hidden (batch, tokens, hidden) that leaves the last block -> what the head multiplies (batch, tokens,
+  /// embedding_width).
   at::Tensor before_head(const at::Tensor& hidden) const;
-  /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab), in dtype() or float32 as
-  /// Table::multiply gives them.
+  /// hidden (batch, tokens, hidden) that leaves the last block -> logits (batch, tokens, vocab), in dtype()
+  /// or float32 as Table::multiply gives them.
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// embed, all blocks -> hidden states that leave the last block. With a cache, ids continue it, and it is

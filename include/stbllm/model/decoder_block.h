@@ -29,9 +29,9 @@ struct Positions {
   int64_t count;
   at::Tensor cos;  ///< (count, head_dim), rotary only
   at::Tensor sin;  ///< (count, head_dim), rotary only
-  /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a key and -inf elsewhere;
-  /// undefined when the tokens are the first of their sequence and no window matters (plain causal) or when there is just one.
-  /// Made when it is first asked for.
+  /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a
+  /// key and -inf elsewhere; undefined when the tokens are the first of their sequence and no window matters
+  /// (plain causal) or when there is just one. Made when it is first asked for.
   const at::Tensor& mask() const;
 
  private:
@@ -93,7 +93,8 @@ class DecoderBlock {
   at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
                        KeyValueCache* cache) const;
   /// By head -> (batch, tokens, heads * head_dim).
-  at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values, const Positions& positions) const;
+  at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
+                    const Positions& positions) const;
   at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
 
   ModelSpec spec_;

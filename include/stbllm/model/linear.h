@@ -20,7 +20,8 @@ class Linear {
   virtual int64_t bytes() const = 0;  ///< memory held by weight and bias
 };
 
-/// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it (taken for granted of a GPU), else float32.
+/// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it
+/// (taken for granted of a GPU), else float32.
 at::ScalarType fast_product_dtype(at::Device device = at::kCPU);
 
 /// A contiguous tensor (..., width) as a backend's (tokens, width): float32, bfloat16 or float16.
@@ -29,8 +30,8 @@ ActivationView view_of(const at::Tensor& tensor);
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {
  public:
-  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in weight's dtype, or in
-  /// `product_dtype` (from a copy of weight); x is cast to it and the result back.
+  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in weight's
+  /// dtype, or in `product_dtype` (from a copy of weight); x is cast to it and the result back.
   DenseLinear(at::Tensor weight, at::Tensor bias);
   DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType product_dtype);
   at::Tensor forward(const at::Tensor& x) const override;

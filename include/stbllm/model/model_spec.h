@@ -66,8 +66,8 @@ struct ModelSpec {
   bool norm_affine = true;  ///< norms have a weight (and a bias where Norm::kLayer)
   bool norm_first = true;   ///< false: norms come after the residual sum (OPT-350m)
   bool has_final_norm = true;
-  bool tied_head = false;       ///< the head is the embedding
-  std::vector<bool> slot_bias;  ///< per slot of the architecture
+  bool tied_head = false;         ///< the head is the embedding
+  std::vector<bool> slot_bias;    ///< per slot of the architecture
   std::vector<int32_t> stop_ids;  ///< tokens that end a text ("eos_token_id", one or several)
 
   /// Throws Error(kUnsupported) naming key and value of what is not implemented, Error(kCorrupt) for a

@@ -5,8 +5,8 @@
 
 namespace stbllm {
 
-/// Loads it, once. Empty when tensors can live on a CUDA device; else one clause that says why not. Call it before anything
-/// else asks libtorch about CUDA: it remembers the answer.
+/// Loads it, once. Empty when tensors can live on a CUDA device; else one clause that says why not. Call it
+/// before anything else asks libtorch about CUDA: it remembers the answer.
 std::string torch_cuda_fault();
 
 }  // namespace stbllm

@@ -29,8 +29,8 @@ class PackedWriter {
   void add_dense(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
                  std::span<const std::byte> data);
   /// "config" (the checkpoint's config.json), "tokenizer", "recipe", "calibration", "results", "version", ...
-  /// The keys of the format itself ("format", "format_version", "linears", "quantized_rows", "checksums", "header_checksum") are not
-  /// to be set.
+  /// The keys of the format itself ("format", "format_version", "linears", "quantized_rows", "checksums",
+  /// "header_checksum") are not to be set.
   void set_metadata(const std::string& key, std::string value);
   std::filesystem::path finish();  ///< a complete temporary file, to be verified
   void commit();                   ///< renamed into place
@@ -53,8 +53,8 @@ class PackedReader {
   const TensorEntry& dense(const std::string& name) const;  ///< Throws Error(kMismatch) when missing
   const std::map<std::string, TensorEntry>& dense_tensors() const { return dense_; }
   const std::string& metadata(const std::string& key) const;  ///< Throws Error(kCorrupt) when missing
-  /// What the program that wrote the file said under a key that a model does not need: JSON, a string where it is none, null when
-  /// it said nothing.
+  /// What the program that wrote the file said under a key that a model does not need: JSON, a string where
+  /// it is none, null when it said nothing.
   nlohmann::json remark(const std::string& key) const;
   const std::shared_ptr<const SafetensorsFile>& file() const { return file_; }
   int64_t file_bytes() const;

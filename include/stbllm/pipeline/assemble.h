@@ -1,5 +1,6 @@
 #pragma once
-// The finished blocks and what is left of the checkpoint as one model: a packed file, or a directory of dequantized weights.
+// The finished blocks and what is left of the checkpoint as one model: a packed file, or a directory of
+// dequantized weights.
 
 #include <ATen/core/Tensor.h>
 
@@ -31,15 +32,17 @@ void store_tables(Decoder& decoder, const Recipe& recipe);
 /// Adds all tensors to `file`, in the order of the checkpoint's blocks.
 void write_packed(PackedWriter& file, const Assembly& assembly);
 
-/// A HuggingFace directory of dequantized weights: assembled in `scratch`, its files then renamed into `output`. Throws
-/// Error(kWriteFailed).
-void export_dense(const std::filesystem::path& output, const std::filesystem::path& scratch, const Assembly& assembly);
+/// A HuggingFace directory of dequantized weights: assembled in `scratch`, its files then renamed into
+/// `output`. Throws Error(kWriteFailed).
+void export_dense(const std::filesystem::path& output, const std::filesystem::path& scratch,
+                  const Assembly& assembly);
 
 /// Tokens whose logits verify_packed compares at a time.
 inline constexpr int64_t kTokensPerVerification = 128;
 
-/// Relative L2 distance between the logits of the packed file and those of the assembled blocks as dense weights in float32.
-/// Throws Error(kVerifyFailed).
-double verify_packed(const std::filesystem::path& path, const Assembly& assembly, std::span<const std::vector<int32_t>> windows);
+/// Relative L2 distance between the logits of the packed file and those of the assembled blocks as dense
+/// weights in float32. Throws Error(kVerifyFailed).
+double verify_packed(const std::filesystem::path& path, const Assembly& assembly,
+                     std::span<const std::vector<int32_t>> windows);
 
 }  // namespace stbllm

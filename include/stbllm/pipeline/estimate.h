@@ -22,8 +22,8 @@ struct MemoryPlan {
   bool spill = false;      ///< hidden states go to a file, to stay below options.max_memory
 };
 
-/// Stored bits per weight that the linears may have in a packed file of at most `file_bytes`. Throws Error(kUsage) when what
-/// else is in the file takes all of it.
+/// Stored bits per weight that the linears may have in a packed file of at most `file_bytes`. Throws
+/// Error(kUsage) when what else is in the file takes all of it.
 double bits_for_file(const Checkpoint& checkpoint, const Recipe& recipe, int64_t file_bytes);
 
 /// Adds up what each stage of quantize_model holds beside what this process holds now. `calibration` has the

@@ -1,12 +1,13 @@
 #pragma once
 // A packed linear while it is trained: the parameters behind it, the weights of the forward pass, Adam.
 //
-// Each weight has a latent value in units of its scale. The forward pass uses the N largest magnitudes of a group with their
-// signs and nearest levels, times scale, times exp(row gain); the gradient goes to the latent as if nothing was rounded
-// (straight-through estimator). Outlier columns are exact and stay.
+// Each weight has a latent value in units of its scale. The forward pass uses the N largest magnitudes of a
+// group with their signs and nearest levels, times scale, times exp(row gain); the gradient goes to the
+// latent as if nothing was rounded (straight-through estimator). Outlier columns are exact and stay.
 //
-// Autograd sees a leaf of dense weights only. Everything behind it is one pass over the rows: gradients of latents, row gains
-// and level gains, Adam, the next projection. Results do not depend on the number of threads.
+// Autograd sees a leaf of dense weights only. Everything behind it is one pass over the rows: gradients of
+// latents, row gains and level gains, Adam, the next projection. Results do not depend on the number of
+// threads.
 
 #include <ATen/core/Tensor.h>
 
@@ -24,16 +25,18 @@ struct TuneRates {
   double codes = 0;  ///< latents, in units of the scale; 0: codes stay
 };
 
-/// The rates at step `done` of `total`: a short warm-up (Adam's first steps have no variance to go by), then cosine decay.
+/// The rates at step `done` of `total`: a short warm-up (Adam's first steps have no variance to go by), then
+/// cosine decay.
 TuneRates decayed(const TuneRates& peak, int64_t done, int64_t total);
 
-/// Called with each tensor that steps change, under a name of its own: to keep its values, or to put kept ones there.
+/// Called with each tensor that steps change, under a name of its own: to keep its values, or to put kept
+/// ones there.
 using StateVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
 
 class LatentWeight {
  public:
-  /// `weight` is lean (one level, or shared levels) and outlives this object; `original` (rows, cols) places pruned weights.
-  /// Without `train_codes` only the gains move.
+  /// `weight` is lean (one level, or shared levels) and outlives this object; `original` (rows, cols) places
+  /// pruned weights. Without `train_codes` only the gains move.
   LatentWeight(BinarizedWeight& weight, const at::Tensor& original, bool train_codes);
 
   /// The weights of the forward pass (rows, cols) in fast_product_dtype(), a leaf that requires a gradient.
@@ -43,8 +46,8 @@ class LatentWeight {
   void visit_state(const std::string& name, const StateVisitor& visit);
   /// Goes on as after `steps` steps, when visit_state() has put back what they left.
   void resume(int64_t steps);
-  /// Writes codes, row scales and levels, in the precision of the packed file, to the weight. Returns the number of symbols
-  /// that differ from those at the start.
+  /// Writes codes, row scales and levels, in the precision of the packed file, to the weight. Returns the
+  /// number of symbols that differ from those at the start.
   int64_t write_back();
 
  private:
@@ -58,7 +61,8 @@ class LatentWeight {
   BinarizedWeight& weight_;
   bool train_codes_;
   int64_t steps_ = 0;
-  at::Tensor first_symbols_, first_scales_;  // of the weight: scales are row scales, or all of them when each is stored
+  at::Tensor first_symbols_,
+      first_scales_;  // of the weight: scales are row scales, or all of them when each is stored
   std::vector<float> levels_;
   at::Tensor unit_scales_;  // (rows, column blocks): of level 1, before the row gain
   at::Tensor latent_;       // (rows, cols)

@@ -25,13 +25,13 @@ struct Ledger {
   std::map<std::string, int64_t> plane_bytes;  ///< "codes", "scales", ... summed over linears
   int64_t linear_weights = 0;
   int64_t linear_bytes = 0;
-  int64_t dense_bytes = 0;   ///< embedding, head, norms, biases, linears left dense
+  int64_t dense_bytes = 0;  ///< embedding, head, norms, biases, linears left dense
   int64_t file_bytes = 0;
-  int64_t parameters = 0;    ///< of the whole model
-  double nominal_bits = 0;   ///< mean over quantized weights
-  double stored_bits = 0;    ///< of the quantized linears
-  double file_bits = 0;      ///< 8 file_bytes / parameters
-  double density = 0;        ///< mean N/M
+  int64_t parameters = 0;   ///< of the whole model
+  double nominal_bits = 0;  ///< mean over quantized weights
+  double stored_bits = 0;   ///< of the quantized linears
+  double file_bits = 0;     ///< 8 file_bytes / parameters
+  double density = 0;       ///< mean N/M
 };
 
 Ledger make_ledger(const PackedReader& reader);

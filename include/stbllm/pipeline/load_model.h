@@ -16,8 +16,9 @@ struct LoadedModel {
   std::string calibration_sha256;  ///< of the text a packed model was calibrated on; empty for a checkpoint
 };
 
-/// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense blocks stay in memory
-/// once loaded (generation runs through them again and again).
-LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype, bool keep_blocks = false);
+/// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense
+/// blocks stay in memory once loaded (generation runs through them again and again).
+LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
+                       bool keep_blocks = false);
 
 }  // namespace stbllm

@@ -14,7 +14,8 @@ inline std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
   return {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()};
 }
 
-/// The planes of a quantized linear, in memory of their own. matrix.at(r, c) == weight.to_dense()[r][c], exactly.
+/// The planes of a quantized linear, in memory of their own. matrix.at(r, c) == weight.to_dense()[r][c],
+/// exactly.
 StructuredBinaryMatrix pack_weight(const BinarizedWeight& weight, std::string_view name);
 
 /// All weights of a packed matrix, float32 (rows, cols).

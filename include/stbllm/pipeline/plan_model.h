@@ -1,5 +1,6 @@
 #pragma once
-// Which recipe each linear of a model gets, before anything is quantized: the one asked for, with a code of its own.
+// Which recipe each linear of a model gets, before anything is quantized: the one asked for, with a code of
+// its own.
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/model/decoder.h"
@@ -8,15 +9,16 @@
 
 namespace stbllm {
 
-/// `calibration` has the windows of all processes, `hidden` (windows, seqlen, hidden) what the embedding makes of those of this one,
-/// which the allocation `outlier` uses up.
+/// `calibration` has the windows of all processes, `hidden` (windows, seqlen, hidden) what the embedding
+/// makes of those of this one, which the allocation `outlier` uses up.
 ///
-/// `budget` spends Recipe::target_bpw on the first `blocks`, which are those that will be quantized: it offers each linear a few
-/// codes, quantized without refit and descent on what a few of the windows give it in the dense model. The error of an offer is that
-/// of its block's outputs, relative to each token's norm, with that linear alone replaced: measured for one code, scaled by the
-/// relative output errors of the others. Processes divide the linears, and all get the same plan.
-Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration, at::Tensor& hidden, int64_t blocks,
-                const Recipe& recipe, const ProcessGroup& group);
+/// `budget` spends Recipe::target_bpw on the first `blocks`, which are those that will be quantized: it
+/// offers each linear a few codes, quantized without refit and descent on what a few of the windows give it
+/// in the dense model. The error of an offer is that of its block's outputs, relative to each token's norm,
+/// with that linear alone replaced: measured for one code, scaled by the relative output errors of the
+/// others. Processes divide the linears, and all get the same plan.
+Plan plan_model(const Checkpoint& checkpoint, const Decoder& decoder, const Calibration& calibration,
+                at::Tensor& hidden, int64_t blocks, const Recipe& recipe, const ProcessGroup& group);
 
 nlohmann::json to_json(const Plan& plan);
 Plan plan_from_json(const nlohmann::json& json);

@@ -1,7 +1,7 @@
 #pragma once
 // Several processes that calibrate one model together, on one machine or on many: libtorch's own c10d with
-// Gloo over TCP. What a GPU has summed up passes through host memory: NCCL would need libtorch's CUDA library at
-// link time, and all Hessians of a block of LLaMA-2-7B are 0.7 GB.
+// Gloo over TCP. What a GPU has summed up passes through host memory: NCCL would need libtorch's CUDA library
+// at link time, and all Hessians of a block of LLaMA-2-7B are 0.7 GB.
 //
 //   MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 WORLD_SIZE=2 RANK=0 stbllm quantize ... &
 //   MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 WORLD_SIZE=2 RANK=1 stbllm quantize ...
@@ -22,8 +22,8 @@ class ProcessGroup {
   /// One process on its own: nothing is exchanged.
   ProcessGroup();
   /// The processes that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT speak of; waits until all have come.
-  /// One process when WORLD_SIZE is not set or 1. Another process is waited for at most half an hour, here and
-  /// in every call below. Throws Error(kUsage) for variables that make no sense, Error(kUnsupported) in a
+  /// One process when WORLD_SIZE is not set or 1. Another process is waited for at most half an hour, here
+  /// and in every call below. Throws Error(kUsage) for variables that make no sense, Error(kUnsupported) in a
   /// build without Gloo, Error(kInterrupted).
   static ProcessGroup from_environment();
   /// Whether this build can run in more than one process.
@@ -50,8 +50,8 @@ class ProcessGroup {
   int rank_ = 0, size_ = 1;
 };
 
-/// The place of this process among those of its machine (LOCAL_RANK, as torchrun sets it), which is the GPU it takes; 0 when not
-/// set. Throws Error(kUsage).
+/// The place of this process among those of its machine (LOCAL_RANK, as torchrun sets it), which is the GPU
+/// it takes; 0 when not set. Throws Error(kUsage).
 int local_rank();
 
 /// The part [first, first + count) of `items` that falls to one process.

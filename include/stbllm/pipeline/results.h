@@ -1,5 +1,6 @@
 #pragma once
-// What the stages of a quantization report, and its JSON: in the work directory, in the packed file and behind --report.
+// What the stages of a quantization report, and its JSON: in the work directory, in the packed file and
+// behind --report.
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -26,13 +27,14 @@ struct TuneReport {
 };
 
 struct DistillReport {
-  double divergence_before = 0, divergence_after = 0;  ///< nats per token on the held-out windows, or on all when there are none
-  double changed = 0;                                  ///< share of weights whose symbol changed
-  int epochs = 0;                                      ///< until the smallest held-out divergence
+  double divergence_before = 0,
+         divergence_after = 0;  ///< nats per token on the held-out windows, or on all when there are none
+  double changed = 0;           ///< share of weights whose symbol changed
+  int epochs = 0;               ///< until the smallest held-out divergence
 };
 
-/// The hidden states after a block against those of the dense model, over all calibration windows; tokens weigh the same,
-/// whatever their norm.
+/// The hidden states after a block against those of the dense model, over all calibration windows; tokens
+/// weigh the same, whatever their norm.
 struct BlockResult {
   double cosine = 1;               ///< mean over tokens
   double relative_error = 0;       ///< mean over tokens of ||h - h_dense||^2 / ||h_dense||^2

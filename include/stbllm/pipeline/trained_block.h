@@ -1,6 +1,6 @@
 #pragma once
-// A quantized block in training: what tune (one block against its own outputs) and distill (all blocks against the logits)
-// have in common.
+// A quantized block in training: what tune (one block against its own outputs) and distill (all blocks
+// against the logits) have in common.
 
 #include <ATen/core/Tensor.h>
 
@@ -14,9 +14,9 @@
 
 namespace stbllm {
 
-/// Norms and biases under Adam. The weights of a norm move by factors, w = w0 exp(g): a dimension that carries massive
-/// activations has a weight thousands of times smaller than its neighbours, which a common step would wipe out. Biases move by
-/// shifts in units of their root mean square.
+/// Norms and biases under Adam. The weights of a norm move by factors, w = w0 exp(g): a dimension that
+/// carries massive activations has a weight thousands of times smaller than its neighbours, which a common
+/// step would wipe out. Biases move by shifts in units of their root mean square.
 class TrainedVectors {
  public:
   /// Replaces every tensor of `norm`, called `name`, by a float32 leaf that is trained.
@@ -47,8 +47,8 @@ class TrainedVectors {
 inline constexpr int64_t kTokensPerStep = 512;
 inline int64_t windows_per_step(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerStep / seqlen); }
 
-/// Mean over windows of loss(first, count), which is the mean of `count` windows from `first` on: over the last `holdout` of
-/// `windows`, or over all when there are none. `step` windows at a time.
+/// Mean over windows of loss(first, count), which is the mean of `count` windows from `first` on: over the
+/// last `holdout` of `windows`, or over all when there are none. `step` windows at a time.
 template <typename Loss>
 double held_out_mean(int64_t windows, int64_t holdout, int64_t step, const Loss& loss) {
   const int64_t from = holdout > 0 ? windows - holdout : 0;
@@ -62,15 +62,16 @@ double held_out_mean(int64_t windows, int64_t holdout, int64_t step, const Loss&
 
 class TrainedBlock {
  public:
-  /// `block` holds the dense weights; its linears, norms and biases are replaced by trainable forms of `quantized`, until
-  /// install() puts plain ones there. Both outlive this object.
+  /// `block` holds the dense weights; its linears, norms and biases are replaced by trainable forms of
+  /// `quantized`, until install() puts plain ones there. Both outlive this object.
   TrainedBlock(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, bool train_codes);
 
   /// Adam on everything that the last backward pass reached.
   void step(const TuneRates& rates);
   void visit_state(const StateVisitor& visit);
   void resume(int64_t steps);  ///< as LatentWeight::resume
-  /// Copies the values of now to the quantized block. Returns the share of weights whose symbol changed since the start.
+  /// Copies the values of now to the quantized block. Returns the share of weights whose symbol changed since
+  /// the start.
   double write_back();
 
  private:

@@ -1,11 +1,13 @@
 #pragma once
-// Block-wise reconstruction: after a block is quantized, its codes, row scales, levels, norms and biases are optimised with Adam
-// so that its outputs match the dense model's on the calibration windows.
+// Block-wise reconstruction: after a block is quantized, its codes, row scales, levels, norms and biases are
+// optimised with Adam so that its outputs match the dense model's on the calibration windows.
 //
-//   loss = mean_t w_t^2 ||block(x_t) - y_t||^2 / mean_t w_t^2 ||y_t - x_t||^2,   w_t = min(1, 3 median ||y|| / ||y_t||)
+//   loss = mean_t w_t^2 ||block(x_t) - y_t||^2 / mean_t w_t^2 ||y_t - x_t||^2,   w_t = min(1, 3 median ||y||
+//   / ||y_t||)
 //
-// Codes move through a straight-through estimator: each weight has a latent value in units of its scale; the forward pass uses
-// the N largest of a group with their signs and nearest levels, the gradient goes to the latent as if nothing was rounded.
+// Codes move through a straight-through estimator: each weight has a latent value in units of its scale; the
+// forward pass uses the N largest of a group with their signs and nearest levels, the gradient goes to the
+// latent as if nothing was rounded.
 
 #include <ATen/core/Tensor.h>
 
@@ -13,9 +15,10 @@
 
 namespace stbllm {
 
-/// Optimises `quantized` in place; `block` holds the dense weights and is used up. inputs, targets: (windows, seqlen,
-/// hidden), the last `holdout` windows only judge: the best epoch on them is kept. Deterministic.
-TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized, const at::Tensor& inputs,
-                      const at::Tensor& targets, int64_t holdout, const Recipe& recipe);
+/// Optimises `quantized` in place; `block` holds the dense weights and is used up. inputs, targets: (windows,
+/// seqlen, hidden), the last `holdout` windows only judge: the best epoch on them is kept. Deterministic.
+TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized,
+                      const at::Tensor& inputs, const at::Tensor& targets, int64_t holdout,
+                      const Recipe& recipe);
 
 }  // namespace stbllm

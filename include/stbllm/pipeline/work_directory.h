@@ -15,11 +15,12 @@ std::filesystem::path work_path(const std::filesystem::path& output);
 
 class WorkDirectory {
  public:
-  /// work_path(output) with a fingerprint of everything that decides the blocks. With `resume` the directory of an earlier run is
-  /// continued: Error(kMismatch) says which part of the fingerprint differs, Error(kNotFound) that there is none. Otherwise an
-  /// existing one is discarded with `force`, and Error(kExists) without, where it is not a work directory, or where another run is
-  /// at work in it.
-  WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume, bool force);
+  /// work_path(output) with a fingerprint of everything that decides the blocks. With `resume` the directory
+  /// of an earlier run is continued: Error(kMismatch) says which part of the fingerprint differs,
+  /// Error(kNotFound) that there is none. Otherwise an existing one is discarded with `force`, and
+  /// Error(kExists) without, where it is not a work directory, or where another run is at work in it.
+  WorkDirectory(const std::filesystem::path& output, const nlohmann::json& fingerprint, bool resume,
+                bool force);
   /// A directory without a plan or a finished block is of no use and goes.
   ~WorkDirectory();
   WorkDirectory(const WorkDirectory&) = delete;
@@ -33,16 +34,20 @@ class WorkDirectory {
   void save(int64_t block, const QuantizedBlock& quantized) const;
   /// Block `block` of an earlier run, or nothing.
   std::optional<QuantizedBlock> load(int64_t block) const;
-  /// The blocks after the whole model was distilled, all of them, with the recipe and the calibration that did it;
-  /// load_distilled gives nothing when they are not all there or others made them.
-  void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs, const DistillReport& report) const;
-  std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs) const;
-  /// The state of a training that goes on: the tensors that `visit_state` shows its visitor, what `progress` says, and the best
-  /// blocks so far. load_training puts the tensors and the blocks back, and gives nothing when none were kept for these inputs.
+  /// The blocks after the whole model was distilled, all of them, with the recipe and the calibration that
+  /// did it; load_distilled gives nothing when they are not all there or others made them.
+  void save_distilled(const std::vector<QuantizedBlock>& blocks, const nlohmann::json& inputs,
+                      const DistillReport& report) const;
+  std::optional<DistillReport> load_distilled(std::vector<QuantizedBlock>& blocks,
+                                              const nlohmann::json& inputs) const;
+  /// The state of a training that goes on: the tensors that `visit_state` shows its visitor, what `progress`
+  /// says, and the best blocks so far. load_training puts the tensors and the blocks back, and gives nothing
+  /// when none were kept for these inputs.
   using VisitState = std::function<void(const StateVisitor&)>;
-  void save_training(const nlohmann::json& inputs, const nlohmann::json& progress, const std::vector<QuantizedBlock>& best,
-                     const VisitState& visit_state) const;
-  std::optional<nlohmann::json> load_training(const nlohmann::json& inputs, std::vector<QuantizedBlock>& best, const VisitState& visit_state) const;
+  void save_training(const nlohmann::json& inputs, const nlohmann::json& progress,
+                     const std::vector<QuantizedBlock>& best, const VisitState& visit_state) const;
+  std::optional<nlohmann::json> load_training(const nlohmann::json& inputs, std::vector<QuantizedBlock>& best,
+                                              const VisitState& visit_state) const;
   void remove() const;
 
  private:

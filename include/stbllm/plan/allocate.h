@@ -21,12 +21,13 @@ struct Code {
   std::string str() const;
 };
 
-/// `norm` (STBLLM eq. for layer-wise N:M): ratio_i = a_i + (1 - a_i) R with a_i = w_i / sum w, R = N/M, rounded to N of M.
-/// weight_norms: L2 norm of all weights of each block.
+/// `norm` (STBLLM eq. for layer-wise N:M): ratio_i = a_i + (1 - a_i) R with a_i = w_i / sum w, R = N/M,
+/// rounded to N of M. weight_norms: L2 norm of all weights of each block.
 std::vector<NmPattern> allocate_by_norm(NmPattern target, const std::vector<double>& weight_norms);
 
-/// `outlier` (released STBLLM code): z = 2 (o - min) / (max - min), minus its mean, rounded half to even, 1 -> 2; the number of
-/// weights *pruned* per group is M - N - z_i. outlier_shares: percent of scores |W_ij| S_j above 6x the block's mean score.
+/// `outlier` (released STBLLM code): z = 2 (o - min) / (max - min), minus its mean, rounded half to even, 1
+/// -> 2; the number of weights *pruned* per group is M - N - z_i. outlier_shares: percent of scores |W_ij|
+/// S_j above 6x the block's mean score.
 std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<double>& outlier_shares);
 
 /// What a linear would take and do with one of the codes.
@@ -38,10 +39,10 @@ struct Offer {
 /// Throws Error(kUsage) where `least` bytes, those of the smallest codes, are more than `budget`.
 void check_affordable(int64_t least, int64_t budget);
 
-/// `budget`: one of offers[i] for each linear i, such that the errors add up to little and the bytes to no more than `budget`.
-/// Goes along the lower convex hulls of (bytes, error) from the smallest offers, always the step that saves the most error per
-/// byte and still fits: at every budget that is the end of a step the best choice there is. Throws as
-/// check_affordable() does.
+/// `budget`: one of offers[i] for each linear i, such that the errors add up to little and the bytes to no
+/// more than `budget`. Goes along the lower convex hulls of (bytes, error) from the smallest offers, always
+/// the step that saves the most error per byte and still fits: at every budget that is the end of a step the
+/// best choice there is. Throws as check_affordable() does.
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget);
 
 /// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".

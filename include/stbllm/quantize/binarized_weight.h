@@ -1,5 +1,6 @@
 #pragma once
-// The canonical result of quantizing one linear: what the packer stores, what the tests check, what the forward uses.
+// The canonical result of quantizing one linear: what the packer stores, what the tests check, what the
+// forward uses.
 
 #include <ATen/ATen.h>
 
@@ -9,17 +10,20 @@
 
 namespace stbllm {
 
-/// A matrix of kept weights sign * scale(row, column block, level), plus residual signs in salient columns, plus exact
-/// outlier columns. Scales are values that the packed coding can represent, so that packing loses nothing.
+/// A matrix of kept weights sign * scale(row, column block, level), plus residual signs in salient columns,
+/// plus exact outlier columns. Scales are values that the packed coding can represent, so that packing loses
+/// nothing.
 struct BinarizedWeight {
   NmPattern nm;
   int levels = 1;
   int column_block = 128;
   int scale_bits = 16;
 
-  at::Tensor symbols;          ///< int8 (rows, cols): 0 = pruned, +-(1 + level) = kept; level 0 in salient and outlier columns
-  at::Tensor scales;           ///< float32 (rows, column blocks, slots); slots = levels (+ 2 with salient columns), fp16 values
-                               ///<   when scale_bits == 16, else row_scales * 2^(-code ..) * level_values
+  at::Tensor symbols;  ///< int8 (rows, cols): 0 = pruned, +-(1 + level) = kept; level 0 in salient and
+                       ///< outlier columns
+  at::Tensor scales;   ///< float32 (rows, column blocks, slots); slots = levels (+ 2 with salient columns),
+                       ///< fp16 values
+                       ///<   when scale_bits == 16, else row_scales * 2^(-code ..) * level_values
   at::Tensor scale_codes;      ///< uint8 (rows, column blocks)                 when scale_bits < 16
   at::Tensor row_scales;       ///< float32 (rows), fp16 values                 when scale_bits < 16
   at::Tensor level_values;     ///< float32 (slots), fp16 values                when scale_bits < 16
@@ -27,7 +31,8 @@ struct BinarizedWeight {
   at::Tensor salient_signs;    ///< int8 (salient, rows): +-1
   at::Tensor outlier_columns;  ///< int32 (outliers), ascending
   at::Tensor outlier_values;   ///< float32 (outliers, rows), fp16 values
-  at::Tensor unpackable;       ///< float32 (rows, cols): set instead of all the rest by recipes that keep means or drop the support
+  at::Tensor unpackable;  ///< float32 (rows, cols): set instead of all the rest by recipes that keep means or
+                          ///< drop the support
 
   int64_t rows() const { return (unpackable.defined() ? unpackable : symbols).size(0); }
   int64_t cols() const { return (unpackable.defined() ? unpackable : symbols).size(1); }
@@ -42,11 +47,14 @@ struct BinarizedWeight {
   void expand_scales();
 };
 
-/// What codes of 4, 5 or 6 bits multiply a row scale by, 2^(-code / 2^(scale_bits - 2)): twin of scale_code_factor() in pack/.
+/// What codes of 4, 5 or 6 bits multiply a row scale by, 2^(-code / 2^(scale_bits - 2)): twin of
+/// scale_code_factor() in pack/.
 const std::array<float, 64>& scale_code_factors(int scale_bits);
 
-/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the linear's outputs. H is symmetric.
-double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized, const at::Tensor& hessian);
+/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the linear's outputs. H
+/// is symmetric.
+double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized,
+                             const at::Tensor& hessian);
 /// Operations of its products.
 double output_error_flops(int64_t rows, int64_t cols);
 

@@ -19,14 +19,18 @@ inline constexpr int64_t kMaxEnumeratedStates = 10000;
 
 class GroupCodebook {
  public:
-  /// The states of a group of `width` <= M real columns (the last group of a row may be narrower): min(N, width) kept.
+  /// The states of a group of `width` <= M real columns (the last group of a row may be narrower): min(N,
+  /// width) kept.
   GroupCodebook(NmPattern nm, int levels, int width);
 
   int kept() const { return kept_; }
   int64_t states() const { return static_cast<int64_t>(position_.size()) / kept_; }  ///< one of each +- pair
   const uint8_t* positions(int64_t state) const { return &position_[state * kept_]; }
-  const int8_t* symbols(int64_t state) const { return &symbol_[state * kept_]; }  ///< +-(1 + level), the last one positive
-  /// The symbols of all columns of a group, pruned ones too: (states, words), four columns in a word, the first lowest.
+  const int8_t* symbols(int64_t state) const {
+    return &symbol_[state * kept_];
+  }  ///< +-(1 + level), the last one positive
+  /// The symbols of all columns of a group, pruned ones too: (states, words), four columns in a word, the
+  /// first lowest.
   const uint32_t* packed() const { return packed_.data(); }
   int words() const { return words_; }
   /// Whether the states of such a group are few enough to be tried one by one.
@@ -39,7 +43,8 @@ class GroupCodebook {
   std::vector<uint32_t> packed_;
 };
 
-/// The codebooks of a matrix with `cols` columns: of whole groups, and of a narrower last one. None when there are too many states.
+/// The codebooks of a matrix with `cols` columns: of whole groups, and of a narrower last one. None when
+/// there are too many states.
 class GroupCodebooks {
  public:
   GroupCodebooks(NmPattern nm, int levels, int64_t cols);
@@ -61,20 +66,23 @@ struct GroupTable {
   std::vector<float> half_energy;  ///< (states): v^T A v / 2
 
   /// metric: (width, width) row-major.
-  GroupTable(const GroupCodebook& codebook, std::span<const float> level_values, const double* metric, int width);
+  GroupTable(const GroupCodebook& codebook, std::span<const float> level_values, const double* metric,
+             int width);
 };
 
-/// For each lane the state with the smallest cost; `symbols[c][lane]` gets its content (0 = pruned), the sign included.
-/// target: b, (width)[kTileRows]; scale: a > 0, [kTileRows]. First smallest wins, so results do not depend on the vector width.
+/// For each lane the state with the smallest cost; `symbols[c][lane]` gets its content (0 = pruned), the sign
+/// included. target: b, (width)[kTileRows]; scale: a > 0, [kTileRows]. First smallest wins, so results do not
+/// depend on the vector width.
 void best_codes(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int width,
                 int8_t (*symbols)[kTileRows]);
 
 /// values[c][lane] = what a symbol stands for: 0 or +-level value, times the lane's scale.
-void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale, int width,
-                float (*values)[kTileRows]);
+void dequantize(const int8_t (*symbols)[kTileRows], std::span<const float> level_values, const float* scale,
+                int width, float (*values)[kTileRows]);
 
-/// For codebooks too large to enumerate: starting from `symbols` (all zero: the N largest |b_c| / sqrt(A_cc)), changes one symbol or
-/// moves one kept position at a time while the cost falls. metric: (width, width).
+/// For codebooks too large to enumerate: starting from `symbols` (all zero: the N largest |b_c| /
+/// sqrt(A_cc)), changes one symbol or moves one kept position at a time while the cost falls. metric: (width,
+/// width).
 void improve_codes_locally(NmPattern nm, std::span<const float> level_values, const double* metric,
                            const float (*target)[kTileRows], const float* scale, int width, int lanes,
                            int8_t (*symbols)[kTileRows]);

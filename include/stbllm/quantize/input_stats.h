@@ -12,25 +12,29 @@ struct CodeMetric;
 
 /// Statistics of the inputs of one tap, shared by all linears that read it.
 struct InputStats {
-  at::Tensor hessian;          ///< (cols, cols) float32, not damped
-  at::Tensor holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there are none
-  int64_t tokens = 0;          ///< T behind `hessian`
-  /// What quantize_linear made of `hessian` for the last linear; the next one of the tap mostly wants the same.
+  at::Tensor hessian;  ///< (cols, cols) float32, not damped
+  at::Tensor
+      holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there are none
+  int64_t tokens = 0;   ///< T behind `hessian`
+  /// What quantize_linear made of `hessian` for the last linear; the next one of the tap mostly wants the
+  /// same.
   mutable std::shared_ptr<const CodeMetric> metric = nullptr;
 
   /// S_j^2 = sum_t x_tj^2, (cols).
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
 };
 
-/// Sums up x x^T over batches of inputs, on their device. The order of calls and the device decide the rounding, nothing else does.
+/// Sums up x x^T over batches of inputs, on their device. The order of calls and the device decide the
+/// rounding, nothing else does.
 class StatsAccumulator {
  public:
   /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
   StatsAccumulator(int64_t cols, bool token_weights);
-  /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their own.
+  /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their
+  /// own.
   void add(const at::Tensor& inputs, bool holdout);
-  /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor in host memory by its sum over
-  /// all processes.
+  /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor in host memory
+  /// by its sum over all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
   /// On the device of the inputs.
   InputStats finish();

@@ -42,11 +42,13 @@ struct HeldOut {
   int64_t first = 0, count = 0;
 };
 
-/// `count` windows of `seqlen` ids at random places of `ids`, drawn by SplitMix64(seed), so that the same seed gives the same
-/// windows on every machine. They do not overlap while the text lasts; when it is used up, starts are drawn uniformly from
-/// [0, ids.size() - seqlen], but never so that a window overlaps a held-out one, unless those are the whole
-/// text. While the text lasts a larger count begins with the windows of a smaller one. Throws Error(kTooLittleText) unless ids.size() >= seqlen.
-std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count, HeldOut held_out, int64_t seqlen,
-                                                      uint64_t seed, std::string_view what);
+/// `count` windows of `seqlen` ids at random places of `ids`, drawn by SplitMix64(seed), so that the same
+/// seed gives the same windows on every machine. They do not overlap while the text lasts; when it is used
+/// up, starts are drawn uniformly from [0, ids.size() - seqlen], but never so that a window overlaps a
+/// held-out one, unless those are the whole text. While the text lasts a larger count begins with the windows
+/// of a smaller one. Throws Error(kTooLittleText) unless ids.size() >= seqlen.
+std::vector<std::vector<int32_t>> calibration_windows(const std::vector<int32_t>& ids, int64_t count,
+                                                      HeldOut held_out, int64_t seqlen, uint64_t seed,
+                                                      std::string_view what);
 
 }  // namespace stbllm
