@@ -1,20 +1,18 @@
 #define XXH_INLINE_ALL
 #include "stbllm/base/safetensors.h"
 
-#include <fcntl.h>
-#include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
+#include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
 
 namespace stbllm {
@@ -194,68 +192,9 @@ std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const fs::path& pat
 
 namespace {
 
-/// A new file whose name begins with `stem`; the destructor removes it unless it was renamed.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const fs::path& stem) {
-    for (int i = 0; fd_ < 0; ++i) {
-      path_ = stem;
-      path_ += fmt::format(".part-{}-{}", ::getpid(), i);
-      fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-      if (fd_ < 0 && errno != EEXIST) fail_here("cannot create");
-    }
-  }
-  ~TemporaryFile() {
-    remove_name();
-    ::close(fd_);
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-
-  const fs::path& path() const { return path_; }
-
-  void write(std::span<const std::byte> bytes) {
-    while (!bytes.empty()) {
-      const ssize_t count = ::write(fd_, bytes.data(), bytes.size());
-      if (count < 0 && errno != EINTR) fail_here("cannot write");
-      if (count > 0) bytes = bytes.subspan(static_cast<size_t>(count));
-    }
-  }
-  void read(int64_t offset, std::span<std::byte> bytes) const {
-    while (!bytes.empty()) {
-      const ssize_t count = ::pread(fd_, bytes.data(), bytes.size(), offset);
-      if (count == 0 || (count < 0 && errno != EINTR)) fail_here("cannot read back");
-      if (count < 0) continue;
-      bytes = bytes.subspan(static_cast<size_t>(count));
-      offset += count;
-    }
-  }
-  void sync() {
-    if (::fsync(fd_) != 0) fail_here("cannot write");
-  }
-  void rename(const fs::path& target) {
-    if (::rename(path_.c_str(), target.c_str()) != 0) fail_here("cannot rename");
-    has_name_ = false;
-  }
-  /// The file stays usable, and vanishes with this process however that ends.
-  void remove_name() {
-    if (has_name_) ::unlink(path_.c_str());
-    has_name_ = false;
-  }
-
- private:
-  [[noreturn]] void fail_here(std::string_view what) const {
-    fail(ErrorCode::kWriteFailed, "{}: {}: {}", path_.string(), what, std::strerror(errno));
-  }
-
-  fs::path path_;
-  bool has_name_ = true;
-  int fd_ = -1;
-};
-
 void refuse_existing(const fs::path& path) {
-  std::error_code
-      ignored;  // where nothing can be looked up, nothing can be created either: that error will be clearer
+  // Where nothing can be looked up nothing can be created either, and that error will be clearer.
+  std::error_code ignored;
   if (fs::exists(fs::symlink_status(path, ignored)))
     fail(ErrorCode::kExists, "{}: exists already; use --force to replace it", path.string());
 }
@@ -364,7 +303,6 @@ fs::path SafetensorsWriter::finish() {
       done += std::ssize(chunk);
     }
   }
-  output->sync();
   impl_->output = std::move(output);
   return impl_->output->path();
 }
@@ -373,12 +311,6 @@ void SafetensorsWriter::commit() {
   STBLLM_CHECK(impl_->output, "{}: commit() before finish()", impl_->path.string());
   if (!impl_->force) refuse_existing(impl_->path);
   impl_->output->rename(impl_->path);
-  // The new name itself is on disk once the directory is.
-  const fs::path parent = impl_->path.has_parent_path() ? impl_->path.parent_path() : fs::path(".");
-  if (const int directory = ::open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); directory >= 0) {
-    ::fsync(directory);
-    ::close(directory);
-  }
 }
 
 }  // namespace stbllm

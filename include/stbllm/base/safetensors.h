@@ -70,12 +70,13 @@ class SafetensorsWriter {
   /// Throws Error(kUnsupported) when `value` is not UTF-8.
   void set_metadata(const std::string& key, std::string value);
 
-  /// Writes header (data starts at a multiple of 256) and data to a temporary file, fsyncs it and returns its
-  /// path; the caller may open and verify it, then commit() renames it to `path`. Two metadata keys are added
-  /// here: "checksums", a JSON object of tensor name -> checksum(), and "header_checksum", that of all bytes
-  /// before the data with its own 16 digits taken as '0'.
+  /// Writes header (data starts at a multiple of 256) and data to a temporary file and returns its path; the
+  /// caller may open and verify it before commit(). Two metadata keys are added here: "checksums", a JSON
+  /// object of tensor name -> checksum(), and "header_checksum", that of all bytes before the data with its
+  /// own 16 digits taken as '0'.
   std::filesystem::path finish();
-  /// Throws Error(kExists) when `path` has appeared meanwhile and not `force`; Error(kWriteFailed).
+  /// Renames that file to `path`; bytes and name are on the disk when it returns (see durable_file.h). Throws
+  /// Error(kExists) when `path` has appeared meanwhile and not `force`; Error(kWriteFailed).
   void commit();
 
  private:

@@ -1,12 +1,17 @@
 #pragma once
-// Small files that are written in one go.
+// Files that are read or written in one go.
 
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 namespace stbllm {
 
-/// Writes a whole file: it appears by rename, complete or not at all. Throws Error(kWriteFailed).
-void write_text(const std::filesystem::path& path, const std::string& text);
+/// All bytes of a file, which may be a pipe. Throws Error(kNotFound) when it cannot be opened or read.
+std::string read_text(const std::filesystem::path& path);
+
+/// Writes a whole file. It appears under its name complete or not at all, also when the power fails (see
+/// durable_file.h). Throws Error(kWriteFailed).
+void write_text(const std::filesystem::path& path, std::string_view text);
 
 }  // namespace stbllm
