@@ -7,8 +7,6 @@
 
 #include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <sstream>
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/text_file.h"
@@ -20,11 +18,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
+/// No object when the file is missing or damaged.
 nlohmann::json read_json(const fs::path& path) {
-  std::ifstream file(path);
-  std::stringstream text;
-  text << file.rdbuf();
-  return nlohmann::json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
+  const std::string text = fs::exists(path) ? read_text(path) : "";
+  return nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
 }
 
 constexpr const char* kPlan = "plan.json";
@@ -72,7 +69,10 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
     lock_.emplace(path_);
     const nlohmann::json before = read_json(fingerprint_path);
     if (!before.is_object())
-      fail(ErrorCode::kCorrupt, "{}: damaged; start again with --force", fingerprint_path.string());
+      fail(ErrorCode::kCorrupt,
+           "{}: damaged, so that nothing says which inputs the finished blocks were made with; start again "
+           "with --force",
+           fingerprint_path.string());
     const std::string difference = first_difference(before, fingerprint);
     if (!difference.empty())
       fail(ErrorCode::kMismatch,
@@ -96,13 +96,11 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
   std::error_code error;
   fs::create_directories(path_, error);
   if (!error) lock_.emplace(path_);
-  std::ofstream file(fingerprint_path);
-  file << fingerprint.dump(1) << '\n';
-  file.close();
-  if (error || !file) {
+  try {
+    write_text(fingerprint_path, fingerprint.dump(1) + '\n');
+  } catch (...) {
     remove();
-    fail(ErrorCode::kWriteFailed, "{}: cannot write the work directory; check the path and the disk",
-         path_.string());
+    throw;
   }
 }
 
@@ -117,7 +115,8 @@ nlohmann::json WorkDirectory::load_plan() const {
   if (!fs::exists(path_ / kPlan)) return nullptr;
   nlohmann::json plan = read_json(path_ / kPlan);
   if (!plan.is_object())
-    fail(ErrorCode::kCorrupt, "{}: damaged; start again with --force", (path_ / kPlan).string());
+    fail(ErrorCode::kCorrupt, "{}: damaged; remove this file, and --resume makes the plan again",
+         (path_ / kPlan).string());
   return plan;
 }
 

@@ -257,6 +257,24 @@ TEST(QuantizeModelBudget, ItsPlanOutlivesAnInterruption) {
   EXPECT_TRUE(read_all(options.output) == undisturbed);
 }
 
+TEST(QuantizeModelBudget, ADamagedPlanCostsNoFinishedBlock) {
+  const Workplace place(test::tiny_llama());
+  Recipe recipe = Recipe::load("stbllm");
+  recipe.allocation = Allocation::kBudget;
+  recipe.target_bpw = 1.7;
+  const std::string undisturbed = read_all(place.quantize(recipe, "undisturbed"));
+  const QuantizeOptions options = place.to_resume(recipe, 1);
+  const fs::path work = options.output.string() + ".work";
+  const std::string block = read_all(work / "block_000.safetensors");
+  test::write_text(work / "plan.json", "");
+  expect_error(ErrorCode::kCorrupt, "plan.json: damaged; remove this file, and --resume",
+               [&] { place.quantize(recipe, options); });
+  EXPECT_TRUE(read_all(work / "block_000.safetensors") == block);
+  fs::remove(work / "plan.json");  // as the message says
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_all(options.output) == undisturbed);
+}
+
 TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {
   const Workplace place(test::tiny_llama());
   for (const NmPattern nm : {NmPattern{1, 4}, {3, 4}, {2, 8}, {6, 8}, {5, 16}, {16, 16}}) {
