@@ -1,7 +1,4 @@
-#define XXH_INLINE_ALL
 #include "stbllm/base/safetensors.h"
-
-#include <xxhash.h>
 
 #include <algorithm>
 #include <array>
@@ -12,6 +9,7 @@
 #include <set>
 #include <utility>
 
+#include "stbllm/base/checksum.h"
 #include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
 
@@ -48,8 +46,8 @@ constexpr std::string_view kMetadata = "__metadata__", kChecksums = "checksums",
                            kHeaderChecksum = "header_checksum";
 constexpr std::string_view kNoChecksum = "0000000000000000";
 
-// checksum() of the bytes before the data, its own digits taken as '0'. Only a member name can be followed by
-// `":"`: quotes within strings are escaped.
+// The checksum of all bytes before the data, in which its own digits are taken as '0'. The text that is
+// searched for can only be a member's name and start of value, because quotes within strings are escaped.
 std::string header_checksum(std::string header) {
   const std::string member = fmt::format("\"{}\":\"", kHeaderChecksum);
   const size_t at = header.find(member);
@@ -57,7 +55,7 @@ std::string header_checksum(std::string header) {
   return checksum(std::as_bytes(std::span(header)));
 }
 
-// The header as JSON. The parser itself would keep the last of several equal keys and any depth of nesting.
+// The header as JSON. The parser alone would accept equal keys, of which it keeps the last, and any nesting.
 json parse_header(std::string_view text, const std::string& path) {
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
@@ -78,7 +76,7 @@ json parse_header(std::string_view text, const std::string& path) {
   fail(ErrorCode::kCorrupt, "{}: the header is not a JSON object: damaged, or not a safetensors file", path);
 }
 
-// A member that must be an array of numbers in 0..2^63-1.
+// The member `key`, which must be an array of numbers in 0..2^63-1.
 std::vector<int64_t> read_numbers(const json& tensor, const char* key, const std::string& path,
                                   const std::string& name) {
   const auto found = tensor.find(key);
@@ -94,7 +92,7 @@ std::vector<int64_t> read_numbers(const json& tensor, const char* key, const std
   return numbers;
 }
 
-// Bytes of a tensor, or -1 when they do not fit in 63 bits.
+// The number of bytes of a tensor, or -1 when it does not fit in 63 bits.
 int64_t tensor_bytes(std::string_view dtype, const std::vector<int64_t>& shape) {
   if (std::ranges::find(shape, 0) != shape.end()) return 0;
   int64_t bytes = dtype_bytes(dtype);
@@ -114,10 +112,6 @@ std::string list(const std::vector<int64_t>& numbers) {
 int64_t dtype_bytes(std::string_view dtype) {
   const auto found = std::ranges::find(kDtypeBytes, dtype, [](const auto& entry) { return entry.first; });
   return found == kDtypeBytes.end() ? 0 : found->second;
-}
-
-std::string checksum(std::span<const std::byte> bytes) {
-  return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
 }
 
 // --- reading ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/text_file.h"
 #include "stbllm/checkpoint/sources.h"
 
 namespace stbllm {
@@ -16,11 +17,9 @@ namespace {
 
 /// The JSON object in `path`.
 nlohmann::json read_object(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(ErrorCode::kNotFound, "{}: cannot open", path.string());
   nlohmann::json object;
   try {
-    object = nlohmann::json::parse(file);
+    object = nlohmann::json::parse(read_text(path));
   } catch (const nlohmann::json::exception& error) {
     fail(ErrorCode::kCorrupt, "{}: not JSON: {}", path.string(), error.what());
   }

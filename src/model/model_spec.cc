@@ -5,6 +5,7 @@
 #include <set>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 
 namespace stbllm {
 namespace {
@@ -14,87 +15,6 @@ using nlohmann::json;
 /// Beyond these a config.json is damaged; sizes multiply without overflow.
 constexpr int64_t kLargestCount = int64_t{1} << 30, kMostBlocks = 1 << 16;
 
-/// Typed reads of a JSON object. `where` precedes the key in messages: "config.json: " or "config.json:
-/// rope_scaling.".
-class Fields {
- public:
-  Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {}
-
-  bool mentions(std::string_view key) const { return object_.contains(std::string(key)); }
-  /// A null counts as absent, as HF writes it.
-  bool has(std::string_view key) const {
-    const auto it = object_.find(std::string(key));
-    return it != object_.end() && !it->is_null();
-  }
-  const json& at(std::string_view key) const {
-    if (!has(key)) fail(ErrorCode::kCorrupt, "{}{} is missing", where_, key);
-    return object_.at(std::string(key));
-  }
-
-  int64_t count(std::string_view key) const {
-    const json& value = at(key);
-    if (!value.is_number_integer() || value.get<int64_t>() <= 0 || value.get<int64_t>() > kLargestCount)
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive integer, at most {}", where_, key, value.dump(),
-           kLargestCount);
-    return value.get<int64_t>();
-  }
-  int64_t count(std::string_view key, int64_t fallback) const { return has(key) ? count(key) : fallback; }
-
-  double positive(std::string_view key) const {
-    const json& value = at(key);
-    if (!value.is_number() || !(value.get<double>() > 0))
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be a positive number", where_, key, value.dump());
-    return value.get<double>();
-  }
-  double positive(std::string_view key, double fallback) const { return has(key) ? positive(key) : fallback; }
-
-  bool flag(std::string_view key, bool fallback) const {
-    if (!has(key)) return fallback;
-    const json& value = at(key);
-    if (!value.is_boolean())
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be true or false", where_, key, value.dump());
-    return value.get<bool>();
-  }
-
-  std::string text(std::string_view key, const std::string& fallback) const {
-    if (!has(key)) return fallback;
-    const json& value = at(key);
-    if (!value.is_string())
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be a string", where_, key, value.dump());
-    return value.get<std::string>();
-  }
-
-  const json& object(std::string_view key) const {
-    const json& value = at(key);
-    if (!value.is_object())
-      fail(ErrorCode::kCorrupt, "{}{} = {} must be an object", where_, key, value.dump());
-    return value;
-  }
-
-  /// A token id, several, or none.
-  std::vector<int32_t> ids(std::string_view key) const {
-    if (!has(key)) return {};
-    const json& value = at(key);
-    std::vector<int32_t> result;
-    for (const json& id : value.is_array() ? value : json::array({value})) {
-      if (!id.is_number_integer())
-        fail(ErrorCode::kCorrupt, "{}{} = {} must be a token id or a list of them", where_, key,
-             value.dump());
-      result.push_back(id.get<int32_t>());
-    }
-    return result;
-  }
-
-  [[noreturn]] void refuse(std::string_view key, std::string_view known) const {
-    fail(ErrorCode::kUnsupported, "{}{} = {} is not supported; this program knows {}", where_, key,
-         at(key).dump(), known);
-  }
-
- private:
-  const json& object_;
-  std::string where_;
-};
-
 std::string architecture_class(const json& config) {
   const auto it = config.find("architectures");
   if (it == config.end() || !it->is_array() || it->empty() || !it->front().is_string())
@@ -103,7 +23,7 @@ std::string architecture_class(const json& config) {
   return it->front().get<std::string>();
 }
 
-Activation read_activation(const Fields& config, std::string_view key, Mlp mlp) {
+Activation read_activation(const JsonFields& config, std::string_view key, Mlp mlp) {
   const std::string name = config.text(key, mlp == Mlp::kGated ? "silu" : "relu");
   if (name == "silu" || name == "swish") return Activation::kSilu;
   if (name == "relu") return Activation::kRelu;
@@ -113,7 +33,7 @@ Activation read_activation(const Fields& config, std::string_view key, Mlp mlp) 
 }
 
 /// `fields` holds the scaling: rope_scaling (older files) or rope_parameters, which also holds theta.
-void read_rope_scaling(const Fields& fields, Rope& rope) {
+void read_rope_scaling(const JsonFields& fields, Rope& rope) {
   const std::string_view key = fields.has("rope_type") ? "rope_type" : "type";
   const std::string type = fields.text(key, "default");
   if (type == "default") return;
@@ -131,7 +51,7 @@ void read_rope_scaling(const Fields& fields, Rope& rope) {
   }
 }
 
-Rope read_rope(const Fields& config) {
+Rope read_rope(const JsonFields& config) {
   Rope rope;
   rope.theta = config.positive("rope_theta", rope.theta);
   for (const std::string key : {"rope_scaling", "rope_parameters"}) {
@@ -139,7 +59,7 @@ Rope read_rope(const Fields& config) {
     const json& object = config.object(key);
     for (const json& value : object)  // newer files may give every kind of attention its own parameters
       if (value.is_object()) config.refuse(key, "one set of rotary parameters for all blocks");
-    const Fields fields(object, fmt::format("config.json: {}.", key));
+    const JsonFields fields(object, fmt::format("config.json: {}.", key));
     rope.theta = fields.positive("rope_theta", rope.theta);
     if (fields.positive("partial_rotary_factor", 1.0) != 1.0) fields.refuse("partial_rotary_factor", "1.0");
     read_rope_scaling(fields, rope);
@@ -148,7 +68,7 @@ Rope read_rope(const Fields& config) {
   return rope;
 }
 
-void check_attention_kinds(const Fields& config, bool sliding) {
+void check_attention_kinds(const JsonFields& config, bool sliding) {
   if (config.flag("use_sliding_window", false)) config.refuse("use_sliding_window", "false");
   if (!config.has("layer_types")) return;
   const std::string expected = sliding ? "sliding_attention" : "full_attention";
@@ -157,7 +77,7 @@ void check_attention_kinds(const Fields& config, bool sliding) {
 }
 
 /// What models that are derived from these classes add to the forward pass, with code of their own.
-void check_foreign_keys(const Fields& config) {
+void check_foreign_keys(const JsonFields& config) {
   for (const std::string_view key :
        {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale",
         "residual_multiplier", "embedding_multiplier", "attention_multiplier", "scale_emb", "no_rope_layers",
@@ -175,7 +95,7 @@ std::string weight_name(const std::string& module) { return module + ".weight"; 
 
 ModelSpec ModelSpec::from_config(const json& object) {
   if (!object.is_object()) fail(ErrorCode::kCorrupt, "config.json: not a JSON object");
-  const Fields config(object, "config.json: ");
+  const JsonFields config(object, "config.json: ");
   const Architecture& row = find_architecture(architecture_class(object));
   if (config.has("quantization_config")) config.refuse("quantization_config", "unquantized checkpoints");
   check_foreign_keys(config);

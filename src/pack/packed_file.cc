@@ -1,10 +1,10 @@
 #include "stbllm/pack/packed_file.h"
 
 #include <cstring>
-#include <fstream>
-#include <limits>
 
+#include "stbllm/base/checksum.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 
 namespace stbllm {
 namespace {
@@ -29,66 +29,35 @@ json to_json(const QuantizedRows::Layout& layout) {
   return {{"rows", layout.rows}, {"cols", layout.cols}, {"bits", layout.bits}};
 }
 
-/// The members of a JSON object, each of which must be taken exactly once.
-class Fields {
- public:
-  Fields(const json& object, std::string what) : object_(object), what_(std::move(what)) {
-    if (!object.is_object()) fail(ErrorCode::kCorrupt, "{}: expected an object", what_);
+NmPattern read_nm(const JsonFields& fields, const std::string& what) {
+  try {
+    return NmPattern::parse(fields.text("nm", ""));
+  } catch (const Error& error) {
+    fail(ErrorCode::kCorrupt, "{}: {}", what, error.what());
   }
-  template <typename Integer>
-  Integer integer(const char* key) {
-    const json& value = member(key);
-    if (!value.is_number_unsigned() || value.get<uint64_t>() > uint64_t{std::numeric_limits<Integer>::max()})
-      fail(ErrorCode::kCorrupt, "{}: '{}': expected a number that is not negative", what_, key);
-    return value.get<Integer>();
-  }
-  NmPattern nm(const char* key) {
-    const json& value = member(key);
-    try {
-      return NmPattern::parse(value.is_string() ? value.get<std::string>() : "");
-    } catch (const Error& error) {
-      fail(ErrorCode::kCorrupt, "{}: {}", what_, error.what());
-    }
-  }
-  void done() const {
-    if (taken_ != object_.size())
-      fail(ErrorCode::kCorrupt, "{}: expected {} fields, found {}", what_, taken_, object_.size());
-  }
-
- private:
-  const json& member(const char* key) {
-    const auto found = object_.find(key);
-    if (found == object_.end()) fail(ErrorCode::kCorrupt, "{}: '{}' is missing", what_, key);
-    ++taken_;
-    return *found;
-  }
-
-  const json& object_;
-  std::string what_;
-  size_t taken_ = 0;
-};
+}
 
 Layout read_layout(const json& object, const std::string& what) {
-  Fields fields(object, what);
+  const JsonFields fields(object, what + ": ");
   const Layout layout{.rows = fields.integer<int64_t>("rows"),
                       .cols = fields.integer<int64_t>("cols"),
-                      .nm = fields.nm("nm"),
+                      .nm = read_nm(fields, what),
                       .levels = fields.integer<int>("levels"),
                       .column_block = fields.integer<int>("column_block"),
                       .scale_bits = fields.integer<int>("scale_bits"),
                       .salient = fields.integer<int64_t>("salient"),
                       .outliers = fields.integer<int64_t>("outliers")};
-  fields.done();
+  fields.expect_size(8);
   layout.validate(what);
   return layout;
 }
 
 QuantizedRows::Layout read_rows_layout(const json& object, const std::string& what) {
-  Fields fields(object, what);
+  const JsonFields fields(object, what + ": ");
   const QuantizedRows::Layout layout{.rows = fields.integer<int64_t>("rows"),
                                      .cols = fields.integer<int64_t>("cols"),
                                      .bits = fields.integer<int>("bits")};
-  fields.done();
+  fields.expect_size(3);
   layout.validate(what);
   return layout;
 }

@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "stbllm/backend/backend.h"
+#include "stbllm/base/checksum.h"
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/heap.h"

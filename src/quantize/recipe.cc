@@ -1,12 +1,11 @@
 #include "stbllm/quantize/recipe.h"
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
 #include <string_view>
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/text_file.h"
 
 namespace stbllm {
 
@@ -124,11 +123,7 @@ Recipe Recipe::load(const std::string& name_or_path) {
     for (const auto& name : preset_names()) names += (names.empty() ? "" : ", ") + name;
     fail(ErrorCode::kUsage, "--recipe {}: expected a .json file or one of {}", name_or_path, names);
   }
-  std::ifstream file(name_or_path);
-  if (!file) fail(ErrorCode::kNotFound, "{}: cannot open the recipe", name_or_path);
-  std::stringstream text;
-  text << file.rdbuf();
-  const auto json = nlohmann::json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
+  const auto json = nlohmann::json::parse(read_text(name_or_path), nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) fail(ErrorCode::kUsage, "{}: the recipe is not valid JSON", name_or_path);
   return from_json(json);
 }

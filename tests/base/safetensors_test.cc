@@ -10,6 +10,7 @@
 #include <fstream>
 #include <numeric>
 
+#include "stbllm/base/checksum.h"
 #include "stbllm/base/error.h"
 #include "support/expect_error.h"
 #include "support/files.h"

@@ -1,8 +1,6 @@
 #include <fmt/format.h>
 
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 
 #include "commands.h"
 #include "report_page.h"
@@ -18,16 +16,13 @@ struct Options {
 };
 
 void run(const Options& options) {
-  std::ifstream file(options.input);
-  if (!file) fail(ErrorCode::kNotFound, "{}: cannot open the report", options.input);
-  std::stringstream text;
-  text << file.rdbuf();
+  const std::string report = read_text(options.input);
   if (std::filesystem::exists(options.output) && !options.force)
     fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
          options.output);
   std::string page;
   try {
-    page = report_page(nlohmann::json::parse(text.str()));
+    page = report_page(nlohmann::json::parse(report));
   } catch (const nlohmann::json::exception& error) {
     fail(ErrorCode::kCorrupt, "{}: not a report of 'stbllm quantize --report' ({})", options.input,
          error.what());

@@ -1,9 +1,10 @@
 #pragma once
-// The safetensors container: u64 header length, JSON header, tensor bytes. No torch here.
+// The safetensors container: the length of the header as a 64-bit number, the header in JSON, the bytes of
+// all tensors. There is no libtorch here.
 //
-// Files written here have tensors ordered as the format's own library orders them, by element size (largest
-// first), then name: every tensor is aligned to its elements without holes, and the bytes do not depend on
-// the order of arrival.
+// A file written here has its tensors in the order of the format's own library: by element size, the largest
+// first, then by name. Every tensor is thus aligned to its elements without holes, and the bytes of the file
+// do not depend on the order of arrival.
 
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +20,7 @@
 
 namespace stbllm {
 
-/// One tensor of a file. `data` points into the mapping.
+/// One tensor of a file. `data` points into the mapping, in row-major order.
 struct TensorEntry {
   std::string dtype;  ///< "F32", "F16", "BF16", "U8", "I8", "I32", "I64", ...
   std::vector<int64_t> shape;
@@ -49,22 +50,20 @@ class SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-/// xxh3-64 of a tensor's bytes as 16 hex digits.
-std::string checksum(std::span<const std::byte> bytes);
-
-/// Writes a safetensors file whose tensors arrive one at a time and are on disk at once: their bytes go to a
-/// spool file, finish() writes `path` as header + spool. Nothing is at `path` before finish()
-/// renames it there; the destructor removes what an unfinished writer left.
+/// Writes a safetensors file whose tensors arrive one at a time and do not stay in memory: their bytes go to
+/// a temporary file, from which finish() makes the whole file. Nothing is at `path` before commit() renames
+/// it there, and a writer that never came to that leaves nothing behind.
 class SafetensorsWriter {
  public:
   /// Throws Error(kExists) when `path` is there and not `force`; Error(kWriteFailed) when it is a directory
-  /// or cannot be written. Temporary files are in `scratch`, of the same file system, or else beside `path`.
+  /// or cannot be written. Temporary files are in `scratch`, a directory of the same file system, or, where
+  /// that is empty, beside `path`.
   SafetensorsWriter(std::filesystem::path path, bool force, const std::filesystem::path& scratch = {});
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
-  /// Throws Error(kWriteFailed) when the disk is full. Names must be new.
+  /// Adds a tensor whose name is new. Throws Error(kWriteFailed) when the disk is full.
   void add(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
            std::span<const std::byte> data);
   /// Throws Error(kUnsupported) when `value` is not UTF-8.
@@ -72,8 +71,8 @@ class SafetensorsWriter {
 
   /// Writes header (data starts at a multiple of 256) and data to a temporary file and returns its path; the
   /// caller may open and verify it before commit(). Two metadata keys are added here: "checksums", a JSON
-  /// object of tensor name -> checksum(), and "header_checksum", that of all bytes before the data with its
-  /// own 16 digits taken as '0'.
+  /// object of tensor name -> checksum() (see checksum.h), and "header_checksum", that of all bytes before
+  /// the data with its own 16 digits taken as '0'.
   std::filesystem::path finish();
   /// Renames that file to `path`; bytes and name are on the disk when it returns (see durable_file.h). Throws
   /// Error(kExists) when `path` has appeared meanwhile and not `force`; Error(kWriteFailed).
