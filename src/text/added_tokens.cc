@@ -8,7 +8,7 @@
 namespace stbllm {
 namespace {
 
-/// Start of the code point that ends at `end` (> 0).
+/// Where the code point that ends at `end` (> 0) starts.
 size_t previous_code_point(std::string_view text, size_t end) {
   do --end;
   while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xc0) == 0x80);
@@ -53,8 +53,9 @@ std::vector<AddedTokenFinder::Part> AddedTokenFinder::split(std::string_view tex
       continue;
     }
     size_t begin = i, end = i + entry->pattern.size();
-    // Past a match that is dropped, too: no shorter token is tried in its place. Not past the spaces that
-    // rstrip takes: a token made of spaces is still found there, as HuggingFace does.
+    // The search goes on behind a match even when the match is dropped: no shorter token is tried in its
+    // place. It does not skip the spaces that rstrip takes: as in HuggingFace, a token made of spaces is
+    // found there.
     i = end;
     if (entry->token.single_word && within_word(text, begin, end)) continue;
     if (entry->token.lstrip) {

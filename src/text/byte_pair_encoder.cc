@@ -6,7 +6,8 @@
 #include <queue>
 #include <utility>
 
-#include "stbllm/text/json_field.h"
+#include "stbllm/base/json_fields.h"
+#include "stbllm/text/tokenizer_json.h"
 #include "stbllm/text/unicode.h"
 
 namespace stbllm {
@@ -16,7 +17,7 @@ uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t{static_cast<uint32_t>(left)} << 32 | static_cast<uint32_t>(right);
 }
 
-/// "a b" or ["a", "b"].
+/// The two tokens of a merge, which is written as "a b" or as ["a", "b"].
 std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge) {
   if (merge.is_array() && merge.size() == 2)
     return {merge[0].get<std::string>(), merge[1].get<std::string>()};
@@ -31,13 +32,14 @@ std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge) {
 }  // namespace
 
 BytePairEncoder::BytePairEncoder(const nlohmann::json& model) {
-  const std::string type = field_or(model, "type", std::string("BPE"));
+  const JsonFields fields(model);
+  const std::string type = fields.text("type", "BPE");
   if (type != "BPE") fail(ErrorCode::kUnsupported, "model \"{}\" is not implemented (BPE is)", type);
-  if (const double dropout = field_or(model, "dropout", 0.0); dropout != 0) {
-    fail(ErrorCode::kUnsupported, "model option dropout = {} is not implemented", dropout);
-  }
+  if (fields.has("dropout") && fields.at("dropout") != 0)
+    fail(ErrorCode::kUnsupported, "model option dropout = {} is not implemented",
+         fields.at("dropout").dump());
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (const std::string affix = field_or(model, key, std::string()); !affix.empty()) {
+    if (const std::string affix = fields.text(key, ""); !affix.empty()) {
       fail(ErrorCode::kUnsupported, "model option {} = \"{}\" is not implemented", key, affix);
     }
   }
@@ -55,17 +57,17 @@ BytePairEncoder::BytePairEncoder(const nlohmann::json& model) {
     merges_[pair_key(left_id, right_id)] = {rank++, id};
   }
 
-  if (const std::string unknown = field_or(model, "unk_token", std::string()); !unknown.empty()) {
+  if (const std::string unknown = fields.text("unk_token", ""); !unknown.empty()) {
     unknown_id_ = find(unknown);
     if (unknown_id_ < 0) {
       fail(ErrorCode::kCorrupt, "the unknown token \"{}\" is not in the vocabulary", unknown);
     }
   }
-  if (field_or(model, "byte_fallback", false)) {
+  if (fields.flag("byte_fallback", false)) {
     for (int byte = 0; byte < 256; ++byte) byte_ids_.push_back(find(fmt::format("<0x{:02X}>", byte)));
   }
-  fuse_unknown_ = field_or(model, "fuse_unk", false);
-  ignore_merges_ = field_or(model, "ignore_merges", false);
+  fuse_unknown_ = fields.flag("fuse_unk", false);
+  ignore_merges_ = fields.flag("ignore_merges", false);
 }
 
 int32_t BytePairEncoder::find(std::string_view token) const {
@@ -123,9 +125,9 @@ void BytePairEncoder::append_characters(std::string_view word, std::vector<Symbo
 }
 
 void BytePairEncoder::merge(std::vector<Symbol>& symbols) const {
-  // Candidates are rank << 32 | position of the left symbol, so that the smallest comes first. They are not
-  // removed when a neighbour is merged away: whatever is no longer the best merge at its position is skipped
-  // when it comes up.
+  // A candidate is rank << 32 | position of its left symbol, so that the smallest one is the next to be
+  // merged. Candidates stay in the queue when a neighbour is merged away: one that is no longer the merge at
+  // its position is skipped when it comes up.
   std::vector<uint64_t> candidates;
   const auto candidate = [&](int32_t left) -> const Merge* {
     const int32_t right = symbols[left].next;

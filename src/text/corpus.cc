@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
-#include "stbllm/base/mapped_file.h"
 #include "stbllm/base/random.h"
+#include "stbllm/base/text_file.h"
 #include "stbllm/text/sha256.h"
 #include "stbllm/text/unicode.h"
 
@@ -22,7 +22,8 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kSeparator = "\n\n";  // between rows, between documents
 
-/// A corpus with a name of its own. `sha256` is of the text as read_corpus returns it; empty: not checked.
+/// A corpus with a name of its own. `sha256` is that of the text as read_corpus returns it; where it is
+/// empty, nothing is checked.
 struct KnownCorpus {
   std::string_view name, file, description, sha256;
 };
@@ -33,11 +34,6 @@ constexpr KnownCorpus kKnownCorpora[] = {
      "b44fb967f92b525731216a507d1fbc44b97446b7ef0a2b4d1a893f81f1bbc29e"},
     {"c4", "c4-sample.txt", "C4 sample", ""},  // samples differ from place to place
 };
-
-std::string read_plain(const fs::path& path) {
-  const auto file = MappedFile::open(path);
-  return std::string(reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size());
-}
 
 std::string read_gzip(const fs::path& path) {
   const std::unique_ptr<gzFile_s, decltype(&gzclose)> file(gzopen(path.c_str(), "rb"), gzclose);
@@ -67,7 +63,7 @@ void for_each_line(std::string_view text, Visit visit) {
   }
 }
 
-/// Pieces of a text, joined as they arrive.
+/// Joins pieces of a text as they arrive.
 class Joiner {
  public:
   void add(std::string_view piece) {
@@ -101,7 +97,8 @@ std::string document_text(std::string_view line, int64_t number, const fs::path&
 Corpus read_file(const fs::path& path) {
   fs::path name = path.filename();
   const bool gzip = name.extension() == ".gz";
-  const std::string content = gzip ? read_gzip(path) : read_plain(path);
+  const std::string content = gzip ? read_gzip(path) : read_text(path);
+  if (content.empty()) fail(ErrorCode::kCorrupt, "{}: the file is empty", path.string());
   if (gzip) name = name.stem();
 
   Corpus corpus;
@@ -122,7 +119,7 @@ Corpus read_file(const fs::path& path) {
   }
   corpus.text = unit.empty() ? content : joiner.take();
   corpus.sha256 = sha256(corpus.text);
-  corpus.description = replace_invalid_utf8(path.filename().string());  // it goes into JSON
+  corpus.description = replace_invalid_utf8(path.filename().string());  // JSON needs UTF-8
   for (const KnownCorpus& known : kKnownCorpora) {  // a known text goes by its name wherever it lies
     if (corpus.sha256 == known.sha256) corpus.description = known.description;
   }

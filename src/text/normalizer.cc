@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "stbllm/text/json_field.h"
+#include "stbllm/text/tokenizer_json.h"
 #include "stbllm/text/unicode.h"
 
 namespace stbllm {

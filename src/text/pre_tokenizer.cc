@@ -12,14 +12,15 @@
 #include <string_view>
 #include <utility>
 
-#include "stbllm/text/json_field.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/text/normalizer.h"
+#include "stbllm/text/tokenizer_json.h"
 #include "stbllm/text/unicode.h"
 
 namespace stbllm {
 namespace {
 
-/// A text as code points with their classes; past the end there is U+0000 of class kOther.
+/// A text as code points with their classes. Behind the end there is U+0000 of class kOther.
 class Chars {
  public:
   explicit Chars(std::string_view text) {
@@ -42,7 +43,7 @@ class Chars {
   bool newline(size_t i) const { return code(i) == '\r' || code(i) == '\n'; }
   bool symbol(size_t i) const { return i < size() && !letter(i) && !number(i) && !space(i); }
 
-  /// End of the run from `i` on where (this->*holds)(i).
+  /// Where the run of characters from `i` on ends for which (this->*holds) is true.
   size_t run_end(size_t i, bool (Chars::*holds)(size_t) const) const {
     while ((this->*holds)(i)) ++i;
     return i;
@@ -57,7 +58,7 @@ class Chars {
   std::vector<Char> chars_;
 };
 
-/// End of 's 't 're 've 'm 'll 'd at `i`, or `i`.
+/// Where one of 's 't 're 've 'm 'll 'd that starts at `i` ends; `i` where there is none.
 size_t contraction_end(const Chars& text, size_t i, bool any_case) {
   if (text.code(i) != '\'') return i;
   const auto lower = [&](size_t k) -> char32_t {
@@ -81,7 +82,7 @@ size_t spaces_end(const Chars& text, size_t i) {
   return end < text.size() && end - i > 1 ? end - 1 : end;
 }
 
-/// End of the word at `i`.
+/// Where the word that starts at `i` ends.
 using WordEnd = size_t (*)(const Chars& text, size_t i);
 
 size_t gpt2_word_end(const Chars& text, size_t i) {
@@ -137,7 +138,7 @@ void split_words(std::vector<std::string>& words, End word_end) {
 
 PreTokenizer parse_byte_level(const nlohmann::json& spec) {
   const bool prefix_space = spec.at("add_prefix_space").get<bool>();
-  const bool split = field_or(spec, "use_regex", true);
+  const bool split = JsonFields(spec).flag("use_regex", true);
   return [=](std::vector<std::string>& words, bool) {
     if (prefix_space) {
       for (std::string& word : words) {
@@ -179,7 +180,7 @@ PreTokenizer parse_split(const nlohmann::json& spec) {
 }
 
 PreTokenizer parse_digits(const nlohmann::json& spec) {
-  const bool individual = field_or(spec, "individual_digits", false);
+  const bool individual = JsonFields(spec).flag("individual_digits", false);
   return [=](std::vector<std::string>& words, bool) {
     split_words(words, [=](const Chars& text, size_t i) {
       if (text.number(i)) return individual ? i + 1 : text.run_end(i, &Chars::number);
@@ -196,13 +197,13 @@ PreTokenizer parse_metaspace(const nlohmann::json& spec) {
          mark);
   }
   // Files from before "prepend_scheme" say "add_prefix_space".
-  const std::string by_age = field_or(spec, "add_prefix_space", true) ? "always" : "never";
-  const std::string scheme = field_or(spec, "prepend_scheme", by_age);
+  const std::string by_age = JsonFields(spec).flag("add_prefix_space", true) ? "always" : "never";
+  const std::string scheme = JsonFields(spec).text("prepend_scheme", by_age);
   if (scheme != "always" && scheme != "first" && scheme != "never") {
     fail(ErrorCode::kUnsupported, "pre_tokenizer Metaspace with prepend_scheme \"{}\" is not implemented",
          scheme);
   }
-  const bool split = field_or(spec, "split", true);
+  const bool split = JsonFields(spec).flag("split", true);
   return [=, mark_code = decode_utf8(mark, 0).value](std::vector<std::string>& words, bool at_start) {
     for (size_t i = 0; i < words.size(); ++i) {
       replace_all(words[i], " ", mark);

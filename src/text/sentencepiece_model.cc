@@ -1,8 +1,10 @@
 // Reads the few fields of sentencepiece_model.proto that define a BPE model:
-//   ModelProto     { repeated SentencePiece pieces = 1; TrainerSpec trainer_spec = 2; NormalizerSpec
-//   normalizer_spec = 3; } SentencePiece  { string piece = 1; float score = 2; Type type = 3; } TrainerSpec
-//   { ModelType model_type = 3; string unk_piece = 45; } NormalizerSpec { bytes precompiled_charsmap = 2;
-//   bool add_dummy_prefix = 3; bool remove_extra_whitespaces = 4; }
+//   ModelProto     { repeated SentencePiece pieces = 1; TrainerSpec trainer_spec = 2;
+//                    NormalizerSpec normalizer_spec = 3; }
+//   SentencePiece  { string piece = 1; float score = 2; Type type = 3; }
+//   TrainerSpec    { ModelType model_type = 3; string unk_piece = 45; }
+//   NormalizerSpec { bytes precompiled_charsmap = 2; bool add_dummy_prefix = 3;
+//                    bool remove_extra_whitespaces = 4; }
 
 #include "stbllm/text/sentencepiece_model.h"
 
@@ -45,7 +47,7 @@ class MessageReader {
  public:
   explicit MessageReader(std::string_view bytes) : rest_(bytes) {}
 
-  /// Moves to the next field; false at the end.
+  /// Moves to the next field; false at the end of the message.
   bool next() {
     if (rest_.empty()) return false;
     const uint64_t tag = varint();
@@ -164,7 +166,8 @@ void check_supported(const Model& model) {
   }
 }
 
-/// Every way to write a piece as two pieces; the best score first, then the longest left and right part.
+/// Every way to write a piece as two pieces. Those with the best score come first, among them those with the
+/// longest left part, then those with the longest right part.
 json merges_by_score(const std::vector<Piece>& pieces, const Vocabulary& ids) {
   struct Merge {
     float score;

@@ -4,9 +4,10 @@
 #include <unordered_map>
 #include <utility>
 
-#include "stbllm/text/json_field.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/text/normalizer.h"
 #include "stbllm/text/pre_tokenizer.h"
+#include "stbllm/text/tokenizer_json.h"
 #include "stbllm/text/unicode.h"
 
 namespace stbllm {
@@ -14,7 +15,7 @@ namespace {
 
 using Step = std::function<void(std::vector<std::string>& tokens)>;
 
-/// The byte that a symbol of byte_symbols() stands for, -1 for another character.
+/// The byte that a symbol of byte_symbols() stands for, or -1 for another character.
 int symbol_byte(char32_t symbol) {
   static const auto bytes = [] {
     std::unordered_map<char32_t, int> table;
@@ -55,7 +56,7 @@ void decode_byte_level(std::vector<std::string>& tokens) {
   tokens.front() = replace_invalid_utf8(tokens.front());
 }
 
-/// The byte of a token "<0xHH>", -1 for another token.
+/// The byte of a token "<0xHH>", or -1 for another token.
 int fallback_byte(const std::string& token) {
   if (token.size() != 6 || !token.starts_with("<0x") || token.back() != '>') return -1;
   int byte = 0;
@@ -117,8 +118,8 @@ Step parse_step(const nlohmann::json& spec) {
   if (type == "Metaspace") {
     auto mark = spec.at("replacement").get<std::string>();
     if (mark.empty()) fail(ErrorCode::kCorrupt, "decoder Metaspace has an empty replacement");
-    const bool prefixed = field_or(spec, "add_prefix_space", true) &&
-                          field_or(spec, "prepend_scheme", std::string("always")) != "never";
+    const bool prefixed = JsonFields(spec).flag("add_prefix_space", true) &&
+                          JsonFields(spec).text("prepend_scheme", "always") != "never";
     return [mark = std::move(mark), prefixed](std::vector<std::string>& tokens) {
       for (size_t i = 0; i < tokens.size(); ++i) replace_all(tokens[i], mark, i == 0 && prefixed ? "" : " ");
     };

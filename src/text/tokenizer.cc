@@ -1,25 +1,19 @@
 // Tokenizers of HuggingFace checkpoints. Whatever the files, they become one definition in the form of
-// tokenizer.json; text then passes through
-//   added tokens -> normalizer -> added tokens (normalized) -> pre-tokenizer -> byte pair encoder ->
-//   post-processor.
+// tokenizer.json. A text then passes through these steps:
+//   added tokens -> normalizer -> added tokens (normalized) -> pre-tokenizer -> byte pair encoder
+//   -> special tokens around it
 
 #include "stbllm/text/tokenizer.h"
 
 #include <algorithm>
-#include <map>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <utility>
 
 #include "stbllm/base/error.h"
-#include "stbllm/base/mapped_file.h"
-#include "stbllm/text/added_tokens.h"
-#include "stbllm/text/byte_pair_encoder.h"
-#include "stbllm/text/json_field.h"
-#include "stbllm/text/normalizer.h"
-#include "stbllm/text/pre_tokenizer.h"
+#include "stbllm/base/json_fields.h"
+#include "stbllm/base/text_file.h"
 #include "stbllm/text/sentencepiece_model.h"
-#include "stbllm/text/token_decoder.h"
+#include "stbllm/text/tokenizer_json.h"
 #include "stbllm/text/unicode.h"
 
 namespace stbllm {
@@ -27,8 +21,7 @@ namespace {
 
 using nlohmann::json;
 
-/// File name -> content.
-using Files = std::map<std::string, std::string>;
+using Files = std::map<std::string, std::string>;  // file name -> content
 
 constexpr const char* kTokenizerJson = "tokenizer.json";
 constexpr const char* kTokenizerModel = "tokenizer.model";
@@ -38,8 +31,10 @@ constexpr const char* kConfig = "tokenizer_config.json";
 constexpr const char* kSpecialTokens = "special_tokens_map.json";
 constexpr const char* kAddedTokens = "added_tokens.json";
 
-/// Positions in a text are 32-bit numbers; SentencePiece's mark makes three bytes of a space.
+/// Positions in a text are 32-bit numbers, and SentencePiece's mark makes three bytes of each space.
 constexpr size_t kMaxTextBytes = size_t{1} << 30;
+
+const json kNull;  // what absent members are taken for
 
 /// Calls read(), and puts `where` before the message of what it throws.
 template <typename Read>
@@ -62,41 +57,25 @@ json parse_object(const Files& files, const char* name) {
   return object;
 }
 
-/// What tokenizer_config.json and special_tokens_map.json say.
-struct Config {
-  json tokenizer, special_tokens;
-
-  /// The entry `role` ("bos_token"...): a string, or an object with flags; null when there is none.
-  const json& named_token(const char* role) const {
-    static const json none;
-    for (const json* file : {&tokenizer, &special_tokens}) {
-      if (const auto it = file->find(role); it != file->end() && !it->is_null()) return *it;
-    }
-    return none;
-  }
-  /// LLaMA's tokenizer classes add BOS unless told otherwise.
-  bool is_llama() const {
-    const auto name = field_or(tokenizer, "tokenizer_class", std::string());
-    return name.starts_with("LlamaTokenizer") || name.starts_with("CodeLlamaTokenizer");
-  }
-};
-
 std::string token_content(const json& token) {
   return token.is_object() ? token.at("content").get<std::string>() : token.get<std::string>();
 }
 
+/// `token` is an object with flags, or a string, which has none of them set.
 AddedToken parse_added_token(const json& token, int32_t id) {
+  if (!token.is_object()) return {.id = id, .content = token_content(token)};
+  const JsonFields fields(token);
   return {.id = id,
           .content = token_content(token),
-          .single_word = token.is_object() && field_or(token, "single_word", false),
-          .lstrip = token.is_object() && field_or(token, "lstrip", false),
-          .rstrip = token.is_object() && field_or(token, "rstrip", false),
-          .normalized = token.is_object() && field_or(token, "normalized", false),
-          .special = token.is_object() && field_or(token, "special", false)};
+          .single_word = fields.flag("single_word", false),
+          .lstrip = fields.flag("lstrip", false),
+          .rstrip = fields.flag("rstrip", false),
+          .normalized = fields.flag("normalized", false),
+          .special = fields.flag("special", false)};
 }
 
 /// vocab.json + merges.txt: GPT-2's scheme.
-json tokenizer_json_from_gpt2(const Files& files, const Config& config) {
+json tokenizer_json_from_gpt2(const Files& files, const json& config) {
   json merges = json::array();
   const std::string& text = files.at(kMerges);
   for (size_t begin = 0; begin < text.size();) {
@@ -107,257 +86,245 @@ json tokenizer_json_from_gpt2(const Files& files, const Config& config) {
     begin = end + 1;
   }
   const json byte_level = {{"type", "ByteLevel"},
-                           {"add_prefix_space", field_or(config.tokenizer, "add_prefix_space", false)}};
+                           {"add_prefix_space", JsonFields(config).flag("add_prefix_space", false)}};
   return {
       {"pre_tokenizer", byte_level},
       {"decoder", byte_level},
       {"model", {{"type", "BPE"}, {"vocab", parse_object(files, kVocab)}, {"merges", std::move(merges)}}}};
 }
 
-class HuggingFaceTokenizer : public Tokenizer {
- public:
-  /// `origin` (a directory) leads the error messages.
-  HuggingFaceTokenizer(Files files, const std::string& origin) : files_(std::move(files)) {
-    const auto path = [&](const char* name) { return origin + "/" + name; };
-    Config config;
-    config.tokenizer = reading(path(kConfig), [&] { return parse_object(files_, kConfig); });
-    config.special_tokens =
-        reading(path(kSpecialTokens), [&] { return parse_object(files_, kSpecialTokens); });
+}  // namespace
 
-    const char* const source = files_.contains(kTokenizerJson)    ? kTokenizerJson
-                               : files_.contains(kTokenizerModel) ? kTokenizerModel
-                                                                  : kVocab;
-    if (source == kVocab && !(files_.contains(kVocab) && files_.contains(kMerges))) {
-      fail(ErrorCode::kNotFound, "{}: no tokenizer; expected {}, {}, or {} with {}", origin, kTokenizerJson,
-           kTokenizerModel, kVocab, kMerges);
+/// What tokenizer_config.json and special_tokens_map.json say.
+struct Tokenizer::Config {
+  json tokenizer, special_tokens;
+
+  /// The entry `role` ("bos_token"...): a string, or an object with flags; null when there is none.
+  const json& named_token(const char* role) const {
+    for (const json* file : {&tokenizer, &special_tokens}) {
+      if (const auto it = file->find(role); it != file->end() && !it->is_null()) return *it;
     }
-    reading(path(source), [&] {
-      const json definition = define(source, config);
-      const auto component = [&](const char* name) {
-        return definition.contains(name) ? &definition[name] : &kNull;
-      };
-      encoder_ = std::make_unique<BytePairEncoder>(definition.at("model"));
-      normalizer_ = parse_normalizer(*component("normalizer"));
-      pre_tokenizer_ = parse_pre_tokenizer(*component("pre_tokenizer"));
-      decoder_ = parse_token_decoder(*component("decoder"));
-      for (const json& token : *component("added_tokens")) {
-        add_token(parse_added_token(token, parse_id(token.at("id"))));
-      }
-      states_special_tokens_ = parse_post_processor(*component("post_processor"));
-    });
-    reading(path(kAddedTokens), [&] {
-      const json tokens = parse_object(files_, kAddedTokens);
-      for (const auto& [content, id] : tokens.items()) {
-        if (added_.contains(content)) continue;
-        add_token({.id = parse_id(id), .content = content, .normalized = true});
-      }
-    });
-    reading(path(kConfig), [&] { apply_config(config, source); });
-    reading(path(source), [&] { index_tokens(); });
+    return kNull;
   }
-
-  std::string serialize() const override {
-    json object = json::object();
-    for (const auto& [name, content] : files_) {
-      if (name != kTokenizerModel) {
-        object[name] = content;
-        continue;
-      }
-      std::string text;  // the one binary file: bytes as U+0000 to U+00FF
-      for (const char byte : content) append_utf8(text, static_cast<uint8_t>(byte));
-      object[name] = std::move(text);
-    }
-    return object.dump();
+  /// LLaMA's tokenizer classes add BOS unless told otherwise.
+  bool is_llama() const {
+    const std::string name = JsonFields(tokenizer).text("tokenizer_class", "");
+    return name.starts_with("LlamaTokenizer") || name.starts_with("CodeLlamaTokenizer");
   }
-
-  std::vector<int32_t> encode(std::string_view text, bool add_special_tokens) const override {
-    if (const size_t at = find_invalid_utf8(text); at != std::string_view::npos) {
-      fail(ErrorCode::kCorrupt, "the text to tokenize is not UTF-8 at byte {}", at);
-    }
-    if (text.size() > kMaxTextBytes) {
-      fail(ErrorCode::kUnsupported,
-           "the text to tokenize has {} bytes, at most {} are possible at once; use a part", text.size(),
-           kMaxTextBytes);
-    }
-    std::vector<int32_t> ids;
-    if (add_special_tokens) ids = prefix_;
-    for (const auto& raw : raw_tokens_.split(text)) {
-      if (raw.id >= 0) {
-        ids.push_back(raw.id);
-        continue;
-      }
-      std::string normalized(text.substr(raw.begin, raw.end - raw.begin));
-      normalizer_(normalized);
-      for (const auto& part : normalized_tokens_.split(normalized)) {
-        if (part.id >= 0) {
-          ids.push_back(part.id);
-          continue;
-        }
-        std::vector<std::string> words = {normalized.substr(part.begin, part.end - part.begin)};
-        pre_tokenizer_(words, /*at_start=*/raw.begin == 0 && part.begin == 0);
-        encoder_->encode(words, ids);
-      }
-    }
-    if (add_special_tokens) ids.insert(ids.end(), suffix_.begin(), suffix_.end());
-    return ids;
-  }
-
-  std::string decode(std::span<const int32_t> ids) const override {
-    std::vector<std::string> tokens;
-    for (const int32_t id : ids) {
-      if (id >= 0 && id < vocab_size() && !special_[id]) tokens.push_back(tokens_[id]);
-    }
-    return decoder_(std::move(tokens));
-  }
-
-  int64_t vocab_size() const override { return static_cast<int64_t>(tokens_.size()); }
-  int32_t bos_id() const override { return bos_id_; }
-  int32_t eos_id() const override { return eos_id_; }
-
- private:
-  inline static const json kNull;
-
-  json define(std::string_view source, const Config& config) const {
-    if (source == kTokenizerJson) return parse_object(files_, kTokenizerJson);
-    if (source == kVocab) return tokenizer_json_from_gpt2(files_, config);
-    return tokenizer_json_from_sentencepiece(files_.at(kTokenizerModel),
-                                             field_or(config.tokenizer, "legacy", true),
-                                             field_or(config.tokenizer, "add_prefix_space", true));
-  }
-
-  /// The id of an added token or of one in the vocabulary, -1 when there is none.
-  int32_t find(const std::string& content) const {
-    if (const auto it = added_.find(content); it != added_.end()) return it->second.id;
-    const auto it = encoder_->vocabulary().find(content);
-    return it == encoder_->vocabulary().end() ? -1 : it->second;
-  }
-
-  void add_token(AddedToken token) {
-    if (const int32_t id = find(token.content); id >= 0 && id != token.id) {
-      fail(ErrorCode::kCorrupt, "added token \"{}\" has the ids {} and {}", token.content, id, token.id);
-    }
-    added_[token.content] = std::move(token);
-  }
-
-  /// Special tokens around the text from TemplateProcessing; false when there is no post-processor at all.
-  bool parse_post_processor(const json& spec) {
-    for_each_component(spec, "processors", [&](const json& step) {
-      const std::string type = component_type(step);
-      if (type == "ByteLevel") return;  // moves offsets, not ids
-      if (type != "TemplateProcessing") {
-        fail(ErrorCode::kUnsupported,
-             "post_processor \"{}\" is not implemented (these are: Sequence, ByteLevel, TemplateProcessing)",
-             type);
-      }
-      bool after_text = false;
-      for (const json& item : step.at("single")) {
-        if (item.contains("Sequence")) {
-          after_text = true;
-          continue;
-        }
-        const json& special =
-            step.at("special_tokens").at(item.at("SpecialToken").at("id").get<std::string>());
-        for (const json& id : special.at("ids")) (after_text ? suffix_ : prefix_).push_back(parse_id(id));
-      }
-      if (!after_text) {
-        fail(ErrorCode::kCorrupt, "post_processor TemplateProcessing has no place for the text");
-      }
-    });
-    return !spec.is_null();
-  }
-
-  void apply_config(const Config& config, std::string_view source) {
-    // Flags that were changed after tokenizer.json was written, and tokens that were added then.
-    if (const auto listed = config.tokenizer.find("added_tokens_decoder"); listed != config.tokenizer.end()) {
-      for (const auto& [id, token] : listed->items()) {
-        add_token(parse_added_token(token, parse_id(json::parse(id))));
-      }
-    }
-    // Tokens with a role are special, whether or not they were listed.
-    for (const char* role :
-         {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
-      const json& named = config.named_token(role);
-      if (!named.is_null()) add_special(named);
-    }
-    for (const json& token : config.named_token("additional_special_tokens")) add_special(token);
-
-    const bool llama = config.is_llama() || source == kTokenizerModel;
-    const auto id_of = [&](const char* role, const char* llama_default) {
-      const json& named = config.named_token(role);
-      if (!named.is_null()) return find(token_content(named));
-      return llama ? find(llama_default) : -1;
-    };
-    bos_id_ = id_of("bos_token", "<s>");
-    eos_id_ = id_of("eos_token", "</s>");
-    if (!states_special_tokens_ ||
-        config.is_llama()) {  // LLaMA's classes make a post-processor of their own from the flags
-      prefix_.clear();
-      suffix_.clear();
-      const auto add = [](std::vector<int32_t>& ids, int32_t id, const char* name) {
-        if (id < 0) fail(ErrorCode::kMismatch, "add_{0} is true, but no {0} is in the vocabulary", name);
-        ids.push_back(id);
-      };
-      const json& flags = config.tokenizer;
-      if (field_or(flags, "add_bos_token", llama)) add(prefix_, bos_id_, "bos_token");
-      if (field_or(flags, "add_eos_token", false)) add(suffix_, eos_id_, "eos_token");
-    }
-    if (bos_id_ < 0 && !prefix_.empty()) bos_id_ = prefix_.front();
-    if (eos_id_ < 0 && !suffix_.empty()) eos_id_ = suffix_.back();
-  }
-
-  void add_special(const json& named) {
-    const std::string content = token_content(named);
-    const int32_t id = find(content);
-    if (id < 0 || added_.contains(content)) return;  // one that has no id cannot be in any text
-    AddedToken token = parse_added_token(named, id);
-    token.special = true;
-    add_token(std::move(token));
-  }
-
-  /// Fills what encode and decode look things up in.
-  void index_tokens() {
-    const auto place = [&](int32_t id, const std::string& content) {
-      if (vocab_size() <= id) tokens_.resize(id + 1), special_.resize(id + 1);
-      if (!tokens_[id].empty() && tokens_[id] != content) {
-        fail(ErrorCode::kCorrupt, "the tokens \"{}\" and \"{}\" have the same id {}", tokens_[id], content,
-             id);
-      }
-      tokens_[id] = content;
-    };
-    for (const auto& [content, id] : encoder_->vocabulary()) place(id, content);
-    for (const auto& [content, token] : added_) {
-      place(token.id, content);
-      special_[token.id] = token.special;
-      std::string pattern = content;
-      if (token.normalized) normalizer_(pattern);
-      tokens_[token.id] = pattern;  // what the text had, so that decoding gives it back
-      (token.normalized ? normalized_tokens_ : raw_tokens_).add(std::move(pattern), token);
-    }
-    for (const auto* ids : {&prefix_, &suffix_}) {
-      for (const int32_t id : *ids) {
-        if (id >= vocab_size()) {
-          fail(ErrorCode::kCorrupt, "the post_processor adds id {}, but there are {} tokens", id,
-               vocab_size());
-        }
-      }
-    }
-  }
-
-  Files files_;
-  std::unique_ptr<BytePairEncoder> encoder_;
-  Normalizer normalizer_;
-  PreTokenizer pre_tokenizer_;
-  TokenDecoder decoder_;
-  std::map<std::string, AddedToken> added_;  // by content
-  AddedTokenFinder raw_tokens_, normalized_tokens_;
-  std::vector<int32_t> prefix_, suffix_;  // special tokens around the text
-  bool states_special_tokens_ = false;    // the definition has a post-processor
-  std::vector<std::string> tokens_;       // by id
-  std::vector<bool> special_;             // by id
-  int32_t bos_id_ = -1, eos_id_ = -1;
 };
 
-}  // namespace
+/// `origin` (a directory) leads the error messages.
+Tokenizer::Tokenizer(Files files, const std::string& origin) : files_(std::move(files)) {
+  const auto path = [&](const char* name) { return origin + "/" + name; };
+  Config config;
+  config.tokenizer = reading(path(kConfig), [&] { return parse_object(files_, kConfig); });
+  config.special_tokens = reading(path(kSpecialTokens), [&] { return parse_object(files_, kSpecialTokens); });
+
+  const char* const source = files_.contains(kTokenizerJson)    ? kTokenizerJson
+                             : files_.contains(kTokenizerModel) ? kTokenizerModel
+                                                                : kVocab;
+  if (source == kVocab && !(files_.contains(kVocab) && files_.contains(kMerges))) {
+    fail(ErrorCode::kNotFound, "{}: no tokenizer; expected {}, {}, or {} with {}", origin, kTokenizerJson,
+         kTokenizerModel, kVocab, kMerges);
+  }
+  reading(path(source), [&] {
+    const json definition = define(source, config);
+    const auto component = [&](const char* name) -> const json& {
+      return definition.contains(name) ? definition[name] : kNull;
+    };
+    encoder_.emplace(definition.at("model"));
+    normalizer_ = parse_normalizer(component("normalizer"));
+    pre_tokenizer_ = parse_pre_tokenizer(component("pre_tokenizer"));
+    decoder_ = parse_token_decoder(component("decoder"));
+    for (const json& token : component("added_tokens"))
+      add_token(parse_added_token(token, parse_id(token.at("id"))));
+    states_special_tokens_ = parse_post_processor(component("post_processor"));
+  });
+  reading(path(kAddedTokens), [&] {
+    const json tokens = parse_object(files_, kAddedTokens);
+    for (const auto& [content, id] : tokens.items()) {
+      if (added_.contains(content)) continue;
+      add_token({.id = parse_id(id), .content = content, .normalized = true});
+    }
+  });
+  reading(path(kConfig), [&] {
+    add_tokens_of_config(config);
+    apply_config(config, source);
+  });
+  reading(path(source), [&] { index_tokens(); });
+}
+
+/// The definition in the form of tokenizer.json.
+json Tokenizer::define(std::string_view source, const Config& config) const {
+  if (source == kTokenizerJson) return parse_object(files_, kTokenizerJson);
+  if (source == kVocab) return tokenizer_json_from_gpt2(files_, config.tokenizer);
+  const JsonFields fields(config.tokenizer);
+  return tokenizer_json_from_sentencepiece(files_.at(kTokenizerModel), fields.flag("legacy", true),
+                                           fields.flag("add_prefix_space", true));
+}
+
+/// The id of an added token or of one in the vocabulary, -1 when there is none.
+int32_t Tokenizer::find(const std::string& content) const {
+  if (const auto it = added_.find(content); it != added_.end()) return it->second.id;
+  const auto it = encoder_->vocabulary().find(content);
+  return it == encoder_->vocabulary().end() ? -1 : it->second;
+}
+
+void Tokenizer::add_token(AddedToken token) {
+  if (const int32_t id = find(token.content); id >= 0 && id != token.id) {
+    fail(ErrorCode::kCorrupt, "added token \"{}\" has the ids {} and {}", token.content, id, token.id);
+  }
+  added_[token.content] = std::move(token);
+}
+
+/// Makes the token that has a role special. One that is not listed yet is added with the flags of `named`.
+void Tokenizer::make_special(const json& named) {
+  const std::string content = token_content(named);
+  const int32_t id = find(content);
+  if (id < 0) return;  // a token without an id cannot be in any text
+  if (!added_.contains(content)) add_token(parse_added_token(named, id));
+  added_.at(content).special = true;
+}
+
+/// Flags that were changed after tokenizer.json was written, tokens that were added then, and roles.
+void Tokenizer::add_tokens_of_config(const Config& config) {
+  if (const auto listed = config.tokenizer.find("added_tokens_decoder"); listed != config.tokenizer.end()) {
+    for (const auto& [id, token] : listed->items())
+      add_token(parse_added_token(token, parse_id(json::parse(id))));
+  }
+  for (const char* role :
+       {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
+    const json& named = config.named_token(role);
+    if (!named.is_null()) make_special(named);
+  }
+  for (const json& token : config.named_token("additional_special_tokens")) make_special(token);
+}
+
+/// Reads the special tokens around the text from TemplateProcessing; false when there is no post-processor.
+bool Tokenizer::parse_post_processor(const json& spec) {
+  for_each_component(spec, "processors", [&](const json& step) {
+    const std::string type = component_type(step);
+    if (type == "ByteLevel") return;  // it moves offsets, not ids
+    if (type != "TemplateProcessing") {
+      fail(ErrorCode::kUnsupported,
+           "post_processor \"{}\" is not implemented (these are: Sequence, ByteLevel, TemplateProcessing)",
+           type);
+    }
+    bool after_text = false;
+    for (const json& item : step.at("single")) {
+      if (item.contains("Sequence")) {
+        after_text = true;
+        continue;
+      }
+      const json& special = step.at("special_tokens").at(item.at("SpecialToken").at("id").get<std::string>());
+      for (const json& id : special.at("ids")) (after_text ? suffix_ : prefix_).push_back(parse_id(id));
+    }
+    if (!after_text) fail(ErrorCode::kCorrupt, "post_processor TemplateProcessing has no place for the text");
+  });
+  return !spec.is_null();
+}
+
+/// Decides which special tokens stand around the text, where the definition leaves that to the configuration.
+void Tokenizer::apply_config(const Config& config, std::string_view source) {
+  const bool llama = config.is_llama() || source == kTokenizerModel;
+  const auto id_of = [&](const char* role, const char* llama_default) {
+    const json& named = config.named_token(role);
+    if (!named.is_null()) return find(token_content(named));
+    return llama ? find(llama_default) : -1;
+  };
+  eos_id_ = id_of("eos_token", "</s>");
+  // LLaMA's classes make a post-processor of their own from the flags.
+  if (!states_special_tokens_ || config.is_llama()) {
+    prefix_.clear();
+    suffix_.clear();
+    const auto add = [](std::vector<int32_t>& ids, int32_t id, const char* name) {
+      if (id < 0) fail(ErrorCode::kMismatch, "add_{0} is true, but no {0} is in the vocabulary", name);
+      ids.push_back(id);
+    };
+    const JsonFields flags(config.tokenizer);
+    if (flags.flag("add_bos_token", llama)) add(prefix_, id_of("bos_token", "<s>"), "bos_token");
+    if (flags.flag("add_eos_token", false)) add(suffix_, eos_id_, "eos_token");
+  }
+  if (eos_id_ < 0 && !suffix_.empty()) eos_id_ = suffix_.back();
+}
+
+/// Fills what encode and decode look things up in.
+void Tokenizer::index_tokens() {
+  const auto place = [&](int32_t id, const std::string& content) {
+    if (vocab_size() <= id) tokens_.resize(id + 1), special_.resize(id + 1);
+    if (!tokens_[id].empty() && tokens_[id] != content)
+      fail(ErrorCode::kCorrupt, "the tokens \"{}\" and \"{}\" have the same id {}", tokens_[id], content, id);
+    tokens_[id] = content;
+  };
+  for (const auto& [content, id] : encoder_->vocabulary()) place(id, content);
+  for (const auto& [content, token] : added_) {
+    place(token.id, content);
+    special_[token.id] = token.special;
+    std::string pattern = content;
+    if (token.normalized) normalizer_(pattern);
+    tokens_[token.id] = pattern;  // what the text had, so that decoding gives it back
+    (token.normalized ? normalized_tokens_ : raw_tokens_).add(std::move(pattern), token);
+  }
+  for (const auto* ids : {&prefix_, &suffix_}) {
+    for (const int32_t id : *ids) {
+      if (id >= vocab_size())
+        fail(ErrorCode::kCorrupt, "the post_processor adds id {}, but there are {} tokens", id, vocab_size());
+    }
+  }
+}
+
+std::string Tokenizer::serialize() const {
+  json object = json::object();
+  for (const auto& [name, content] : files_) {
+    if (name != kTokenizerModel) {
+      object[name] = content;
+      continue;
+    }
+    std::string text;  // the one binary file: bytes as U+0000 to U+00FF
+    for (const char byte : content) append_utf8(text, static_cast<uint8_t>(byte));
+    object[name] = std::move(text);
+  }
+  return object.dump();
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
+  if (const size_t at = find_invalid_utf8(text); at != std::string_view::npos)
+    fail(ErrorCode::kCorrupt, "the text to tokenize is not UTF-8 at byte {}", at);
+  if (text.size() > kMaxTextBytes) {
+    fail(ErrorCode::kUnsupported,
+         "the text to tokenize has {} bytes, at most {} are possible at once; use a part", text.size(),
+         kMaxTextBytes);
+  }
+  std::vector<int32_t> ids;
+  if (add_special_tokens) ids = prefix_;
+  for (const auto& raw : raw_tokens_.split(text)) {
+    if (raw.id >= 0) {
+      ids.push_back(raw.id);
+      continue;
+    }
+    std::string normalized(text.substr(raw.begin, raw.end - raw.begin));
+    normalizer_(normalized);
+    for (const auto& part : normalized_tokens_.split(normalized)) {
+      if (part.id >= 0) {
+        ids.push_back(part.id);
+        continue;
+      }
+      std::vector<std::string> words = {normalized.substr(part.begin, part.end - part.begin)};
+      pre_tokenizer_(words, /*at_start=*/raw.begin == 0 && part.begin == 0);
+      encoder_->encode(words, ids);
+    }
+  }
+  if (add_special_tokens) ids.insert(ids.end(), suffix_.begin(), suffix_.end());
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> ids) const {
+  std::vector<std::string> tokens;
+  for (const int32_t id : ids) {
+    if (id >= 0 && id < vocab_size() && !special_[id]) tokens.push_back(tokens_[id]);
+  }
+  return decoder_(std::move(tokens));
+}
 
 std::unique_ptr<Tokenizer> Tokenizer::load(const std::filesystem::path& directory) {
   Files files;
@@ -366,8 +333,8 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const std::filesystem::path& director
     return std::filesystem::exists(directory / name, ignored);
   };
   const auto read = [&](const char* name) {
-    const auto file = MappedFile::open(directory / name);
-    files[name].assign(reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size());
+    files[name] = read_text(directory / name);
+    if (files[name].empty()) fail(ErrorCode::kCorrupt, "{}: the file is empty", (directory / name).string());
   };
   if (exists(kTokenizerJson)) {
     read(kTokenizerJson);
@@ -379,7 +346,7 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const std::filesystem::path& director
   for (const char* name : {kConfig, kSpecialTokens, kAddedTokens}) {
     if (exists(name)) read(name);
   }
-  return std::make_unique<HuggingFaceTokenizer>(std::move(files), directory.string());
+  return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(files), directory.string()));
 }
 
 std::unique_ptr<Tokenizer> Tokenizer::from_serialized(const std::string& serialized) {
@@ -396,7 +363,7 @@ std::unique_ptr<Tokenizer> Tokenizer::from_serialized(const std::string& seriali
     }
     model->second = std::move(bytes);
   }
-  return std::make_unique<HuggingFaceTokenizer>(std::move(files), origin);
+  return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(files), origin));
 }
 
 }  // namespace stbllm

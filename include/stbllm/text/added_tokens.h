@@ -14,26 +14,26 @@ namespace stbllm {
 struct AddedToken {
   int32_t id = -1;
   std::string content;
-  bool single_word = false;  ///< not within a word
-  bool lstrip = false;       ///< takes the white space before it
-  bool rstrip = false;       ///< takes the white space after it
-  bool normalized = false;   ///< looked for in the normalized text
-  bool special = false;      ///< left out of decoded text
+  bool single_word = false;  ///< it is not found within a word
+  bool lstrip = false;       ///< it takes the white space before it
+  bool rstrip = false;       ///< it takes the white space after it
+  bool normalized = false;   ///< it is looked for in the normalized text
+  bool special = false;      ///< it is left out of decoded text
 };
 
-/// Finds tokens in text: at each place the longest one.
+/// Finds tokens in a text; where several begin at one place, the longest one is found.
 class AddedTokenFinder {
  public:
-  /// `token` is found wherever `pattern` (its content, or its normalized content) is; an empty pattern is
-  /// never found.
+  /// From now on `token` is found wherever `pattern` (its content, or its normalized content) stands. An
+  /// empty pattern is never found.
   void add(std::string pattern, const AddedToken& token);
 
-  /// A stretch of the text: a token, or what lies between two.
+  /// A stretch of the text: a token, or what lies between two tokens.
   struct Part {
     size_t begin, end;
     int32_t id;  ///< -1: between tokens
   };
-  /// Not empty stretches, in order.
+  /// The stretches of `text` in order; none of them is empty.
   std::vector<Part> split(std::string_view text) const;
 
  private:
@@ -43,7 +43,7 @@ class AddedTokenFinder {
   };
   const Entry* longest_at(std::string_view text, size_t position) const;
 
-  std::vector<Entry> by_first_byte_[256];  // longest pattern first
+  std::vector<Entry> by_first_byte_[256];  // in each, the longest pattern comes first
 };
 
 }  // namespace stbllm

@@ -12,7 +12,7 @@
 
 namespace stbllm {
 
-/// Hash of strings that also looks up string_views.
+/// A hash of strings by which a string_view can be looked up as well.
 struct StringHash {
   using is_transparent = void;
   size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
@@ -26,16 +26,16 @@ class BytePairEncoder {
   explicit BytePairEncoder(const nlohmann::json& model);
 
   const Vocabulary& vocabulary() const { return vocabulary_; }
-  /// Appends the ids of each word: its characters, then the merge of lowest rank (leftmost first) until none
-  /// applies; O(n log n) in the length of the word. A character that is not in the vocabulary becomes its
-  /// bytes' tokens
-  /// ("<0xHH>") or the unknown token; without those it is dropped, as HuggingFace does.
+  /// Appends the ids of each word. A word starts as its characters; then the merge of lowest rank is applied,
+  /// the leftmost one first, until none is left. That takes O(n log n) for n characters. A character that is
+  /// not in the vocabulary becomes the tokens of its bytes ("<0xHH>"), else the unknown token; a vocabulary
+  /// without those drops it, as HuggingFace does.
   void encode(std::span<const std::string> words, std::vector<int32_t>& ids) const;
 
  private:
   /// A doubly linked list in an array: merging two tokens unlinks the right one.
   struct Symbol {
-    int32_t id;  // -1: unlinked
+    int32_t id;  // -1 when it is unlinked
     int32_t previous, next;
   };
   struct Merge {

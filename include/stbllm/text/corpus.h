@@ -1,5 +1,5 @@
 #pragma once
-// Text files, and the windows of tokens that are cut from them.
+// Texts, and the windows of tokens that are cut from them.
 
 #include <cstdint>
 #include <filesystem>
@@ -14,19 +14,20 @@ namespace stbllm {
 /// One text, and where it came from.
 struct Corpus {
   std::string text;         ///< UTF-8
-  std::string description;  ///< for reports, "wikitext-2-raw-v1 test (4358 rows)" or a file name
+  std::string description;  ///< what reports call it: "wikitext-2-raw-v1 test (4358 rows)" or a file name
   std::string sha256;       ///< of `text`, so that two runs can tell that they used the same
 };
 
 /// Reads `data`:
-///   - "wikitext2", "wikitext2-valid", "c4": a known corpus, looked for in $STBLLM_DATA and in the default
-///   places
-///     (./data, ../shared/data), file names wiki.test.raw / wiki.valid.raw / c4-sample.txt;
-///   - a .raw file of Wikitext-2: rows joined as the HF data set has them (the raw line " \n" is the row "",
-///   every other
-///     line with its newline is a row, rows are joined by "\n\n");
-///   - .jsonl or .jsonl.gz with a "text" field: documents joined by "\n\n";
-///   - any other UTF-8 text, as it is. All of them may be gzipped (.raw.gz, .txt.gz).
+///   - "wikitext2", "wikitext2-valid" and "c4" are known texts. They are looked for in $STBLLM_DATA, ./data
+///   and
+///     ../shared/data as wiki.test.raw, wiki.valid.raw and c4-sample.txt.
+///   - A .raw file is one of Wikitext-2, whose rows are those of the HF data set: the line " \n" is the row
+///   "",
+///     every other line with its newline is a row. Rows are joined by "\n\n".
+///   - A .jsonl file has an object with a "text" per line; these documents are joined by "\n\n".
+///   - Any other file is one UTF-8 text.
+/// Each file may be gzipped and is then called .raw.gz and so on.
 /// Throws Error(kNotFound) with the places that were tried; Error(kCorrupt) for invalid UTF-8 or JSON, with
 /// line number, and for a damaged .gz; Error(kMismatch) when "wikitext2" or "wikitext2-valid" finds another
 /// text (by SHA-256).
@@ -37,7 +38,7 @@ Corpus read_corpus(const std::string& data);
 std::vector<std::vector<int32_t>> evaluation_windows(const std::vector<int32_t>& ids, int64_t seqlen,
                                                      int64_t max_windows, std::string_view what);
 
-/// Which of a number of windows are kept from training.
+/// The windows that training must not see: those with the numbers first to first + count - 1.
 struct HeldOut {
   int64_t first = 0, count = 0;
 };

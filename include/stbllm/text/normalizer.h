@@ -10,8 +10,8 @@ namespace stbllm {
 /// Changes one stretch of text between added tokens.
 using Normalizer = std::function<void(std::string& text)>;
 
-/// `spec` is null, Prepend, Replace (of a string), NFC or a Sequence of them.
-/// Throws Error(kUnsupported) naming any other.
+/// `spec` is null, Prepend, Replace (of a string), NFC or a Sequence of them. Throws Error(kUnsupported)
+/// naming any other.
 Normalizer parse_normalizer(const nlohmann::json& spec);
 
 /// Replaces every occurrence of `pattern` (not empty), left to right.

@@ -9,7 +9,8 @@
 
 namespace stbllm {
 
-/// Cuts each of `words` into smaller ones, in place. `at_start`: the first word starts the whole text.
+/// Cuts each of `words` into smaller ones, in place. `at_start` says that the first word starts the whole
+/// text.
 using PreTokenizer = std::function<void(std::vector<std::string>& words, bool at_start)>;
 
 /// `spec` is null, ByteLevel, Split (by the patterns of GPT-2, LLaMA-3 or Qwen2), Digits, Metaspace or a
@@ -17,8 +18,8 @@ using PreTokenizer = std::function<void(std::vector<std::string>& words, bool at
 /// recognised.
 PreTokenizer parse_pre_tokenizer(const nlohmann::json& spec);
 
-/// GPT-2's printable stand-in for each byte, as UTF-8: itself for visible Latin-1 characters, U+0100... for
-/// the others.
+/// The printable character that GPT-2 writes for each byte, as UTF-8: visible Latin-1 characters stand for
+/// themselves, the others are numbered from U+0100.
 const std::array<std::string, 256>& byte_symbols();
 
 }  // namespace stbllm

@@ -1,5 +1,6 @@
 #pragma once
-// SHA-256 (FIPS 180-4), to name the text or the ids that a result belongs to.
+// SHA-256 (FIPS 180-4). It names the text that a result belongs to, so that anybody can compare it with
+// sha256sum.
 
 #include <span>
 #include <string>
@@ -7,7 +8,7 @@
 
 namespace stbllm {
 
-/// 64 hex digits.
+/// The digest as 64 hex digits.
 std::string sha256(std::span<const std::byte> bytes);
 std::string sha256(std::string_view text);
 

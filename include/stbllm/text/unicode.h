@@ -1,6 +1,5 @@
 #pragma once
-// What tokenizers need to know of Unicode 16.0: UTF-8, the character classes of their regular expressions,
-// NFC.
+// What tokenizers need of Unicode 16.0: UTF-8, the character classes of their regular expressions, and NFC.
 
 #include <cstddef>
 #include <cstdint>
@@ -12,12 +11,13 @@ namespace stbllm {
 /// One step of decoding UTF-8.
 struct CodePoint {
   char32_t value;  ///< U+FFFD when the bytes are no valid sequence
-  int length;      ///< bytes taken: of the sequence, or of the invalid part that one U+FFFD replaces
+  int length;      ///< bytes of the sequence, or of the invalid part that one U+FFFD replaces
   bool valid;
 };
 
 /// The code point that starts at byte `position` (< text.size()).
 CodePoint decode_utf8(std::string_view text, size_t position);
+/// Appends the code point `code`.
 void append_utf8(std::string& text, char32_t code);
 /// Position of the first byte that is not part of a valid sequence; std::string_view::npos when all are.
 size_t find_invalid_utf8(std::string_view text);

@@ -1,5 +1,5 @@
 #pragma once
-// Reading optional fields of HuggingFace's JSON files, where null and absent mean the same.
+// Pieces of tokenizer.json that its parts have in common.
 
 #include <nlohmann/json.hpp>
 #include <string>
@@ -7,13 +7,6 @@
 #include "stbllm/base/error.h"
 
 namespace stbllm {
-
-/// `object[key]`, or `fallback` when it is absent or null. Throws nlohmann::json::type_error on another type.
-template <typename T>
-T field_or(const nlohmann::json& object, const char* key, T fallback) {
-  const auto it = object.find(key);
-  return it == object.end() || it->is_null() ? fallback : it->get<T>();
-}
 
 /// A token id. Throws Error(kCorrupt) unless it is an integer that is not negative and not absurdly large: a
 /// damaged id must not ask for gigabytes.
