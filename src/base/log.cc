@@ -19,6 +19,22 @@ spdlog::logger& logger() {
   return *instance;
 }
 
+spdlog::level::level_enum of_spdlog(Level level) {
+  switch (level) {
+    case Level::kDebug:
+      return spdlog::level::debug;
+    case Level::kInfo:
+      return spdlog::level::info;
+    case Level::kWarn:
+      return spdlog::level::warn;
+    case Level::kError:
+      return spdlog::level::err;
+    case Level::kOff:
+      return spdlog::level::off;
+  }
+  return spdlog::level::off;
+}
+
 std::string duration(double seconds) {
   const auto s = static_cast<int64_t>(seconds + 0.5);
   if (s >= 3600) return fmt::format("{}h{:02}m", s / 3600, s / 60 % 60);
@@ -35,22 +51,21 @@ void close_line() {
 
 }  // namespace
 
-void set_level(Level level) { logger().set_level(static_cast<spdlog::level::level_enum>(level)); }
+void set_level(Level level) { logger().set_level(of_spdlog(level)); }
 
-Level parse_level(const std::string& name) {
-  const auto level = spdlog::level::from_str(name);
-  if (level == spdlog::level::off && name != "off")
-    fail(ErrorCode::kUsage, "--log-level {}: expected trace, debug, info, warning, error or off", name);
-  return level == spdlog::level::critical ? Level::kError
-         : level == spdlog::level::off    ? Level::kOff
-                                          : static_cast<Level>(level);
+Level parse_level(std::string_view name) {
+  if (name == "debug") return Level::kDebug;
+  if (name == "info") return Level::kInfo;
+  if (name == "warning") return Level::kWarn;
+  if (name == "error") return Level::kError;
+  if (name == "off") return Level::kOff;
+  fail(ErrorCode::kUsage, "--log-level {}: expected debug, info, warning, error or off", name);
 }
 
 void write(Level level, const std::string& message) {
-  const auto spd_level = static_cast<spdlog::level::level_enum>(level);
-  if (!logger().should_log(spd_level)) return;
+  if (!logger().should_log(of_spdlog(level))) return;
   close_line();
-  logger().log(spd_level, message);
+  logger().log(of_spdlog(level), message);
 }
 
 Progress::Progress(std::string what, int64_t total)

@@ -61,7 +61,7 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", STBLLM_VERSION);
   app.require_subcommand(1);
   std::string level = "info";
-  app.add_option("--log-level", level, "trace, debug, info, warning, error or off");
+  app.add_option("--log-level", level, "debug, info, warning, error or off");
   app.fallthrough();
   app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
   app.footer(

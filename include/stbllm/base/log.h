@@ -1,20 +1,22 @@
 #pragma once
-// Logging and progress, on stderr. Results go to stdout and never through here.
+// Messages and progress, which go to stderr. Results go to stdout and never through here.
 
 #include <fmt/format.h>
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace stbllm::log {
 
-enum class Level { kTrace, kDebug, kInfo, kWarn, kError, kOff };
+enum class Level { kDebug, kInfo, kWarn, kError, kOff };
 
-/// Messages below `level` are dropped. The default is kInfo.
+/// Drops messages below `level` from now on. Before the first call that is kInfo.
 void set_level(Level level);
-/// Level by the name spdlog gives it ("debug", "info", ...). Throws Error(kUsage) on another name.
-Level parse_level(const std::string& name);
+/// The level with this name: debug, info, warning, error or off. Throws Error(kUsage) on another name.
+Level parse_level(std::string_view name);
+/// Writes a line to stderr unless `level` is below the one that was set.
 void write(Level level, const std::string& message);
 
 template <typename... Args>
@@ -30,15 +32,16 @@ void warn(fmt::format_string<Args...> format, Args&&... args) {
   write(Level::kWarn, fmt::format(format, std::forward<Args>(args)...));
 }
 
-/// A running count with an estimate of the time left: one line rewritten in place on a terminal, a plain
-/// line at most every ten seconds otherwise. Silent when info messages are.
+/// Shows a running count with an estimate of the time that is left: on a terminal as one line that is
+/// rewritten in place, elsewhere as a plain line at most every ten seconds. It is silent when info messages
+/// are.
 class Progress {
  public:
   Progress(std::string what, int64_t total);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
-  /// `done` of `total` items are finished; `note` follows the count.
+  /// Says that `done` of `total` items are finished. `note` follows the count.
   void update(int64_t done, const std::string& note = "");
 
  private:
