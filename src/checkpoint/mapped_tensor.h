@@ -1,5 +1,5 @@
 #pragma once
-// A tensor on mapped bytes: what both kinds of files share.
+// What both kinds of weight files share: a tensor whose elements are mapped bytes.
 
 #include <ATen/ATen.h>
 
@@ -16,11 +16,12 @@
 
 namespace stbllm {
 
-/// The elements `data` as a tensor that keeps `owner` (the mapping) alive. Bytes that are not aligned to
-/// their element, which both formats allow, are copied.
+/// A tensor whose storage starts at `data` and that keeps `owner` (the mapping) alive. Both formats allow
+/// bytes that are not aligned to their elements; those are copied.
 inline at::Tensor mapped_tensor(std::shared_ptr<const void> owner, std::span<const std::byte> data,
                                 at::IntArrayRef shape, at::IntArrayRef strides, at::ScalarType dtype) {
-  void* address = const_cast<std::byte*>(data.data());  // from_blob knows no const; the pages are read-only
+  void* address =
+      const_cast<std::byte*>(data.data());  // from_blob knows no const, but the pages are read-only
   if (reinterpret_cast<uintptr_t>(address) % c10::elementSize(dtype) != 0) {
     auto copy = std::make_shared<std::vector<std::byte>>(data.begin(), data.end());
     address = copy->data();

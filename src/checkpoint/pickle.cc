@@ -1,3 +1,7 @@
+// In place of libtorch's own unpickler (torch/csrc/jit/serialization/unpickler.h), which was tried with
+// callbacks for types and records: it reads what C++ pickles and stops at integers that Python writes in
+// fewer than eight bytes, as in tests/golden/state_dict.bin.
+
 #include "stbllm/checkpoint/pickle.h"
 
 #include <ATen/ATen.h>
@@ -19,7 +23,7 @@ namespace {
 
 enum class Function { kOrderedDict, kRebuildTensor, kRebuildParameter };
 struct Global {
-  std::variant<Function, at::ScalarType> meaning;  // a storage type is its element type
+  std::variant<Function, at::ScalarType> meaning;  // for a storage type that of its elements
 };
 
 const std::map<std::string, Global, std::less<>> kGlobals = {
@@ -75,8 +79,8 @@ enum class Op : uint8_t {
 
 // --- values --------------------------------------------------------------------------------------------
 
-// Values live in one arena and refer to each other by index, so that a pickle that nests or ties itself in a
-// knot costs neither recursion nor a leak.
+// Values live in one arena and refer to each other by index. A pickle that nests deeply then costs no
+// recursion, and one that holds itself costs no leak.
 using Ref = size_t;
 struct None {};
 struct Sequence {  // tuple or list
@@ -90,7 +94,7 @@ struct Storage {
   std::string key;
   int64_t numel;
 };
-// Floats appear only beside the tensors: they are None here.
+// Floating-point numbers appear only beside the tensors, so that they are None here.
 using Value = std::variant<None, int64_t, std::string, Global, Sequence, Dict, Storage, PickledTensor>;
 
 class Unpickler {
@@ -175,33 +179,39 @@ class Unpickler {
     for (Ref item : get<Sequence>(ref).items) result.push_back(get<int64_t>(item));
     return result;
   }
+  void append(const std::vector<Ref>& items) {
+    auto& list = get<Sequence>(top()).items;
+    list.insert(list.end(), items.begin(), items.end());
+  }
   void set_items(Dict& dict, const std::vector<Ref>& items) {
     if (items.size() % 2) corrupt("a key without a value");
     for (size_t i = 0; i < items.size(); i += 2) dict.items.emplace_back(items[i], items[i + 1]);
   }
 
   // What the listed functions do.
-  Storage load_storage(const Sequence& id) {  // ("storage", type, key, location, number of elements)
+  /// `id` is ("storage", type, key, location, number of elements).
+  Storage load_storage(const Sequence& id) {
     if (id.items.size() != 5 || get<std::string>(id.items[0]) != "storage") corrupt("expected a storage");
     const auto* dtype = std::get_if<at::ScalarType>(&get<Global>(id.items[1]).meaning);
     if (!dtype) corrupt("expected a storage type");
     return {*dtype, get<std::string>(id.items[2]), get<int64_t>(id.items[4])};
   }
 
-  PickledTensor rebuild_tensor(const Sequence& arguments) {  // (storage, offset, shape, strides, ...)
+  /// The arguments are (storage, offset, shape, strides, ...).
+  PickledTensor rebuild_tensor(const Sequence& arguments) {
     if (arguments.items.size() < 4) corrupt("expected storage, offset, shape and strides of a tensor");
     const Storage& storage = get<Storage>(arguments.items[0]);
-    PickledTensor tensor{storage.dtype,
-                         storage.key,
-                         storage.numel,
-                         get<int64_t>(arguments.items[1]),
-                         integers(arguments.items[2]),
-                         integers(arguments.items[3])};
+    PickledTensor tensor{.dtype = storage.dtype,
+                         .storage = storage.key,
+                         .storage_numel = storage.numel,
+                         .offset = get<int64_t>(arguments.items[1]),
+                         .shape = integers(arguments.items[2]),
+                         .strides = integers(arguments.items[3])};
     if (tensor.offset < 0 || tensor.offset > tensor.storage_numel ||
         tensor.shape.size() != tensor.strides.size()) {
       corrupt("impossible shape of a tensor");
     }
-    int64_t numel = 1, last = tensor.offset;  // the last element's place in the storage
+    int64_t numel = 1, last = tensor.offset;  // where the last element is in the storage
     bool fits = true, empty = false;
     for (size_t i = 0; i < tensor.shape.size(); ++i) {
       int64_t reach;
@@ -238,14 +248,14 @@ class Unpickler {
     if (found == kGlobals.end()) {
       fail(ErrorCode::kUnsupported,
            "{}: the pickle names \"{}\", which is not among the few things a state_dict of tensors needs; "
-           "save "
-           "model.state_dict() alone, or as safetensors",
+           "save model.state_dict() alone, or as safetensors",
            file_, name);
     }
     return found->second;
   }
 
-  int64_t read_long() {  // little-endian two's complement of any length; torch needs at most 8 bytes
+  /// A little-endian two's complement of any length, of which torch needs at most 8 bytes.
+  int64_t read_long() {
     const auto bytes = read(read<uint8_t>());
     if (bytes.size() > 8) corrupt("an integer of more than 64 bits");
     if (bytes.empty()) return 0;
@@ -261,129 +271,151 @@ class Unpickler {
     stack_.push_back(found->second);
   }
 
-  // One operation; false at the end.
+  /// Does one operation; false at the end of the pickle.
   bool step() {
     const Op op = read<Op>();
+    if (op == Op::kStop) return false;
+    if (!push_literal(op) && !fill_container(op) && !use_memo(op) && !make_object(op)) {
+      fail(ErrorCode::kUnsupported,
+           "{}: the pickle uses operation 0x{:02x}, which a state_dict of tensors does not need", file_,
+           static_cast<int>(op));
+    }
+    return true;
+  }
+
+  // The operations by kind. Each function says whether `op` is one of its kind, and does it then.
+
+  bool push_literal(Op op) {
+    switch (op) {
+      case Op::kNone:
+        push(None{});
+        return true;
+      case Op::kNewTrue:
+        push(int64_t{1});
+        return true;
+      case Op::kNewFalse:
+        push(int64_t{0});
+        return true;
+      case Op::kBinInt:
+        push(int64_t{read<int32_t>()});
+        return true;
+      case Op::kBinInt1:
+        push(int64_t{read<uint8_t>()});
+        return true;
+      case Op::kBinInt2:
+        push(int64_t{read<uint16_t>()});
+        return true;
+      case Op::kLong1:
+        push(read_long());
+        return true;
+      case Op::kBinFloat:
+        read(8);
+        push(None{});
+        return true;
+      case Op::kBinUnicode:
+        push(read_text(read<uint32_t>()));
+        return true;
+      default:
+        return false;
+    }
+  }
+
+  bool fill_container(Op op) {
+    switch (op) {
+      case Op::kMark:
+        marks_.push_back(stack_.size());
+        return true;
+      case Op::kEmptyTuple:
+      case Op::kEmptyList:
+        push(Sequence{});
+        return true;
+      case Op::kTuple1:
+        push_tuple(1);
+        return true;
+      case Op::kTuple2:
+        push_tuple(2);
+        return true;
+      case Op::kTuple3:
+        push_tuple(3);
+        return true;
+      case Op::kTuple:
+        push(Sequence{pop_to_mark()});
+        return true;
+      case Op::kEmptyDict:
+        push(Dict{});
+        return true;
+      case Op::kAppend:
+        append({pop()});
+        return true;
+      case Op::kAppends:
+        append(pop_to_mark());
+        return true;
+      case Op::kSetItem: {
+        const Ref value = pop(), key = pop();
+        set_items(get<Dict>(top()), {key, value});
+        return true;
+      }
+      case Op::kSetItems: {
+        const std::vector<Ref> items = pop_to_mark();
+        set_items(get<Dict>(top()), items);
+        return true;
+      }
+      default:
+        return false;
+    }
+  }
+
+  bool use_memo(Op op) {
+    switch (op) {
+      case Op::kBinPut:
+        memo_[read<uint8_t>()] = top();
+        return true;
+      case Op::kLongBinPut:
+        memo_[read<uint32_t>()] = top();
+        return true;
+      case Op::kBinGet:
+        recall(read<uint8_t>());
+        return true;
+      case Op::kLongBinGet:
+        recall(read<uint32_t>());
+        return true;
+      default:
+        return false;
+    }
+  }
+
+  bool make_object(Op op) {
     switch (op) {
       case Op::kProto:
         if (const int version = read<uint8_t>(); version != 2) {
           fail(ErrorCode::kUnsupported,
                "{}: pickle protocol {}; torch.save writes protocol 2 unless told otherwise", file_, version);
         }
-        break;
-      case Op::kStop:
-        return false;
-      case Op::kMark:
-        marks_.push_back(stack_.size());
-        break;
-      case Op::kNone:
-        push(None{});
-        break;
-      case Op::kNewTrue:
-        push(int64_t{1});
-        break;
-      case Op::kNewFalse:
-        push(int64_t{0});
-        break;
-      case Op::kBinInt:
-        push(int64_t{read<int32_t>()});
-        break;
-      case Op::kBinInt1:
-        push(int64_t{read<uint8_t>()});
-        break;
-      case Op::kBinInt2:
-        push(int64_t{read<uint16_t>()});
-        break;
-      case Op::kLong1:
-        push(read_long());
-        break;
-      case Op::kBinFloat:
-        read(8);
-        push(None{});
-        break;
-      case Op::kBinUnicode:
-        push(read_text(read<uint32_t>()));
-        break;
+        return true;
       case Op::kGlobal:
         push(find_global());
-        break;
+        return true;
       case Op::kBinPersId:
         push(load_storage(get<Sequence>(pop())));
-        break;
+        return true;
       case Op::kReduce:
         reduce();
-        break;
-      case Op::kBuild:  // the attributes of a state_dict: its _metadata
+        return true;
+      case Op::kBuild:  // It sets the attributes of a state_dict, its _metadata, which nobody needs here.
         pop();
         get<Dict>(top());
-        break;
-      case Op::kEmptyTuple:
-      case Op::kEmptyList:
-        push(Sequence{});
-        break;
-      case Op::kTuple1:
-        push_tuple(1);
-        break;
-      case Op::kTuple2:
-        push_tuple(2);
-        break;
-      case Op::kTuple3:
-        push_tuple(3);
-        break;
-      case Op::kTuple:
-        push(Sequence{pop_to_mark()});
-        break;
-      case Op::kEmptyDict:
-        push(Dict{});
-        break;
-      case Op::kAppend: {
-        const Ref item = pop();
-        get<Sequence>(top()).items.push_back(item);
-        break;
-      }
-      case Op::kAppends: {
-        const std::vector<Ref> items = pop_to_mark();
-        auto& list = get<Sequence>(top()).items;
-        list.insert(list.end(), items.begin(), items.end());
-        break;
-      }
-      case Op::kSetItem: {
-        const Ref value = pop(), key = pop();
-        set_items(get<Dict>(top()), {key, value});
-        break;
-      }
-      case Op::kSetItems: {
-        const std::vector<Ref> items = pop_to_mark();
-        set_items(get<Dict>(top()), items);
-        break;
-      }
-      case Op::kBinPut:
-        memo_[read<uint8_t>()] = top();
-        break;
-      case Op::kLongBinPut:
-        memo_[read<uint32_t>()] = top();
-        break;
-      case Op::kBinGet:
-        recall(read<uint8_t>());
-        break;
-      case Op::kLongBinGet:
-        recall(read<uint32_t>());
-        break;
+        return true;
       default:
-        fail(ErrorCode::kUnsupported,
-             "{}: the pickle uses operation 0x{:02x}, which a state_dict of tensors does not "
-             "need",
-             file_, static_cast<int>(op));
+        return false;
     }
-    return true;
   }
 
   std::span<const std::byte> data_;
   const std::string& file_;
   size_t at_ = 0;
-  std::deque<Value> values_;  // a deque: references stay valid while values are added
+  std::deque<Value> values_;  // of which references stay valid while values are added
   std::vector<Ref> stack_;
-  std::vector<size_t> marks_;  // stack heights
+  std::vector<size_t> marks_;  // heights of the stack
   std::unordered_map<uint32_t, Ref> memo_;
 };
 

@@ -19,8 +19,8 @@ namespace {
 
 using Archive = caffe2::serialize::PyTorchStreamReader;
 
-/// Lets libtorch's zip reader read the mapping. The bounds are checked here: the reader trusts what a zip
-/// says.
+/// Lets libtorch's zip reader read the mapping. Bounds are checked here, because the reader trusts what the
+/// archive says.
 class MappingAdapter : public caffe2::serialize::ReadAdapterInterface {
  public:
   explicit MappingAdapter(std::shared_ptr<const MappedFile> file) : file_(std::move(file)) {}
@@ -126,7 +126,7 @@ class TorchPickleSource : public TensorSource {
   Storage read_record(Archive& archive, const std::string& record) const {
     const auto file = file_->bytes();
     const size_t begin = archive.getRecordOffset(record), size = archive.getRecordSize(record);
-    uint16_t compression;  // a field of the local header, which getRecordOffset() has read
+    uint16_t compression;  // It is a field of the local header, whose bounds getRecordOffset() has checked.
     std::memcpy(&compression, file.data() + archive.getRecordHeaderOffset(record) + 8, sizeof(compression));
     if (compression == 0) {
       if (begin > file.size() || size > file.size() - begin) {

@@ -1,5 +1,5 @@
 #pragma once
-// A HuggingFace checkpoint directory: tensors by name, whatever files they are in.
+// A HuggingFace checkpoint directory as tensors by name, whatever files they are in.
 
 #include <ATen/core/Tensor.h>
 
@@ -13,18 +13,18 @@
 
 namespace stbllm {
 
-/// Where the tensors of a file are; implemented by safetensors and pytorch_model.bin.
+/// The tensors of one file: a safetensors file or a pytorch_model.bin.
 class TensorSource {
  public:
   virtual ~TensorSource() = default;
   virtual const std::filesystem::path& path() const = 0;
   virtual std::vector<std::string> names() const = 0;
   virtual std::vector<int64_t> shape(const std::string& name) const = 0;
-  /// A contiguous view of the mapped file in the file's own dtype (F32, F16, BF16). Do not write to it.
-  /// Copied is only what cannot be a view: elements that are compressed, strided or not aligned to their
+  /// A contiguous view of the mapped file in the file's own dtype (F32, F16, BF16), which must not be written
+  /// to. Only what cannot be a view is copied: elements that are compressed, strided or not aligned to their
   /// size. Throws Error(kUnsupported) for another dtype.
   virtual at::Tensor load(const std::string& name) const = 0;
-  /// The tensor's pages may leave memory.
+  /// Lets the pages of a tensor leave memory; they come back when it is read again.
   virtual void release(const std::string& name) const = 0;
 };
 
@@ -45,6 +45,7 @@ class Checkpoint {
   /// The tensor `name`, which must have `shape`, in the file's dtype (F32, F16, BF16), a view of the mapping.
   /// Throws Error(kMismatch) naming tensor, file, expected and found; Error(kUnsupported) for another dtype.
   at::Tensor load(const std::string& name, const std::vector<int64_t>& shape) const;
+  /// Lets the pages of a tensor leave memory; they come back when it is read again.
   void release(const std::string& name) const;
 
  private:

@@ -1,8 +1,8 @@
 #pragma once
-// The pickle inside pytorch_model.bin: a dictionary of tensors that describe themselves by storage, offset,
-// shape and strides. A pickle is a program, so only the few operations that torch.save writes for a
-// state_dict are understood, and only the functions and types listed in pickle.cc may be named. Nothing is
-// ever executed.
+// The pickle inside pytorch_model.bin: a dictionary of tensors, each described by storage, offset, shape and
+// strides. A pickle is a program. Only the few operations that torch.save writes for a state_dict are
+// understood here, and only the functions and types that pickle.cc lists may be named. Nothing is ever
+// executed.
 
 #include <c10/core/ScalarType.h>
 
@@ -15,14 +15,15 @@
 
 namespace stbllm {
 
-/// One tensor: elements `offset + sum_i index_i * strides_i` of a storage that several tensors may share.
+/// One tensor. Its element (index_0, index_1, ...) is element `offset + sum_i index_i * strides_i` of a
+/// storage, which several tensors may share.
 struct PickledTensor {
   at::ScalarType dtype;
   std::string storage;    ///< key of the record that holds the storage
   int64_t storage_numel;  ///< elements of the storage
   int64_t offset;
   std::vector<int64_t> shape;
-  std::vector<int64_t> strides;  ///< in elements, not negative
+  std::vector<int64_t> strides;  ///< in elements; none is negative
 };
 
 /// The tensors of a pickled state_dict by name; all their elements lie within their storage. Values that are

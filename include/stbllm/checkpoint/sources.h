@@ -12,8 +12,8 @@ namespace stbllm {
 std::shared_ptr<const TensorSource> open_safetensors(const std::filesystem::path& path);
 
 /// A pytorch_model.bin as torch.save has written it since PyTorch 1.6: a zip archive of a pickle and
-/// storages. Storages that are stored uncompressed (torch.save does nothing else) are views of the mapping.
-/// Throws Error(kNotFound | kCorrupt | kUnsupported); the format before 1.6 is kUnsupported.
+/// storages. Storages that are not compressed are views of the mapping; torch.save never compresses them.
+/// Throws Error(kNotFound | kCorrupt | kUnsupported), the last one also for the format before PyTorch 1.6.
 std::shared_ptr<const TensorSource> open_torch_pickle(const std::filesystem::path& path);
 
 }  // namespace stbllm
