@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the build needs, and nothing else: Debian/Ubuntu packages and libtorch.
+# Installs what the build and its tests need, and nothing else: Debian/Ubuntu packages, libtorch, and the two
+# tools of scripts/check_style.sh (without them its tests are skipped).
 # Run it again at any time: what is already there is kept.
 #
 #   bash scripts/setup.sh
@@ -43,6 +44,8 @@ if ((${#missing[@]})); then
 fi
 # Headers of the Gloo that libtorch holds, for calibration in several processes.
 installed libgloo-dev || install libgloo-dev || say "libgloo-dev cannot be installed: quantize will run in one process"
+# Other versions of clang have other warnings.
+command -v clang++-14 >/dev/null || install clang-14 || say "clang 14 cannot be installed: the test style.warnings will be skipped"
 
 # --- libtorch -----------------------------------------------------------------------------------
 usable() { [ -f "$1/lib/libtorch_cpu.so" ] && [ -f "$1/include/ATen/ATen.h" ]; }
@@ -54,11 +57,14 @@ make_scratch() {  # beside the result: /tmp may be small
 }
 
 fetch_wheel() {  # name==version, platform tag, target directory
-  [ "$(uname -m)" = x86_64 ] || die "$1 is only fetched for x86_64; set TORCH_ROOT to a libtorch $torch_version"
   # The wheel's own Python tag does not matter: none of its Python is ever imported.
   python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
-    --python-version 3.12 --implementation cp --platform "$2" -d "$3" "$1" ||
-    die "cannot download $1 from PyPI; set TORCH_ROOT to a libtorch $torch_version instead"
+    --python-version 3.12 --implementation cp --platform "$2" -d "$3" "$1"
+}
+
+fetch_libtorch_part() {  # name==version, platform tag, target directory
+  [ "$(uname -m)" = x86_64 ] || die "$1 is only fetched for x86_64; set TORCH_ROOT to a libtorch $torch_version"
+  fetch_wheel "$@" || die "cannot download $1 from PyPI; set TORCH_ROOT to a libtorch $torch_version instead"
 }
 
 torch_root=${TORCH_ROOT:-}
@@ -79,7 +85,7 @@ PY
   if [ -z "$torch_root" ] || ! usable "$torch_root"; then
     say "fetching libtorch: torch==$torch_version (530 MB)"
     make_scratch
-    fetch_wheel "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
+    fetch_libtorch_part "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
     # Without the wheel's libgomp: the compiler's own serves libtorch as well, and a program wants only one.
     unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' -d "$scratch"
     rm -rf .deps/torch && mv "$scratch/torch" .deps/torch
@@ -93,9 +99,24 @@ has_cuda_libraries() { [[ $known == *libcudart.so.13* && $known == *libcupti.so.
 if [ "$torch_root" = "$PWD/.deps/torch" ] && [ ! -d .deps/nvidia ] && ! has_cuda_libraries; then
   say "fetching the CUDA run-time libraries that libtorch links (3 MB + 11 MB)"
   make_scratch
-  fetch_wheel nvidia-cuda-runtime==13.0.96 manylinux_2_17_x86_64 "$scratch"
-  fetch_wheel nvidia-cuda-cupti==13.0.85 manylinux_2_25_x86_64 "$scratch"
+  fetch_libtorch_part nvidia-cuda-runtime==13.0.96 manylinux_2_17_x86_64 "$scratch"
+  fetch_libtorch_part nvidia-cuda-cupti==13.0.85 manylinux_2_25_x86_64 "$scratch"
   for wheel in "$scratch"/nvidia_*.whl; do unzip -qo "$wheel" 'nvidia/*' -d "$scratch"; done
   mv "$scratch/nvidia" .deps/nvidia
 fi
 say "libtorch: $torch_root"
+
+# --- clang-format ---------------------------------------------------------------------------------
+# Versions differ in some lines, so that the very one is needed; the wheel holds the program itself.
+format_version=14.0.6
+is_formatter() { [[ $("$1" --version 2>/dev/null || true) == *" version $format_version"* ]]; }
+if ! is_formatter clang-format-14 && ! is_formatter clang-format && ! is_formatter .deps/clang-format; then
+  say "fetching clang-format $format_version (1 MB)"
+  make_scratch
+  if fetch_wheel "clang-format==$format_version" "manylinux2014_$(uname -m)" "$scratch"; then
+    unzip -qoj "$scratch"/clang_format-*.whl clang_format/data/bin/clang-format -d "$scratch"
+    chmod +x "$scratch/clang-format" && mv "$scratch/clang-format" .deps/clang-format
+  else
+    say "clang-format $format_version cannot be downloaded from PyPI: the test style.format will be skipped"
+  fi
+fi
