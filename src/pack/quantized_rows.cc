@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kMaxDimension = int64_t{1} << 30;
 
-// One block: its scale (the value that fp16 stores) and integers.
+// The weights that share a scale: the scale, as fp16 stores it, and their integers.
 struct Block {
   float scale = 0.0f;
   std::array<int, QuantizedRows::kColumnBlock> q{};
@@ -47,9 +47,9 @@ Block encode_8(std::span<const float> weights, float extreme) {
   return round_to(weights, std::abs(extreme) / 127.0f, -127, 127);
 }
 
-// -8 has no positive twin, so the sign of the scale sends the weight of largest magnitude there. Rounding to
-// a somewhat smaller or larger scale and then fitting the scale to the integers by least squares lowers the
-// relative error of Gaussian weights from 0.90 % (no search) to 0.82 %; twice as many steps give 0.81 %.
+// -8 has no positive twin, so that the sign of the scale is chosen to send the largest weight there. Rounding
+// to a somewhat smaller or larger scale and then fitting the scale to the integers by least squares lowers
+// the relative error of Gaussian weights from 0.90 % (no search) to 0.82 %; twice as many steps give 0.81 %.
 // Blocks of 32 columns would give 0.66 %, but a quarter bit more should buy a factor of 0.71.
 Block encode_4(std::span<const float> weights, float extreme) {
   constexpr int kSteps = 8;
@@ -127,7 +127,9 @@ QuantizedRows QuantizedRows::encode(const Layout& layout, const LoadRow& load_ro
             static_cast<size_t>(std::min<int64_t>(kColumnBlock, layout.cols - first)));
         const float extreme = *std::ranges::max_element(values, {}, [](float w) { return std::abs(w); });
         const bool finite = std::ranges::all_of(values, [](float w) { return std::isfinite(w); });
-        if (!finite || std::abs(extreme) / 8.0f > 50000.0f) {  // the search goes to 1.25 times that
+        // The search goes up to scales of 1.25 times extreme / 8, which must stay below 65504, the largest
+        // fp16.
+        if (!finite || std::abs(extreme) / 8.0f > 50000.0f) {
           first_bad = std::min(first_bad, row);
           break;
         }

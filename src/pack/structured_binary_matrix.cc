@@ -50,9 +50,9 @@ float load_half(std::span<const std::byte> plane, int64_t index) {
 bool is_scale(uint16_t half_bits) { return half_bits < 0x7c00; }  // finite, no sign
 bool is_finite(uint16_t half_bits) { return (half_bits & 0x7fff) < 0x7c00; }
 
-// A decode table holds one row of M symbols per code: 0 where nothing is kept, else 1 + 2 * level + sign.
-// Matrices with up to 2^16 codes (all that are of practical use except 4:8 with three levels) share one per
-// (nm, levels).
+// A decode table has a row of M symbols for each code: 0 where nothing is kept, else 1 + 2 * level + sign.
+// Matrices of the same (nm, levels) share it. It exists for up to 2^16 codes, which are all combinations of
+// practical use except 4:8 with three levels.
 constexpr uint64_t kMaxTableStates = 1 << 16;
 
 void expand_group(NmPattern nm, int levels, uint64_t code, uint8_t* symbols) {
@@ -76,7 +76,7 @@ const uint8_t* decode_table(NmPattern nm, int levels) {
   return table.data();
 }
 
-// The same bits as read_bits() with one load, where eight bytes are left.
+// What read_bits() returns, with one load where eight bytes are left.
 uint64_t read_code(std::span<const std::byte> plane, int64_t offset, int width) {
   const int64_t first = offset >> 3;
   if (first + 8 > std::ssize(plane)) return read_bits(plane.data(), offset, width);

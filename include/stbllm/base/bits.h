@@ -1,5 +1,5 @@
 #pragma once
-// Little-endian bit streams, half precision, binomials.
+// Bit streams, 16-bit floating-point numbers, and two small pieces of integer arithmetic.
 
 #include <bit>
 #include <cstddef>
@@ -8,10 +8,11 @@
 
 namespace stbllm {
 
+/// a / b, rounded up; a >= 0, b > 0.
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// The value of `width` (0..57) bits that start at bit `offset` of `stream`; bit 0 of a byte is its least
-/// significant. Reads only the bytes that hold those bits.
+/// The number in the `width` (0..57) bits that start at bit `offset` of `stream`, least significant bit
+/// first. Bit 0 of a byte is its least significant. Only the bytes that hold those bits are read.
 inline uint64_t read_bits(const std::byte* stream, int64_t offset, int width) {
   uint64_t value = 0;
   const int64_t first = offset >> 3, last = (offset + width + 7) >> 3;
@@ -19,7 +20,7 @@ inline uint64_t read_bits(const std::byte* stream, int64_t offset, int width) {
   return (value >> (offset & 7)) & ((uint64_t{1} << width) - 1);
 }
 
-/// Sets those bits to `value`; the other bits of the stream stay.
+/// Sets the `width` bits that start at bit `offset` of `stream` to `value`; all other bits stay as they are.
 inline void write_bits(std::byte* stream, int64_t offset, int width, uint64_t value) {
   for (int done = 0; done < width;) {
     const int64_t byte = (offset + done) >> 3;
@@ -32,26 +33,26 @@ inline void write_bits(std::byte* stream, int64_t offset, int width, uint64_t va
   }
 }
 
-/// IEEE binary16 -> binary32, exact.
+/// Converts IEEE binary16 to binary32, which is exact.
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t magnitude = h & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude < 0x400u) {  // subnormal: magnitude * 2^-24
+  if (magnitude < 0x400u) {  // a subnormal number is magnitude * 2^-24
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }
   return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-/// binary32 -> binary16, round to nearest even; overflow becomes infinity.
+/// Rounds binary32 to the nearest binary16, ties to even; what is too large becomes infinity.
 inline uint16_t float_to_half(float f) {
   const uint32_t bits = std::bit_cast<uint32_t>(f);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
-  if (magnitude < 0x38800000u) {  // below 2^-14: the float adder rounds to multiples of 2^-24
+  if (magnitude < 0x38800000u) {  // Below 2^-14 adding 0.5 rounds to a multiple of 2^-24.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
   }
@@ -59,7 +60,7 @@ inline uint16_t float_to_half(float f) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-/// n choose k for n <= 16.
+/// n choose k, for n up to 16.
 constexpr int64_t binomial(int n, int k) {
   if (k < 0 || k > n) return 0;
   int64_t result = 1;
@@ -70,10 +71,10 @@ constexpr int64_t binomial(int n, int k) {
 /// The smallest number of bits that can tell `states` (>= 1) values apart.
 constexpr int bits_for(uint64_t states) { return states <= 1 ? 0 : std::bit_width(states - 1); }
 
-/// bfloat16 -> binary32, exact.
+/// Converts bfloat16 to binary32, which is exact.
 inline float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
 
-/// binary32 -> bfloat16, round to nearest even; NaN stays NaN.
+/// Rounds binary32 to the nearest bfloat16, ties to even; NaN stays NaN.
 inline uint16_t float_to_bfloat16(float f) {
   const uint32_t bits = std::bit_cast<uint32_t>(f);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);

@@ -1,5 +1,5 @@
 #pragma once
-// What the processor is good at.
+// Choices between two correct ways that depend on the processor.
 
 namespace stbllm {
 

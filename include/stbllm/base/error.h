@@ -1,6 +1,6 @@
 #pragma once
-// Errors. Libraries throw Error and never print, abort or exit; the command line turns one into a
-// single line on stderr and the code into the exit status.
+// How failures are reported. Libraries throw Error and never print, abort or exit. The command line writes
+// the message as one line to stderr, and the code is its exit status.
 
 #include <fmt/format.h>
 
@@ -10,17 +10,17 @@
 
 namespace stbllm {
 
-/// What went wrong, as a process exit status. 1 is left to unexpected faults (a bug, an exception of a
-/// library).
+/// What went wrong, as an exit status. 1 is left to faults that nobody expected: a bug, or an exception that
+/// a library throws.
 enum class ErrorCode : int {
-  kUsage = 2,          ///< command line or recipe: unknown option, value out of range
-  kNotFound = 3,       ///< a path that does not exist or cannot be read
-  kCorrupt = 4,        ///< a file that is damaged: truncated, bad header, wrong checksum
-  kMismatch = 5,       ///< parts that do not fit together: missing tensor, wrong shape, wrong fingerprint
-  kUnsupported = 6,    ///< a model, option or format this program does not implement
-  kTooLittleText = 7,  ///< a text too short for the windows asked for
+  kUsage = 2,          ///< the command line or a recipe has an unknown option or a value out of range
+  kNotFound = 3,       ///< a path does not exist or cannot be read
+  kCorrupt = 4,        ///< a file is damaged: truncated, with a bad header or a wrong checksum
+  kMismatch = 5,       ///< parts do not fit together: a missing tensor, a wrong shape, another fingerprint
+  kUnsupported = 6,    ///< this program does not implement a model, an option or a format
+  kTooLittleText = 7,  ///< a text is too short for the windows that were asked for
   kExists = 8,         ///< the output is there already and --force was not given
-  kWriteFailed = 9,    ///< disk full, no permission
+  kWriteFailed = 9,    ///< a file cannot be written: the disk is full, or there is no permission
   kVerifyFailed = 10,  ///< the packed file does not reproduce the quantizer's result
   kInterrupted = 130,  ///< Ctrl-C, or another process of a group is gone
 };
@@ -34,7 +34,8 @@ class Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-/// Throws Error. One sentence: object, expected, found, what to do.
+/// Throws Error. The message is one sentence that names the object, what was expected, what was found, and
+/// what to do.
 template <typename... Args>
 [[noreturn]] void fail(ErrorCode code, fmt::format_string<Args...> format, Args&&... args) {
   throw Error(code, fmt::format(format, std::forward<Args>(args)...));
@@ -42,7 +43,8 @@ template <typename... Args>
 
 }  // namespace stbllm
 
-/// An invariant of this program (not of its input): a failure is a bug, reported with file, line and values.
+/// Throws std::logic_error with file, line and values unless `condition` holds. It is for invariants of this
+/// program, whose failure is a bug, and not for its input.
 #define STBLLM_CHECK(condition, ...)                                                                    \
   do {                                                                                                  \
     if (!(condition))                                                                                   \

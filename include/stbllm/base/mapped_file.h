@@ -1,5 +1,5 @@
 #pragma once
-// A file mapped into memory, read only.
+// A file that is mapped into memory and only read.
 
 #include <cstddef>
 #include <filesystem>
@@ -18,7 +18,8 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return bytes_; }
   const std::filesystem::path& path() const { return path_; }
-  /// Tells the kernel that this range will not be needed again soon, so that it does not count as resident.
+  /// Tells the system that this range will not be needed again soon, so that it leaves memory. It may be read
+  /// again all the same. Only whole pages within the range are given up.
   void release(std::span<const std::byte> range) const;
 
  private:

@@ -1,6 +1,6 @@
 #pragma once
-// N:M sparsity: N weights kept of every M consecutive columns of a row. Always kept:group, never
-// pruned:group.
+// N:M sparsity: of every M consecutive columns of a row, N weights are kept. The first number is always that
+// of the kept ones, never that of the pruned ones.
 
 #include <compare>
 #include <string>

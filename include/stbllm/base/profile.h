@@ -20,11 +20,11 @@ namespace stbllm {
 struct Stage {
   std::string name;    ///< "shrink choice/encode": nested stages after a slash
   double seconds = 0;  ///< wall clock, nested stages included
-  double flops = 0;    ///< floating-point operations that were announced, nested stages included; 0: none
+  double flops = 0;    ///< floating-point operations that were announced, nested stages included
   int64_t calls = 0;
 };
 
-/// Times its own life as a stage.
+/// Times its own life as a stage. `flops` floating-point operations are done in it, nested stages excluded.
 class StageTimer {
  public:
   explicit StageTimer(std::string_view name, double flops = 0);
@@ -37,8 +37,8 @@ class StageTimer {
   double flops_;
 };
 
-/// The stages of this thread since the last reset, an outer one before those inside it, else in the order of
-/// first use.
+/// The stages of this thread since the last reset. An outer one stands before those inside it; otherwise they
+/// are in the order of first use.
 std::vector<Stage> profiled_stages();
 void reset_profile();
 

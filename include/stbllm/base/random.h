@@ -1,7 +1,7 @@
 #pragma once
-// SplitMix64 (Steele, Lea, Flood 2014): the state advances by the golden ratio, each output is a bijective
-// mix of it. In place of a library's generator, because windows and samples must be the same on every
-// machine.
+// SplitMix64 (Steele, Lea, Flood 2014): the state advances by the golden ratio times 2^64, and each output is
+// a bijective mix of the state. The standard library's distributions differ from one library to the next, but
+// windows and samples must be the same on every machine.
 
 #include <cstdint>
 
@@ -17,7 +17,8 @@ class SplitMix64 {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
   }
-  /// Uniform in [0, end): outputs below 2^64 mod end are drawn again, so that each value has as many outputs.
+  /// Uniform in [0, end). Outputs below 2^64 mod end are drawn again, so that every value comes from equally
+  /// many outputs.
   uint64_t below(uint64_t end) {
     const uint64_t excess = (0 - end) % end;
     uint64_t value;
@@ -25,7 +26,7 @@ class SplitMix64 {
     while (value < excess);
     return value % end;
   }
-  /// Uniform in [0, 1), 53 bits.
+  /// A multiple of 2^-53, uniform in [0, 1).
   double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
 
  private:

@@ -1,12 +1,12 @@
 #pragma once
-// What makes results independent of the machine's number of threads.
+// Makes results independent of the number of threads.
 
 #include <cstdlib>
 
 namespace stbllm {
 
-/// MKL, which multiplies for libtorch, splits some sums by the number of threads unless it is told not to
-/// before its first product. What the environment says already stays.
+/// Tells MKL, which multiplies for libtorch, not to split sums by the number of threads. It must be called
+/// before the first product. A setting that the environment holds already stays.
 inline void make_products_reproducible() { ::setenv("MKL_CBWR", "AUTO,STRICT", /*overwrite=*/0); }
 
 }  // namespace stbllm

@@ -3,7 +3,7 @@
 //
 //   weight(row, col) = scale(row, col / 64) * q(row, col)    q in -128..127 or -8..7, scale in fp16
 //
-// 8.25 or 4.25 bits per weight.
+// With its scales a weight takes 8.25 or 4.25 bits.
 
 #include <cstddef>
 #include <cstdint>
@@ -23,23 +23,23 @@ class QuantizedRows {
     int bits = 8;  ///< 8 or 4
 
     bool operator==(const Layout&) const = default;
-    int64_t code_row_bytes() const;  ///< cols, or ceil(cols / 2): the even column in the low half of a byte
+    int64_t code_row_bytes() const;  ///< = ceil(cols * bits / 8); an even column is the low half of a byte
     int64_t column_blocks() const;   ///< = ceil(cols / 64)
     /// Throws Error(kCorrupt) naming `what` when a field is out of range.
     void validate(std::string_view what) const;
   };
 
   QuantizedRows() = default;
-  /// A view of codes (rows, code_row_bytes) and fp16 scales (rows, column_blocks). Checks sizes, unused bits
-  /// and that scales are finite: throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
+  /// A view of integers (rows, code_row_bytes) and fp16 scales (rows, column_blocks), which `owner` keeps
+  /// alive. Throws Error(kCorrupt) naming `what` unless sizes fit, unused bits are 0 and scales are finite.
   QuantizedRows(const Layout& layout, std::span<const std::byte> codes, std::span<const std::byte> scales,
                 std::shared_ptr<const void> owner, std::string_view what);
 
   /// Writes the `cols` weights of a row to `out`. Called from several threads at once.
   using LoadRow = std::function<void(int64_t row, float* out)>;
-  /// The codes and scales with a small squared error: at 8 bits from the largest magnitude of each block, at
-  /// 4 bits by a search. Throws Error(kUnsupported) naming `what` when a weight is not finite or too large
-  /// for fp16 scales.
+  /// Integers and scales with a small squared error. At 8 bits a scale follows from the largest magnitude of
+  /// its columns, at 4 bits from a search. Throws Error(kUnsupported) naming `what` when a weight is not
+  /// finite or too large for fp16 scales.
   static QuantizedRows encode(const Layout& layout, const LoadRow& load_row, std::string_view what);
 
   const Layout& layout() const { return layout_; }
@@ -47,7 +47,7 @@ class QuantizedRows {
   std::span<const std::byte> scales() const { return scales_; }
   int64_t bytes() const { return std::ssize(codes_) + std::ssize(scales_); }
 
-  /// Writes the `cols` weights of `row`.
+  /// Writes the `cols` weights of `row` to `out`.
   void decode_row(int64_t row, float* out) const;
 
  private:

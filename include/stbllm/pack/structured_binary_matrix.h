@@ -1,5 +1,6 @@
 #pragma once
-// One linear layer as structured binary planes. FORMAT.md is the specification; this file is its arithmetic.
+// The weight of one linear as structured binary planes. FORMAT.md is the specification; this file is its
+// arithmetic.
 //
 // A row is cut into groups of M consecutive columns (the last group is padded with virtual columns). Every
 // group keeps exactly N positions and stores one code, an index over all (support, levels, signs):
@@ -8,7 +9,7 @@
 //   rank(p_0 < p_1 < ...) = sum_k C(p_k, k+1)                                     colexicographic
 //
 // and a kept weight is  (sign ? -1 : +1) * scale(row, column / column_block, level).
-// Salient columns have level digits 0 and a second, residual sign; where kept they are
+// A weight of a salient column has level 0 in its code and a second sign; where it is kept it is
 // +-scale(row, block, L) +- scale(row, block, L + 1). Outlier columns are fp16 values, whatever the codes
 // say.
 
@@ -25,16 +26,16 @@
 
 namespace stbllm {
 
-/// The shape and coding of a matrix: everything that decides how many bytes each plane has.
+/// The shape of a matrix and the arrangement of its planes: everything that decides how many bytes each has.
 struct Layout {
   int64_t rows = 0;  ///< out features
   int64_t cols = 0;  ///< in features
   NmPattern nm;
-  int levels = 1;          ///< L, magnitude levels of a kept weight: 1 (binary), 2, 3 (trisection)
+  int levels = 1;          ///< L, the magnitudes a kept weight can have: 1, 2 or 3
   int column_block = 128;  ///< columns that share scales; a multiple of M
-  int scale_bits = 16;     ///< 16: fp16 per (row, column block, slot)
-                           ///< 4..6: log code per (row, column block) x fp16 per row x fp16 per slot
-  int64_t salient = 0;     ///< columns with a residual sign plane
+  int scale_bits = 16;     ///< the coding of scales: at 16 an fp16 per (row, column block, slot); at 4..6 a
+                           ///< scale code per (row, column block), times an fp16 per row and one per slot
+  int64_t salient = 0;     ///< columns with a second sign
   int64_t outliers = 0;    ///< columns stored in fp16
 
   bool operator==(const Layout&) const = default;
@@ -42,7 +43,7 @@ struct Layout {
   int64_t groups() const;          ///< per row, = ceil(cols / M)
   uint64_t code_states() const;    ///< C(M, N) (2 L)^N
   int code_bits() const;           ///< 3 (1:4) .. 44 (14:16 with three levels)
-  int64_t code_row_bytes() const;  ///< rows start at a byte
+  int64_t code_row_bytes() const;  ///< of the codes of a row, which start at a byte
   int64_t column_blocks() const;   ///< = ceil(cols / column_block)
   int scale_slots() const { return levels + (salient > 0 ? 2 : 0); }
   int64_t scale_code_row_bytes() const;
@@ -59,7 +60,7 @@ enum class Plane {
   kRowScales,       ///< F16 (rows)                                  if scale_bits < 16
   kLevels,          ///< F16 (scale_slots)                           if scale_bits < 16
   kSalientColumns,  ///< I32 (salient), ascending
-  kSalientSigns,    ///< U8  (salient, ceil(rows / 8)): residual signs, 1 = negative
+  kSalientSigns,    ///< U8  (salient, ceil(rows / 8)): second signs, 1 = negative
   kOutlierColumns,  ///< I32 (outliers), ascending
   kOutlierValues,   ///< F16 (outliers, rows)
 };
@@ -72,29 +73,31 @@ std::vector<int64_t> plane_shape(const Layout& layout, Plane plane);
 int64_t plane_bytes(const Layout& layout, Plane plane);
 int64_t layout_bytes(const Layout& layout);  ///< of all planes
 
-/// A group's content: kept positions (ascending), their levels and signs. Only the first N entries count.
+/// What a code says of its group: the kept positions (ascending), their levels and their signs. Only the
+/// first N entries count.
 struct GroupSymbols {
   std::array<uint8_t, 16> position{};
   std::array<uint8_t, 16> level{};
   std::array<uint8_t, 16> sign{};  ///< 1 = negative
 };
-/// encode and decode are inverse on codes < code_states(); symbols outside their ranges are a
+/// The code of a group, and back. Codes are below code_states(); symbols outside their ranges are a
 /// std::logic_error.
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
 GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
 
-/// base * 2^(-code * 2^(2 - bits)): a step of 2^(1/4) at 4 bits, 2^(1/16) at 6, always a range of 2^4.
+/// What a scale code multiplies the scale of its row by: 2^(-code * 2^(2 - scale_bits)). Neighbouring codes
+/// differ by a factor of 2^(1/4) at 4 bits and of 2^(1/16) at 6; the range is 2^4 at all of them.
 float scale_code_factor(int scale_bits, int code);
 
-/// A view of the planes of one matrix plus whatever keeps them alive. Cheap to copy.
+/// A view of the planes of one matrix, together with what keeps them alive. It is cheap to copy.
 class StructuredBinaryMatrix {
  public:
   using Planes = std::array<std::span<const std::byte>, kPlaneCount>;
 
   StructuredBinaryMatrix() = default;
-  /// Checks everything that FORMAT.md asks of a matrix: sizes, code ranges, padding, unused bits, column
-  /// lists (ascending, in range, 4-byte aligned) and scales (finite, not negative). Planes the layout lacks
-  /// are empty. Throws Error(kCorrupt) naming `what`. `owner` keeps the bytes alive.
+  /// Checks everything that FORMAT.md asks of a matrix: sizes, ranges of codes, padding, unused bits, lists
+  /// of columns (ascending, in range, aligned to 4 bytes) and scales (finite, not negative). Throws
+  /// Error(kCorrupt) naming `what`. Planes that the layout lacks are empty; `owner` keeps the bytes alive.
   StructuredBinaryMatrix(const Layout& layout, Planes planes, std::shared_ptr<const void> owner,
                          std::string_view what);
 
@@ -102,16 +105,16 @@ class StructuredBinaryMatrix {
   std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
 
   uint64_t code(int64_t row, int64_t group) const;
-  /// fp16 scale, or row_scale * scale_code_factor * levels[slot] multiplied left to right in float32.
+  /// The fp16 scale, or row_scale * scale_code_factor * levels[slot], multiplied left to right in float32.
   float scale(int64_t row, int64_t column_block, int slot) const;
   std::span<const int32_t> salient_columns() const;
   std::span<const int32_t> outlier_columns() const;
   bool salient_sign(int64_t index, int64_t row) const;
   float outlier_value(int64_t index, int64_t row) const;
 
-  /// The weight at (row, col). Slow: this is the decode rule of FORMAT.md, word for word.
+  /// The weight at (row, col). This is the decode rule of FORMAT.md, word for word, and slow.
   float at(int64_t row, int64_t col) const;
-  /// Writes the `cols` weights of `row`; equal to at() of each column.
+  /// Writes the `cols` weights of `row` to `out`; they equal at() of each column.
   void decode_row(int64_t row, float* out) const;
 
   /// Bytes of all planes.
@@ -126,9 +129,9 @@ class StructuredBinaryMatrix {
   Layout layout_;
   Planes planes_{};
   std::shared_ptr<const void> owner_;
-  int code_bits_ = 0;  // of layout_, which computes them anew at every call
+  int code_bits_ = 0;  // layout_ computes these two anew at every call
   int64_t code_row_bytes_ = 0;
-  const uint8_t* symbols_ = nullptr;  // decode table of (nm, levels), null when it would be too large
+  const uint8_t* symbols_ = nullptr;  // the decode table of (nm, levels), or null when it would be too large
 };
 
 }  // namespace stbllm
