@@ -32,7 +32,7 @@ std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge) {
 }  // namespace
 
 BytePairEncoder::BytePairEncoder(const nlohmann::json& model) {
-  const JsonFields fields(model);
+  const JsonFields fields(model, "model: ");
   const std::string type = fields.text("type", "BPE");
   if (type != "BPE") fail(ErrorCode::kUnsupported, "model \"{}\" is not implemented (BPE is)", type);
   if (fields.has("dropout") && fields.at("dropout") != 0)

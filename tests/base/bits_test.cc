@@ -41,7 +41,7 @@ TEST(Bits, WideWriteIgnoresBitsAboveTheWidth) {
   EXPECT_EQ(read_bits(stream.data(), 0, 16), 0b11100u);
 }
 
-// IEEE binary16 by its definition.
+// The value of an IEEE binary16 number by its definition.
 double half_value(uint16_t h) {
   const int exponent = h >> 10 & 31, fraction = h & 1023;
   double magnitude = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);

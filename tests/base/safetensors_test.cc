@@ -25,7 +25,7 @@ using test::read_all;
 using test::write_all;
 using ::testing::HasSubstr;
 
-// Header length, header, data.
+// A file: the length of the header, the header, the data.
 std::string container(const std::string& header, const std::string& data) {
   std::string file(8, '\0');
   const uint64_t length = header.size();
@@ -186,7 +186,7 @@ TEST(SafetensorsWriter, SaysWhereItCannotWrite) {
   expect_error(ErrorCode::kWriteFailed, "/proc/m", [&] { SafetensorsWriter("/proc/m", false); });
 }
 
-// The error of a full disk, by way of the limit on the size of files.
+// Makes writes fail as on a full disk, through the limit on the size of files.
 class FileSizeLimit {
  public:
   explicit FileSizeLimit(rlim_t bytes) {
@@ -218,7 +218,7 @@ TEST(SafetensorsWriter, ReportsAFullDiskAndLeavesNothingBehind) {
     return "no error";
   };
   {
-    const FileSizeLimit limit(1 << 20);  // enough for the spool, not for header + data
+    const FileSizeLimit limit(1 << 20);  // the spool fits, the header and the data do not
     SafetensorsWriter writer(directory / "m", false);
     writer.add("t", "U8", {1 << 20}, bytes_of(large));
     spool_error = message_of([&] { writer.add("u", "U8", {1 << 20}, bytes_of(large)); });

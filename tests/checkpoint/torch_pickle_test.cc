@@ -101,7 +101,7 @@ std::string four_floats() {
 
 // --- a file of torch.save ----------------------------------------------------------------------------------
 
-/// 0, 1/4, 2/4, ... as in tests/golden/make_state_dict.py.
+/// The numbers 0, 1/4, 2/4, ... as tests/golden/make_state_dict.py wrote them.
 at::Tensor ramp(at::IntArrayRef shape) {
   return (at::arange(c10::multiply_integers(shape), at::kFloat) / 4).reshape(shape);
 }
@@ -218,8 +218,7 @@ TEST(TorchPickle, SurvivesEveryChangedByte) {
   }
 }
 
-// --- the unpickler
-// ------------------------------------------------------------------------------------------
+// --- the unpickler ---------------------------------------------------------------------------------------
 
 TEST(Pickle, RefusesEveryGlobalThatIsNotListed) {
   const std::string pickle = Pickle().global("os", "system").text("echo").raw("\x85R").state_dict_of("w");

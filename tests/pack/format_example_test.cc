@@ -15,7 +15,7 @@
 namespace stbllm {
 namespace {
 
-// The lines of an example by their first word ("row 0" by two).
+// The lines of an example, by their first word or, for "row 0", by their first two words.
 using Example = std::map<std::string, std::string>;
 
 std::vector<Example> read_examples() {

@@ -235,8 +235,8 @@ void set_column(std::vector<std::byte>& plane, int64_t index, int32_t column) {
   std::memcpy(plane.data() + 4 * index, &column, 4);
 }
 
-// 2:4 with one level: 24 of 32 codes, 5 bits; 10 columns = 2 full groups and one of 2 real columns; 15 of 16
-// bits used.
+// With 2:4 and one level 24 of the 32 codes of 5 bits exist. 10 columns are two full groups and one with two
+// real columns, whose codes use 15 of the 16 bits of a row.
 constexpr Layout kSmall{.rows = 5, .cols = 10, .nm = {2, 4}};
 constexpr Layout kCoded{
     .rows = 5, .cols = 300, .nm = {2, 4}, .levels = 2, .scale_bits = 5, .salient = 3, .outliers = 2};

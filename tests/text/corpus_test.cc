@@ -90,7 +90,7 @@ TEST_F(CorpusTest, ReportsDamagedGzipFiles) {
 TEST_F(CorpusTest, ReportsWhatIsNotThere) {
   expect_error(ErrorCode::kNotFound, "no such text", [&] { read_corpus(directory_ / "absent.txt"); });
   expect_error(ErrorCode::kNotFound, "no such text", [&] { read_corpus(std::string(5000, 'x')); });
-  expect_error(ErrorCode::kNotFound, "regular file", [&] { read_corpus(directory_.path()); });
+  expect_error(ErrorCode::kNotFound, "Is a directory", [&] { read_corpus(directory_.path()); });
   expect_error(ErrorCode::kCorrupt, "empty", [&] { read_corpus(write("empty.txt", "")); });
 }
 

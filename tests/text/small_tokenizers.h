@@ -26,8 +26,8 @@ inline nlohmann::json split_by(const std::string& pattern) {
   return {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}, {"invert", false}};
 }
 
-/// Symbols of the 256 bytes: ! to ~, U+00A1 to U+00AC and U+00AE to U+00FF stand for themselves, the others
-/// in order for U+0100, U+0101, ...
+/// The symbols of the 256 bytes: ! to ~, U+00A1 to U+00AC and U+00AE to U+00FF stand for themselves, the
+/// others are U+0100, U+0101, ... in order.
 inline std::vector<std::string> byte_alphabet() {
   const auto two_bytes = [](int code) {
     return std::string{static_cast<char>(0xc0 + code / 64), static_cast<char>(0x80 + code % 64)};

@@ -463,7 +463,7 @@ TEST(Tokenizer, ReportsDamagedDefinitions) {
   expect_corrupt("/model/merges/0", "a b c", "found \"a b c\"");
   expect_corrupt("/model/merges/0", 7, "type must be string");
   expect_corrupt("/model/unk_token", "<none>", "unknown token \"<none>\"");
-  expect_corrupt("/model", nullptr, "json.exception");
+  expect_corrupt("/model", nullptr, "model: expected an object, found null");
   expect_corrupt("/added_tokens/1/id", 7, "\"<s>\" has the ids 1 and 7");
   expect_corrupt("/added_tokens/1", {{"id", 5}, {"content", "<new>"}}, "have the same id 5");
   expect_corrupt("/normalizer/normalizers/1/pattern/String", "", "empty pattern");
