@@ -21,9 +21,8 @@ void check_dtype(at::ScalarType dtype) {
          at::toString(dtype));
 }
 
-NormWeights load_norm(const ModelSpec& spec, const std::string& name, const TensorLoader& load) {
+NormWeights load_norm(const std::vector<TensorSpec>& tensors, const TensorLoader& load) {
   NormWeights norm;
-  const std::vector<TensorSpec> tensors = spec.norm_tensors(name);
   if (!tensors.empty()) norm.weight = load(tensors[0]);
   if (tensors.size() > 1) norm.bias = load(tensors[1]);
   return norm;
@@ -33,8 +32,8 @@ NormWeights load_norm(const ModelSpec& spec, const std::string& name, const Tens
 template <typename MakeLinear>
 std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, const TensorLoader& load,
                                          const MakeLinear& make_linear) {
-  auto block = std::make_shared<DecoderBlock>(spec, index, load_norm(spec, spec.attn_norm(index), load),
-                                              load_norm(spec, spec.mlp_norm(index), load));
+  auto block = std::make_shared<DecoderBlock>(spec, index);
+  for (const NormSpec& norm : block->norms()) block->norm(norm.role) = load_norm(norm.tensors, load);
   for (const LinearSpec& linear : block->linears())
     block->set_linear(linear.role, make_linear(linear, linear.has_bias ? load(linear.bias()) : at::Tensor()));
   return block;
@@ -105,7 +104,8 @@ void Decoder::load_outer(const TensorLoader& load, const TableLoader& load_table
     outer_.project_in = load(spec_.project_in());
     outer_.project_out = load(spec_.project_out());
   }
-  if (spec_.has_final_norm) outer_.final_norm = load_norm(spec_, spec_.final_norm(), load);
+  if (spec_.has_final_norm)
+    outer_.final_norm = load_norm(spec_.norm_tensors(spec_.final_norm(), spec_.hidden), load);
 }
 
 Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOptions& options) {
@@ -189,8 +189,7 @@ int64_t Decoder::bytes() const {
   if (!spec_.tied_head) total += outer_.head.bytes();
   for (const auto& block : blocks_) {
     if (block == nullptr) continue;
-    add_norm(block->attn_norm());
-    add_norm(block->mlp_norm());
+    for (const NormSpec& norm : block->norms()) add_norm(block->norm(norm.role));
     for (const LinearSpec& linear : block->linears()) total += block->linear(linear.role).bytes();
   }
   return total;

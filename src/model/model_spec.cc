@@ -193,10 +193,12 @@ ModelSpec ModelSpec::from_config(const json& object) {
     fail(ErrorCode::kCorrupt,
          "config.json: num_attention_heads = {} is not a multiple of num_key_value_heads = {}", spec.heads,
          spec.kv_heads);
-  if (!config.has("head_dim") && spec.hidden % spec.heads != 0)
+  const bool heads_split_hidden = !config.has("head_dim") && row.default_head_dim == 0;
+  if (heads_split_hidden && spec.hidden % spec.heads != 0)
     fail(ErrorCode::kCorrupt, "config.json: hidden_size = {} is not a multiple of num_attention_heads = {}",
          spec.hidden, spec.heads);
-  spec.head_dim = config.count("head_dim", spec.hidden / spec.heads);
+  spec.head_dim =
+      heads_split_hidden ? spec.hidden / spec.heads : config.count("head_dim", row.default_head_dim);
   spec.ffn = config.count(row.ffn_key);
   spec.vocab = config.count("vocab_size");
   spec.max_positions = config.count("max_position_embeddings");
@@ -275,10 +277,21 @@ std::vector<LinearSpec> ModelSpec::linears(int64_t block) const {
   return result;
 }
 
-std::vector<TensorSpec> ModelSpec::norm_tensors(const std::string& name) const {
+std::vector<NormSpec> ModelSpec::norms(int64_t block) const {
+  std::vector<NormSpec> result;
+  for (const NormSlot& slot : architecture->norms) {
+    const bool of_a_head = slot.role == NormRole::kQuery || slot.role == NormRole::kKey;
+    const int64_t width = of_a_head ? head_dim : hidden;
+    const std::string name = block_prefix(block) + std::string(slot.name);
+    result.push_back({.name = name, .role = slot.role, .width = width, .tensors = norm_tensors(name, width)});
+  }
+  return result;
+}
+
+std::vector<TensorSpec> ModelSpec::norm_tensors(const std::string& name, int64_t width) const {
   if (!norm_affine) return {};
-  std::vector<TensorSpec> result = {{name + ".weight", {hidden}}};
-  if (architecture->norm == Norm::kLayer) result.push_back({name + ".bias", {hidden}});
+  std::vector<TensorSpec> result = {{name + ".weight", {width}}};
+  if (architecture->norm == Norm::kLayer) result.push_back({name + ".bias", {width}});
   return result;
 }
 
@@ -306,18 +319,10 @@ TensorSpec ModelSpec::project_out() const {
 
 std::string ModelSpec::final_norm() const { return prefix + std::string(architecture->final_norm); }
 
-std::string ModelSpec::attn_norm(int64_t block) const {
-  return block_prefix(block) + std::string(architecture->attn_norm);
-}
-
-std::string ModelSpec::mlp_norm(int64_t block) const {
-  return block_prefix(block) + std::string(architecture->mlp_norm);
-}
-
 std::vector<TensorSpec> ModelSpec::other_tensors() const {
   std::vector<TensorSpec> result = {embedding()};
-  const auto add_norm = [&](const std::string& name) {
-    for (TensorSpec& tensor : norm_tensors(name)) result.push_back(std::move(tensor));
+  const auto add = [&](const std::vector<TensorSpec>& tensors) {
+    result.insert(result.end(), tensors.begin(), tensors.end());
   };
   if (architecture->position == Position::kLearned) result.push_back(position_table());
   if (has_projections()) {
@@ -325,12 +330,11 @@ std::vector<TensorSpec> ModelSpec::other_tensors() const {
     result.push_back(project_out());
   }
   for (int64_t block = 0; block < layers; ++block) {
-    add_norm(attn_norm(block));
-    add_norm(mlp_norm(block));
+    for (const NormSpec& norm : norms(block)) add(norm.tensors);
     for (const LinearSpec& linear : linears(block))
       if (linear.has_bias) result.push_back(linear.bias());
   }
-  if (has_final_norm) add_norm(final_norm());
+  if (has_final_norm) add(norm_tensors(final_norm(), hidden));
   if (!tied_head) result.push_back(head());
   return result;
 }

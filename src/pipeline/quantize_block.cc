@@ -213,8 +213,8 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
             quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
             bias == quantized.tensors.end() ? dense.bias() : bias->second, dense.product_dtype()));
   }
-  install(quantized.tensors, block.attn_norm(), spec.attn_norm(block.index()));
-  install(quantized.tensors, block.mlp_norm(), spec.mlp_norm(block.index()));
+  for (const NormSpec& norm : spec.norms(block.index()))
+    install(quantized.tensors, block.norm(norm.role), norm.name);
 }
 
 void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name) {

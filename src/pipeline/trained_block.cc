@@ -86,8 +86,7 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
     weights_.emplace_back(quantized.linears.at(linears[i].name), originals[i], train_codes);
     block.set_linear(linears[i].role, std::make_unique<DenseLinear>(weights_.back().dense(), bias));
   }
-  vectors_.add_norm(block.attn_norm(), spec.attn_norm(block.index()));
-  vectors_.add_norm(block.mlp_norm(), spec.mlp_norm(block.index()));
+  for (const NormSpec& norm : spec.norms(block.index())) vectors_.add_norm(block.norm(norm.role), norm.name);
 }
 
 void TrainedBlock::step(const TuneRates& rates) {

@@ -38,6 +38,15 @@ struct LinearSlot {
   Flag bias;
 };
 
+/// What a norm is applied to. A query or key norm is applied to each head by itself, before rotation.
+enum class NormRole { kAttn, kMlp, kQuery, kKey };
+inline constexpr int kNormRoleCount = 4;
+
+struct NormSlot {
+  NormRole role;
+  std::string_view name;  ///< within the block, "input_layernorm"
+};
+
 enum class Norm { kRms, kLayer };
 enum class Position { kRotary, kLearned };
 enum class Mlp { kGated, kPlain };  ///< down(act(gate(x)) * up(x)) | down(act(up(x)))
@@ -49,14 +58,14 @@ struct Architecture {
   Position position;
   Mlp mlp;
   std::span<const LinearSlot> linears;  ///< in the order of the forward pass
-  bool sliding_window;     ///< config key "sliding_window" is obeyed; null: every token sees all before it
-  int64_t default_window;  ///< its value when it is absent
+  std::span<const NormSlot> norms;      ///< of a decoder block; the final norm stands below
+  bool sliding_window;       ///< config key "sliding_window" is obeyed; null: every token sees all before it
+  int64_t default_window;    ///< its value when it is absent
+  int64_t default_head_dim;  ///< value of "head_dim" when it is absent; 0: hidden_size / num_attention_heads
 
   std::string_view embedding;   ///< "embed_tokens"
   std::string_view positions;   ///< "decoder.embed_positions", empty for rotary
   std::string_view blocks;      ///< "layers": block i is "layers.i."
-  std::string_view attn_norm;   ///< "input_layernorm"
-  std::string_view mlp_norm;    ///< "post_attention_layernorm"
   std::string_view final_norm;  ///< "norm"
   std::string_view project_in;  ///< "decoder.project_in", empty where embeddings are as wide as hidden states
   std::string_view project_out;

@@ -4,8 +4,9 @@
 //   h = h + o(attention(q(n), k(n), v(n)))      n = attn_norm(h)
 //   h = h + mlp(mlp_norm(h))                    mlp(n) = down(act(gate(n)) * up(n))  or  down(act(up(n)))
 //
-// and with norms after the sum instead of before the branch where the spec says so. Works in float32 and
-// bfloat16, on the CPU and on CUDA, and under autograd.
+// and with norms after the sum instead of before the branch where the spec says so. Where the architecture
+// has norms of queries and keys, each head of q(n) and k(n) passes through them before it is rotated. Works
+// in float32 and bfloat16, on the CPU and on CUDA, and under autograd.
 
 #include <ATen/core/Tensor.h>
 
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "stbllm/model/linear.h"
@@ -74,8 +76,8 @@ using TapObserver = std::function<void(Tap, const at::Tensor& input)>;
 
 class DecoderBlock {
  public:
-  /// Linears are set one by one; forward needs all of them. `spec` is copied.
-  DecoderBlock(const ModelSpec& spec, int64_t index, NormWeights attn_norm, NormWeights mlp_norm);
+  /// Linears and the weights of norms are set one by one; forward needs all of them. `spec` is copied.
+  DecoderBlock(const ModelSpec& spec, int64_t index);
 
   /// hidden (batch, tokens, hidden) -> the same shape. `positions` has count == tokens. With a cache,
   /// positions.first == cache->length(); the caller advances the cache after the last block.
@@ -86,8 +88,9 @@ class DecoderBlock {
   const std::vector<LinearSpec>& linears() const { return linear_specs_; }
   const Linear& linear(Role role) const;
   void set_linear(Role role, std::unique_ptr<Linear> linear);
-  NormWeights& attn_norm() { return attn_norm_; }
-  NormWeights& mlp_norm() { return mlp_norm_; }
+  const std::vector<NormSpec>& norms() const { return norm_specs_; }
+  /// The norm of this role, one of norms(); mutable, since loading sets it and training changes it.
+  NormWeights& norm(NormRole role);
 
  private:
   at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
@@ -96,13 +99,16 @@ class DecoderBlock {
   at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                     const Positions& positions) const;
   at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
+  /// x where the block has no norm of this role.
+  at::Tensor normalize(NormRole role, const at::Tensor& x) const;
 
   ModelSpec spec_;
   int64_t index_;
   std::vector<LinearSpec> linear_specs_;
-  NormWeights attn_norm_;
-  NormWeights mlp_norm_;
-  std::array<std::unique_ptr<Linear>, kRoleCount> linears_;  // by role; null where the architecture has none
+  std::vector<NormSpec> norm_specs_;
+  // By role; empty where the architecture has none.
+  std::array<std::optional<NormWeights>, kNormRoleCount> norms_;
+  std::array<std::unique_ptr<Linear>, kRoleCount> linears_;
 };
 
 }  // namespace stbllm
