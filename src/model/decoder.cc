@@ -5,9 +5,9 @@
 #include <fmt/ranges.h>
 
 #include <cmath>
-#include <map>
 
 #include "stbllm/base/error.h"
+#include "stbllm/checkpoint/sources.h"
 
 namespace stbllm {
 namespace {
@@ -39,14 +39,14 @@ std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, c
   return block;
 }
 
-/// Tensors of a packed file that are not packed linears: dense ones, or rows of integers (the embedding and
-/// the head, under their name without ".weight"), which load() widens.
+/// Tensors of a packed file that are not packed linears: dense ones, and tables as quantized rows, which the
+/// file lists under the table's name without ".weight". load() widens these.
 class PackedTensors {
  public:
   explicit PackedTensors(const PackedReader& packed)
       : packed_(packed), path_(packed.file()->file()->path().string()) {}
 
-  /// Null unless the tensor is rows of integers.
+  /// Null unless the tensor is stored as quantized rows.
   const QuantizedRows* find_rows(const TensorSpec& spec) const {
     const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
     if (!spec.name.ends_with(".weight") || rows == packed_.quantized_rows().end()) return nullptr;
@@ -54,7 +54,7 @@ class PackedTensors {
     return &rows->second;
   }
 
-  /// A view of the mapping where it can be.
+  /// A view of the mapped file where the tensor is dense.
   at::Tensor load(const TensorSpec& spec) const {
     if (const QuantizedRows* rows = find_rows(spec)) return decode(*rows);
     if (!packed_.has_dense(spec.name))
@@ -62,14 +62,8 @@ class PackedTensors {
            spec.name);
     const TensorEntry& entry = packed_.dense(spec.name);
     check_shape(spec, entry.shape);
-    static const std::map<std::string, at::ScalarType> kDtypes = {
-        {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
-    const auto dtype = kDtypes.find(entry.dtype);
-    if (dtype == kDtypes.end())
-      fail(ErrorCode::kUnsupported, "{}: tensor {} has dtype {}; expected F32, F16 or BF16", path_, spec.name,
-           entry.dtype);
     void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
-    return at::from_blob(data, entry.shape, dtype->second);
+    return at::from_blob(data, entry.shape, scalar_type_of(entry.dtype, path_, spec.name));
   }
 
  private:
