@@ -145,6 +145,13 @@ const Linear& DecoderBlock::linear(Role role) const {
   return *linear;
 }
 
+const DenseLinear& DecoderBlock::dense(Role role) const {
+  const auto* dense = dynamic_cast<const DenseLinear*>(&linear(role));
+  STBLLM_CHECK(dense != nullptr, "linear {} of block {} is packed, where a dense weight is needed",
+               role_name(role), index_);
+  return *dense;
+}
+
 void DecoderBlock::set_linear(Role role, std::unique_ptr<Linear> linear) {
   linears_[static_cast<size_t>(role)] = std::move(linear);
 }

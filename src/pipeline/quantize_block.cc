@@ -175,9 +175,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     const Recipe& own = plan.at(linear.name);
     LinearResult& result =
         quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight =
-        quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
-                        stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    BinarizedWeight weight = quantize_linear(block.dense(linear.role).weight(),
+                                             stats[static_cast<size_t>(linear.tap)], own, &result.report);
     check_outputs(result.report, linear.name);
     result.salient_share = weight.salient_share();
     const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
@@ -205,7 +204,7 @@ void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears,
 
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {
   for (const LinearSpec& linear : block.linears()) {
-    const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
+    const auto& dense = block.dense(linear.role);
     const auto bias = quantized.tensors.find(linear.name + ".bias");
     block.set_linear(
         linear.role,

@@ -236,7 +236,7 @@ TEST(DecoderBlock, ReplacedLinearIsUsedAndKept) {
   const TinyModel model = test::tiny_opt();
   const Decoder decoder = open_decoder(directory, model, {.keep_blocks = true});
   const at::Tensor weight = at::zeros({64, 64});
-  const at::Tensor bias = dynamic_cast<const DenseLinear&>(decoder.block(1)->linear(Role::kV)).bias();
+  const at::Tensor bias = decoder.block(1)->dense(Role::kV).bias();
   decoder.block(1)->set_linear(Role::kV, std::make_unique<DenseLinear>(weight, bias));
   NaiveTransformer naive(model);
   std::ranges::fill(naive.tensor("model.decoder.layers.1.self_attn.v_proj.weight"), 0.0);
@@ -259,7 +259,7 @@ TEST_P(BlockGradient, OfALinearAgreesWithADifferenceQuotient) {
   const auto block = decoder.block(0);
   const Positions positions = decoder.positions(0, 40);
   for (const Role role : {Role::kQ, Role::kK, Role::kV, Role::kUp}) {
-    const auto& linear = dynamic_cast<const DenseLinear&>(block->linear(role));
+    const auto& linear = block->dense(role);
     const at::Tensor start = linear.weight(), bias = linear.bias();
     const auto loss = [&](const at::Tensor& weight) {
       block->set_linear(role, std::make_unique<DenseLinear>(weight, bias));
