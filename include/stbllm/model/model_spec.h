@@ -1,5 +1,5 @@
 #pragma once
-// The numbers of one model: config.json read through its architecture's row. Everything that config.json can
+// The numbers of one model: config.json as its architecture's row reads it. Everything that config.json can
 // ask for and this program does not implement is refused here, by key and value, before any work.
 
 #include <cstdint>
@@ -53,8 +53,8 @@ struct NormSpec {
 
 struct ModelSpec {
   const Architecture* architecture = nullptr;
-  std::string prefix =
-      "model.";  ///< of the base model's tensors; empty in checkpoints saved without the head's class
+  /// Of the base model's tensors; empty in checkpoints saved without the head's class.
+  std::string prefix = "model.";
 
   int64_t hidden = 0;
   int64_t layers = 0;  ///< decoder blocks
@@ -64,8 +64,8 @@ struct ModelSpec {
   int64_t ffn = 0;
   int64_t vocab = 0;
   int64_t max_positions = 0;
-  int64_t embedding_width =
-      0;  ///< differs from `hidden` where project_in and project_out stand between (OPT-350m)
+  /// Differs from `hidden` where project_in and project_out stand between (OPT-350m).
+  int64_t embedding_width = 0;
   int64_t position_offset = 0;  ///< row of the learned table that holds position 0
   int64_t sliding_window = 0;   ///< a token sees itself and the window - 1 tokens before it; 0: all before it
   Rope rope;
