@@ -204,9 +204,9 @@ at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::
                                 const Positions& positions) const {
   if (can_fuse(queries) && can_fuse(keys) && can_fuse(values))
     return causal_attention(queries, keys, values, positions.first, spec_.sliding_window);
+  // A single query needs no mask: it gets only the keys that it sees.
   if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {
-    keys =
-        keys.slice(2, keys.size(2) - spec_.sliding_window);  // one query needs no mask, only the keys it sees
+    keys = keys.slice(2, keys.size(2) - spec_.sliding_window);
     values = values.slice(2, values.size(2) - spec_.sliding_window);
   }
   const std::optional<at::Tensor> mask =

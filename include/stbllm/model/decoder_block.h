@@ -89,7 +89,8 @@ class DecoderBlock {
   int64_t index() const { return index_; }
   const std::vector<LinearSpec>& linears() const { return linear_specs_; }
   const Linear& linear(Role role) const;
-  /// linear(role) where it must have a dense weight, as in the quantizer. A logic error where it is packed.
+  /// linear(role) for those who need its dense weight, such as the quantizer. A packed linear is a logic
+  /// error.
   const DenseLinear& dense(Role role) const;
   void set_linear(Role role, std::unique_ptr<Linear> linear);
   const std::vector<NormSpec>& norms() const { return norm_specs_; }
@@ -104,7 +105,7 @@ class DecoderBlock {
   at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                     const Positions& positions) const;
   at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
-  /// x where the block has no norm of this role.
+  /// x through the block's norm of this role, or x itself where there is none.
   at::Tensor normalize(NormRole role, const at::Tensor& x) const;
 
   ModelSpec spec_;
