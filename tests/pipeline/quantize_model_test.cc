@@ -143,6 +143,7 @@ class Workplace {
 test::TinyModel tiny_model(const std::string& family) {
   if (family == "llama") return test::tiny_llama();
   if (family == "mistral") return test::tiny_mistral();
+  if (family == "qwen3") return test::tiny_qwen3();
   if (family == "opt_350m") return test::tiny_opt_350m();
   return test::tiny_opt();
 }
@@ -200,7 +201,7 @@ TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, QuantizeModel,
-                         ::testing::Combine(::testing::Values("llama", "mistral", "opt", "opt_350m"),
+                         ::testing::Combine(::testing::Values("llama", "mistral", "qwen3", "opt", "opt_350m"),
                                             ::testing::Values("rtn", "billm", "stbllm-paper", "stbllm",
                                                               "stbllm-2bit", "stbllm-1bit")),
                          [](const auto& info) {

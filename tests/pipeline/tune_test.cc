@@ -57,11 +57,26 @@ Tuned tune_first_block(const test::TinyModel& model, const Recipe& recipe) {
 }
 
 TEST(TuneBlock, BringsHeldOutOutputsCloser) {
-  for (const auto& model : {test::tiny_llama(), test::tiny_opt()}) {
+  for (const auto& model : {test::tiny_llama(), test::tiny_qwen3(), test::tiny_opt()}) {
     const Tuned tuned = tune_first_block(model, tuned_recipe("stbllm"));
     EXPECT_GT(tuned.report.loss_before, 0);
     EXPECT_LE(tuned.report.loss_after, tuned.report.loss_before);
   }
+}
+
+TEST(TuneBlock, TrainsEveryNorm) {
+  const test::TinyModel model = test::tiny_qwen3();
+  Recipe recipe = tuned_recipe("stbllm-1bit");
+  recipe.tune_epochs = 40;  // enough that one of them is better than none and is written back
+  const Tuned tuned = tune_first_block(model, recipe);
+  ASSERT_GT(tuned.report.epochs, 0);
+  for (const NormSpec& norm : ModelSpec::from_config(model.config).norms(0))
+    for (const TensorSpec& tensor : norm.tensors) {
+      const std::vector<float> before = test::tensor_values(tensor.name, tensor.shape, model.seed);
+      const at::Tensor& after = tuned.quantized.tensors.at(tensor.name);
+      EXPECT_EQ(after.sizes(), at::IntArrayRef(tensor.shape));
+      EXPECT_FALSE(after.equal(at::tensor(before))) << tensor.name;
+    }
 }
 
 TEST(TuneBlock, LowersTheLossWithMoreEpochs) {
