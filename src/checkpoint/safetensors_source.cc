@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 
-#include <map>
 #include <string>
 #include <vector>
 
@@ -11,9 +10,6 @@
 
 namespace stbllm {
 namespace {
-
-const std::map<std::string, at::ScalarType> kDtypes = {
-    {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
 
 class SafetensorsSource : public TensorSource {
  public:
@@ -33,9 +29,8 @@ class SafetensorsSource : public TensorSource {
 
   at::Tensor load(const std::string& name) const override {
     const TensorEntry& entry = file_->tensors().at(name);
-    const auto dtype = kDtypes.find(entry.dtype);
-    if (dtype == kDtypes.end()) refuse_dtype(path(), name, entry.dtype);
-    return mapped_tensor(file_, entry.data, entry.shape, c10::contiguous_strides(entry.shape), dtype->second);
+    return mapped_tensor(file_, entry.data, entry.shape, c10::contiguous_strides(entry.shape),
+                         scalar_type_of(entry.dtype, path(), name));
   }
 
   void release(const std::string& name) const override {
@@ -47,6 +42,14 @@ class SafetensorsSource : public TensorSource {
 };
 
 }  // namespace
+
+at::ScalarType scalar_type_of(const std::string& dtype, const std::filesystem::path& file,
+                              const std::string& tensor) {
+  if (dtype == "F32") return at::kFloat;
+  if (dtype == "F16") return at::kHalf;
+  if (dtype == "BF16") return at::kBFloat16;
+  refuse_dtype(file, tensor, dtype);
+}
 
 std::shared_ptr<const TensorSource> open_safetensors(const std::filesystem::path& path) {
   return std::make_shared<SafetensorsSource>(path);

@@ -1,7 +1,6 @@
 #include "stbllm/model/architecture.h"
 
 #include <array>
-#include <iterator>
 #include <string>
 
 #include "stbllm/base/error.h"
@@ -15,33 +14,19 @@ constexpr Flag kAttentionBias{"attention_bias", false};
 constexpr Flag kMlpBias{"mlp_bias", false};
 constexpr Flag kEnableBias{"enable_bias", true};
 
-constexpr LinearSlot kLlamaLinears[] = {
-    {Role::kQ, Tap::kAttnIn, "self_attn.q_proj", kAttentionBias},
-    {Role::kK, Tap::kAttnIn, "self_attn.k_proj", kAttentionBias},
-    {Role::kV, Tap::kAttnIn, "self_attn.v_proj", kAttentionBias},
-    {Role::kO, Tap::kAttnOut, "self_attn.o_proj", kAttentionBias},
-    {Role::kGate, Tap::kMlpIn, "mlp.gate_proj", kMlpBias},
-    {Role::kUp, Tap::kMlpIn, "mlp.up_proj", kMlpBias},
-    {Role::kDown, Tap::kMlpMid, "mlp.down_proj", kMlpBias},
-};
-constexpr LinearSlot kMistralLinears[] = {
-    {Role::kQ, Tap::kAttnIn, "self_attn.q_proj", kNoBias},
-    {Role::kK, Tap::kAttnIn, "self_attn.k_proj", kNoBias},
-    {Role::kV, Tap::kAttnIn, "self_attn.v_proj", kNoBias},
-    {Role::kO, Tap::kAttnOut, "self_attn.o_proj", kNoBias},
-    {Role::kGate, Tap::kMlpIn, "mlp.gate_proj", kNoBias},
-    {Role::kUp, Tap::kMlpIn, "mlp.up_proj", kNoBias},
-    {Role::kDown, Tap::kMlpMid, "mlp.down_proj", kNoBias},
-};
-constexpr LinearSlot kQwen2Linears[] = {
-    {Role::kQ, Tap::kAttnIn, "self_attn.q_proj", kBias},
-    {Role::kK, Tap::kAttnIn, "self_attn.k_proj", kBias},
-    {Role::kV, Tap::kAttnIn, "self_attn.v_proj", kBias},
-    {Role::kO, Tap::kAttnOut, "self_attn.o_proj", kNoBias},
-    {Role::kGate, Tap::kMlpIn, "mlp.gate_proj", kNoBias},
-    {Role::kUp, Tap::kMlpIn, "mlp.up_proj", kNoBias},
-    {Role::kDown, Tap::kMlpMid, "mlp.down_proj", kNoBias},
-};
+constexpr std::array<LinearSlot, 7> gated_linears(Flag qkv_bias, Flag output_bias, Flag mlp_bias) {
+  return {{{Role::kQ, Tap::kAttnIn, "self_attn.q_proj", qkv_bias},
+           {Role::kK, Tap::kAttnIn, "self_attn.k_proj", qkv_bias},
+           {Role::kV, Tap::kAttnIn, "self_attn.v_proj", qkv_bias},
+           {Role::kO, Tap::kAttnOut, "self_attn.o_proj", output_bias},
+           {Role::kGate, Tap::kMlpIn, "mlp.gate_proj", mlp_bias},
+           {Role::kUp, Tap::kMlpIn, "mlp.up_proj", mlp_bias},
+           {Role::kDown, Tap::kMlpMid, "mlp.down_proj", mlp_bias}}};
+}
+constexpr auto kLlamaLinears = gated_linears(kAttentionBias, kAttentionBias, kMlpBias);
+constexpr auto kMistralLinears = gated_linears(kNoBias, kNoBias, kNoBias);
+constexpr auto kQwen2Linears = gated_linears(kBias, kNoBias, kNoBias);
+constexpr auto kQwen3Linears = gated_linears(kAttentionBias, kAttentionBias, kNoBias);
 constexpr LinearSlot kOptLinears[] = {
     {Role::kQ, Tap::kAttnIn, "self_attn.q_proj", kEnableBias},
     {Role::kK, Tap::kAttnIn, "self_attn.k_proj", kEnableBias},
@@ -51,53 +36,87 @@ constexpr LinearSlot kOptLinears[] = {
     {Role::kDown, Tap::kMlpMid, "fc2", kEnableBias},
 };
 
-constexpr Architecture llama_like(std::string_view hf_class, std::span<const LinearSlot> linears,
-                                  bool sliding_window, int64_t default_window) {
-  return {.hf_class = hf_class,
-          .norm = Norm::kRms,
-          .position = Position::kRotary,
-          .mlp = Mlp::kGated,
-          .linears = linears,
-          .sliding_window = sliding_window,
-          .default_window = default_window,
-          .embedding = "embed_tokens",
-          .positions = "",
-          .blocks = "layers",
-          .attn_norm = "input_layernorm",
-          .mlp_norm = "post_attention_layernorm",
-          .final_norm = "norm",
-          .project_in = "",
-          .project_out = "",
-          .head = "lm_head",
-          .ffn_key = "intermediate_size",
-          .activation_key = "hidden_act",
-          .tied_by_default = false};
+constexpr NormSlot kLlamaNorms[] = {
+    {NormRole::kAttn, "input_layernorm"},
+    {NormRole::kMlp, "post_attention_layernorm"},
+};
+constexpr NormSlot kQwen3Norms[] = {
+    {NormRole::kAttn, "input_layernorm"},
+    {NormRole::kQuery, "self_attn.q_norm"},
+    {NormRole::kKey, "self_attn.k_norm"},
+    {NormRole::kMlp, "post_attention_layernorm"},
+};
+constexpr NormSlot kOptNorms[] = {
+    {NormRole::kAttn, "self_attn_layer_norm"},
+    {NormRole::kMlp, "final_layer_norm"},
+};
+
+constexpr Architecture kLlama = {.hf_class = "LlamaForCausalLM",
+                                 .norm = Norm::kRms,
+                                 .position = Position::kRotary,
+                                 .mlp = Mlp::kGated,
+                                 .linears = kLlamaLinears,
+                                 .norms = kLlamaNorms,
+                                 .sliding_window = false,
+                                 .default_window = 0,
+                                 .default_head_dim = 0,
+                                 .embedding = "embed_tokens",
+                                 .positions = "",
+                                 .blocks = "layers",
+                                 .final_norm = "norm",
+                                 .project_in = "",
+                                 .project_out = "",
+                                 .head = "lm_head",
+                                 .ffn_key = "intermediate_size",
+                                 .activation_key = "hidden_act",
+                                 .tied_by_default = false};
+
+constexpr Architecture mistral() {
+  Architecture row = kLlama;
+  row.hf_class = "MistralForCausalLM";
+  row.linears = kMistralLinears;
+  row.sliding_window = true;
+  row.default_window = 4096;
+  return row;
 }
 
-constexpr Architecture kArchitectures[] = {
-    llama_like("LlamaForCausalLM", kLlamaLinears, /*sliding_window=*/false, 0),
-    llama_like("MistralForCausalLM", kMistralLinears, /*sliding_window=*/true, /*default_window=*/4096),
-    llama_like("Qwen2ForCausalLM", kQwen2Linears, /*sliding_window=*/false, 0),
-    {.hf_class = "OPTForCausalLM",
-     .norm = Norm::kLayer,
-     .position = Position::kLearned,
-     .mlp = Mlp::kPlain,
-     .linears = kOptLinears,
-     .sliding_window = false,
-     .default_window = 0,
-     .embedding = "decoder.embed_tokens",
-     .positions = "decoder.embed_positions",
-     .blocks = "decoder.layers",
-     .attn_norm = "self_attn_layer_norm",
-     .mlp_norm = "final_layer_norm",
-     .final_norm = "decoder.final_layer_norm",
-     .project_in = "decoder.project_in",
-     .project_out = "decoder.project_out",
-     .head = "lm_head",
-     .ffn_key = "ffn_dim",
-     .activation_key = "activation_function",
-     .tied_by_default = true},
-};
+constexpr Architecture qwen2() {
+  Architecture row = kLlama;
+  row.hf_class = "Qwen2ForCausalLM";
+  row.linears = kQwen2Linears;
+  return row;
+}
+
+constexpr Architecture qwen3() {
+  Architecture row = kLlama;
+  row.hf_class = "Qwen3ForCausalLM";
+  row.linears = kQwen3Linears;
+  row.norms = kQwen3Norms;
+  row.default_head_dim = 128;
+  return row;
+}
+
+constexpr Architecture kOpt = {.hf_class = "OPTForCausalLM",
+                               .norm = Norm::kLayer,
+                               .position = Position::kLearned,
+                               .mlp = Mlp::kPlain,
+                               .linears = kOptLinears,
+                               .norms = kOptNorms,
+                               .sliding_window = false,
+                               .default_window = 0,
+                               .default_head_dim = 0,
+                               .embedding = "decoder.embed_tokens",
+                               .positions = "decoder.embed_positions",
+                               .blocks = "decoder.layers",
+                               .final_norm = "decoder.final_layer_norm",
+                               .project_in = "decoder.project_in",
+                               .project_out = "decoder.project_out",
+                               .head = "lm_head",
+                               .ffn_key = "ffn_dim",
+                               .activation_key = "activation_function",
+                               .tied_by_default = true};
+
+constexpr Architecture kArchitectures[] = {kLlama, mistral(), qwen2(), qwen3(), kOpt};
 
 }  // namespace
 

@@ -1,10 +1,30 @@
+// out = softmax(q K^T / sqrt(dim)) V for every query, over the keys that it sees, without a row of scores in
+// memory (online softmax). While a query passes its keys, three running values stand for those behind it:
+//
+//   largest   the largest score
+//   total     the sum of exp(score - largest)
+//   out       the sum of exp(score - largest) * value
+//
+// Whenever keys raise `largest` by d, `total` and `out` are first multiplied by exp(-d). At the end out /
+// total is the result. Both ways below do this in float32:
+//
+// * Several queries at once (a prompt, a text to evaluate) are cut into tiles: up to kTileQueries
+// neighbouring
+//   queries of all heads that share keys, so that these are read once. Threads take whole tiles; lanes are
+//   queries.
+// * A single query (generation) makes too few tiles for the threads, so its keys are cut into parts instead.
+//   Each part gives three such values, and merge_parts adds up those of all parts, brought to the same
+//   largest score. Threads take whole parts; lanes are dimensions. The cut does not depend on the number of
+//   threads.
+//
+// The slow twin is the whole matrix of scores in double precision, in tests/model/attention_test.cc.
+
 #include "stbllm/model/attention.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -16,118 +36,150 @@
 namespace stbllm {
 namespace {
 
-/// Queries of each head and keys that meet in one go: 32 KB of keys and values as float32 for heads of 64.
-constexpr int64_t kQueries = 64, kKeys = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// Queries per head in a tile, and keys that it passes in one step. The keys and values of a step are 32 KB
+/// of float32 for heads of 64 dimensions, which a core's first cache holds beside little else.
+constexpr int64_t kTileQueries = 64, kStepKeys = 64;
+/// Keys in a part at most, and heads of a part that pass them together.
+constexpr int64_t kPartKeys = 64, kPartHeads = 4;
 /// Products that are worth a second thread.
 constexpr int64_t kProductsPerThread = 1 << 17;
-
-/// Heads of a single query that meet keys together, and keys in one go.
-constexpr int64_t kHeadsAlone = 4, kKeysAlone = 64;
 
 template <typename T>
 struct Attention {
   const T *queries, *keys, *values;
   T* out;  // (batch, tokens, heads, dim)
-  int64_t heads, kv_heads, tokens, dim, first;
-  int64_t window;  // as many as there are keys where none is meant
+  int64_t batch, heads, kv_heads, tokens, dim;
+  int64_t first;   // the key that stands where the first query does
+  int64_t window;  // keys that a query sees at most; as many as there are where no window is meant
   int64_t query_strides[3], key_strides[3], value_strides[3];  // of batch, head, token
 
   int64_t heads_per_key() const { return heads / kv_heads; }
-  int64_t query_blocks() const { return ceil_div(tokens, kQueries); }
-  /// The first position that the query at `position` sees.
-  int64_t oldest_seen(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
-  const T* query(int64_t batch, int64_t head, int64_t token) const {
-    return queries + offset(query_strides, batch, head, token);
-  }
-  const T* key(int64_t batch, int64_t head, int64_t token) const {
-    return keys + offset(key_strides, batch, head, token);
-  }
-  const T* value(int64_t batch, int64_t head, int64_t token) const {
-    return values + offset(value_strides, batch, head, token);
-  }
-  static int64_t offset(const int64_t (&strides)[3], int64_t batch, int64_t head, int64_t token) {
-    return batch * strides[0] + head * strides[1] + token * strides[2];
-  }
+  int64_t tiles_per_head() const { return ceil_div(tokens, kTileQueries); }
   int64_t padded_dim() const { return ceil_div(dim, int64_t{kLanes}) * kLanes; }
+  float scale() const { return 1 / std::sqrt(static_cast<float>(dim)); }
+  /// The first key that a query at `position` sees.
+  int64_t oldest_seen(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
+  const T* query(int64_t sequence, int64_t head, int64_t token) const {
+    return queries + offset(query_strides, sequence, head, token);
+  }
+  const T* key(int64_t sequence, int64_t head, int64_t token) const {
+    return keys + offset(key_strides, sequence, head, token);
+  }
+  const T* value(int64_t sequence, int64_t head, int64_t token) const {
+    return values + offset(value_strides, sequence, head, token);
+  }
+  static int64_t offset(const int64_t (&strides)[3], int64_t sequence, int64_t head, int64_t token) {
+    return sequence * strides[0] + head * strides[1] + token * strides[2];
+  }
 };
 
-/// What one thread works with. Queries lie side by side in vectors of kLanes.
-struct Scratch {
-  at::Tensor memory;       // libtorch aligns to whole registers
-  float *keys, *values;    // (kKeys, padded dim)
-  float *queries, *out;    // (vectors, padded dim, kLanes)
-  float *largest, *total;  // (vectors, kLanes): of the scores, of their exponentials
-  float* position;         // (vectors, kLanes)
-
+/// Memory that a thread keeps from call to call.
+class Buffer {
+ public:
   float* reserve(int64_t count) {
-    if (!memory.defined() || memory.numel() < count) memory = at::zeros({count}, at::kFloat);
-    return memory.data_ptr<float>();
+    if (!memory_.defined() || memory_.numel() < count) memory_ = at::zeros({count}, at::kFloat);
+    return memory_.data_ptr<float>();
   }
-  void resize(int64_t padded_dim, int64_t vectors) {
-    const int64_t block = kKeys * padded_dim, panel = vectors * padded_dim * kLanes, row = vectors * kLanes;
-    float* next = reserve(2 * block + 2 * panel + 3 * row);
-    for (const auto& [part, size] : {std::pair(&keys, block),
-                                     {&values, block},
-                                     {&queries, panel},
-                                     {&out, panel},
-                                     {&largest, row},
-                                     {&total, row},
-                                     {&position, row}})
-      *part = std::exchange(next, next + size);
+
+ private:
+  at::Tensor memory_;  // libtorch aligns it to whole registers
+};
+
+/// Some neighbouring queries of all heads that share keys. A row is one query of one head; rows are counted
+/// head by head.
+template <typename T>
+struct Tile {
+  const Attention<T>& a;
+  int64_t sequence, kv_head, first_query, queries;
+
+  /// `index` counts the tiles of a head of keys, then heads of keys, then sequences.
+  Tile(const Attention<T>& a, int64_t index) : a(a) {
+    const int64_t tiles = a.tiles_per_head(), turn = index % tiles;
+    // Early tiles see few keys, late ones many: they take turns, so that neighbouring indices cost the same.
+    first_query = (turn % 2 == 0 ? turn / 2 : tiles - 1 - turn / 2) * kTileQueries;
+    queries = std::min(kTileQueries, a.tokens - first_query);
+    kv_head = index / tiles % a.kv_heads;
+    sequence = index / tiles / a.kv_heads;
+  }
+  int64_t rows() const { return a.heads_per_key() * queries; }
+  int64_t vectors() const { return ceil_div(rows(), int64_t{kLanes}); }
+  int64_t head(int64_t row) const { return kv_head * a.heads_per_key() + row / queries; }
+  int64_t query(int64_t row) const { return first_query + row % queries; }
+};
+
+/// The running values of a tile, and what its steps read. Rows lie side by side in vectors of kLanes.
+struct TileState {
+  int64_t padded_dim;
+  float *keys, *values;    // (kStepKeys, padded_dim): of this step
+  float *queries, *out;    // (vectors, padded_dim, kLanes)
+  float *largest, *total;  // (vectors, kLanes)
+  float* position;         // (vectors, kLanes): the last key that the row sees
+
+  TileState(Buffer& buffer, int64_t padded_dim, int64_t vectors) : padded_dim(padded_dim) {
+    const int64_t step = kStepKeys * padded_dim, panel = vectors * padded_dim * kLanes,
+                  line = vectors * kLanes;
+    float* next = buffer.reserve(2 * step + 2 * panel + 3 * line);
+    for (const auto& [array, size] : {std::pair(&keys, step),
+                                      {&values, step},
+                                      {&queries, panel},
+                                      {&out, panel},
+                                      {&largest, line},
+                                      {&total, line},
+                                      {&position, line}})
+      *array = std::exchange(next, next + size);
     std::fill_n(queries, panel, 0.0f);
     std::fill_n(out, panel, 0.0f);
-    std::fill_n(largest, row, -std::numeric_limits<float>::infinity());
-    std::fill_n(total, row, 0.0f);
+    std::fill_n(largest, line, -kInfinity);
+    std::fill_n(total, line, 0.0f);
   }
 };
 
-STBLLM_INLINE void store_one(float* to, float x) { *to = x; }
-STBLLM_INLINE void store_one(uint16_t* to, float rounded) {
-  *to = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16);
-}
-
-/// Rows as float32, zeros behind `dim`.
+/// Rows of `dim` elements as float32, with zeros up to padded_dim.
 template <typename T>
-STBLLM_INLINE void widen(const T* from, int64_t stride, int64_t rows, int64_t dim, int64_t padded,
+STBLLM_INLINE void widen(const T* from, int64_t stride, int64_t rows, int64_t dim, int64_t padded_dim,
                          float* to) {
   for (int64_t row = 0; row < rows; ++row)
     for_each_lanes(
         0, dim, [&](int64_t at, int count) __attribute__((always_inline)) {
-          store_lanes(to + row * padded + at, load(from + row * stride + at, count));
+          store_lanes(to + row * padded_dim + at, load(from + row * stride + at, count));
         });
 }
 
-struct Meeting {
-  int64_t count, padded, first_key, window;  // of keys; the dim; the position of the first key
-  bool all_visible;
+/// Keys that a tile passes in one step; state.keys and state.values hold them.
+struct Step {
+  int64_t first, count;
+  int64_t window;
+  bool all_visible;  // every row sees every key of the step
 };
-/// The queries of neighbouring vectors meet keys and values. Sums in eight registers hide the latency of an
-/// addition.
+/// `Vectors` neighbouring vectors of rows pass a step of keys. Eight sums at a time, each in registers of its
+/// own, hide the latency of an addition.
 template <int Vectors>
-STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t first_vector) {
+STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t first_vector) {
   constexpr int kTogether = 8 / Vectors;  // keys, or dimensions of values, that are summed up together
-  const int64_t padded = meeting.padded, panel = padded * kLanes;
-  const float* queries = scratch.queries + first_vector * panel;
-  float* out = scratch.out + first_vector * panel;
-  float *largest = scratch.largest + first_vector * kLanes, *total = scratch.total + first_vector * kLanes;
-  const Lanes lowest = Lanes{} - std::numeric_limits<float>::infinity();
-  Lanes highest[Vectors], scores[kKeys][Vectors];
+  const int64_t dims = state.padded_dim, panel = dims * kLanes;
+  const float* queries = state.queries + first_vector * panel;
+  float* out = state.out + first_vector * panel;
+  float *largest = state.largest + first_vector * kLanes, *total = state.total + first_vector * kLanes;
+  const Lanes lowest = Lanes{} - kInfinity;
+  Lanes highest[Vectors], scores[kStepKeys][Vectors];
   for (int v = 0; v < Vectors; ++v) highest[v] = load_lanes(largest + v * kLanes);
-  for (int64_t key = 0; key < meeting.count;
-       key += kTogether) {  // the scratch holds old keys behind the last, whose scores are dropped
-    const float* rows = scratch.keys + key * padded;
+  // Behind the last key the state holds keys of an earlier step, whose scores are dropped.
+  for (int64_t key = 0; key < step.count; key += kTogether) {
+    const float* rows = state.keys + key * dims;
     Lanes sums[kTogether][Vectors] = {};
-    for (int64_t d = 0; d < padded; ++d)
+    for (int64_t d = 0; d < dims; ++d)
       for (int k = 0; k < kTogether; ++k)
         for (int v = 0; v < Vectors; ++v)
-          sums[k][v] += load_lanes(queries + v * panel + d * kLanes) * rows[k * padded + d];
-    for (int k = 0; k < kTogether && key + k < meeting.count; ++k)
+          sums[k][v] += load_lanes(queries + v * panel + d * kLanes) * rows[k * dims + d];
+    for (int k = 0; k < kTogether && key + k < step.count; ++k)
       for (int v = 0; v < Vectors; ++v) {
         Lanes score = sums[k][v];
-        if (!meeting.all_visible) {
-          const Lanes distance = load_lanes(scratch.position + (first_vector + v) * kLanes) -
-                                 static_cast<float>(meeting.first_key + key + k);
-          score = (distance >= 0) & (distance < static_cast<float>(meeting.window)) ? score : lowest;
+        if (!step.all_visible) {
+          const Lanes distance = load_lanes(state.position + (first_vector + v) * kLanes) -
+                                 static_cast<float>(step.first + key + k);
+          score = (distance >= 0) & (distance < static_cast<float>(step.window)) ? score : lowest;
         }
         scores[key + k][v] = score;
         highest[v] = score > highest[v] ? score : highest[v];
@@ -135,131 +187,142 @@ STBLLM_INLINE void meet(const Meeting& meeting, const Scratch& scratch, int64_t 
   }
   Lanes shrink[Vectors];
   for (int v = 0; v < Vectors; ++v) {
-    const Lanes base = highest[v] == lowest ? Lanes{} : highest[v];  // a query that has seen no key yet
+    const Lanes base = highest[v] == lowest ? Lanes{} : highest[v];  // a row that has seen no key yet
     shrink[v] = exp_of(load_lanes(largest + v * kLanes) - base);
     Lanes sum = load_lanes(total + v * kLanes) * shrink[v];
-    for (int64_t key = 0; key < meeting.count; ++key) {
+    for (int64_t key = 0; key < step.count; ++key) {
       scores[key][v] = exp_of(scores[key][v] - base);
       sum += scores[key][v];
     }
     store_lanes(largest + v * kLanes, highest[v]);
     store_lanes(total + v * kLanes, sum);
   }
-  for (int64_t d = 0; d < padded; d += kTogether) {
-    const float* values = scratch.values + d;
+  for (int64_t d = 0; d < dims; d += kTogether) {
+    const float* values = state.values + d;
     Lanes sums[kTogether][Vectors];
     for (int k = 0; k < kTogether; ++k)
       for (int v = 0; v < Vectors; ++v)
         sums[k][v] = load_lanes(out + v * panel + (d + k) * kLanes) * shrink[v];
-    for (int64_t key = 0; key < meeting.count; ++key)
+    for (int64_t key = 0; key < step.count; ++key)
       for (int k = 0; k < kTogether; ++k)
-        for (int v = 0; v < Vectors; ++v) sums[k][v] += scores[key][v] * values[key * padded + k];
+        for (int v = 0; v < Vectors; ++v) sums[k][v] += scores[key][v] * values[key * dims + k];
     for (int k = 0; k < kTogether; ++k)
       for (int v = 0; v < Vectors; ++v) store_lanes(out + v * panel + (d + k) * kLanes, sums[k][v]);
   }
 }
 
-/// One block of queries of all heads that share keys: `item` counts blocks, then heads of keys, then
-/// sequences.
+/// Scaled queries and positions of a tile, row by row, into its state.
 template <typename T>
-STBLLM_INLINE void attend_of(const Attention<T>& a, int64_t item, Scratch& scratch) {
-  const int64_t blocks = a.query_blocks(), heads = a.heads_per_key(), padded = a.padded_dim();
-  // Early blocks see few keys, late ones many: they take turns, so that neighbouring items cost the same.
-  const int64_t turn = item % blocks, block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
-  const int64_t kv_head = item / blocks % a.kv_heads, batch = item / blocks / a.kv_heads;
-  const int64_t first_query = block * kQueries, queries = std::min(kQueries, a.tokens - first_query);
-  const int64_t rows = heads * queries, vectors = ceil_div(rows, int64_t{kLanes});
-  const auto head_of = [&](int64_t row) { return kv_head * heads + row / queries; };
-  const auto query_of = [&](int64_t row) { return first_query + row % queries; };
-
-  scratch.resize(padded, vectors);
-  std::fill_n(scratch.position, vectors * kLanes,
-              static_cast<float>(a.first + first_query));  // of lanes behind the last query too
-  const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
-  for (int64_t row = 0; row < rows; ++row) {
-    float* to = scratch.queries + row / kLanes * padded * kLanes + row % kLanes;
-    const T* from = a.query(batch, head_of(row), query_of(row));
+STBLLM_INLINE void load_queries(const Tile<T>& tile, const TileState& state) {
+  const Attention<T>& a = tile.a;
+  const float scale = a.scale();
+  // Lanes behind the last row stand where the first query does: they see keys too, so that no total is 0.
+  std::fill_n(state.position, tile.vectors() * kLanes, static_cast<float>(a.first + tile.first_query));
+  for (int64_t row = 0; row < tile.rows(); ++row) {
+    float* to = state.queries + row / kLanes * state.padded_dim * kLanes + row % kLanes;
+    const T* from = a.query(tile.sequence, tile.head(row), tile.query(row));
     for_each_lanes(
         0, a.dim, [&](int64_t at, int count) __attribute__((always_inline)) {
           const Lanes x = load(from + at, count) * scale;
           for (int d = 0; d < kLanes; ++d) to[(at + d) * kLanes] = x[d];
         });
-    scratch.position[row] = static_cast<float>(a.first + query_of(row));
+    state.position[row] = static_cast<float>(a.first + tile.query(row));
   }
+}
 
-  const int64_t nearest = a.first + first_query,
-                farthest = nearest + queries;  // positions of the first query, behind the last
-  for (int64_t key = a.oldest_seen(nearest); key < farthest; key += kKeys) {
-    const int64_t count = std::min(kKeys, farthest - key);
-    widen(a.key(batch, kv_head, key), a.key_strides[2], count, a.dim, padded, scratch.keys);
-    widen(a.value(batch, kv_head, key), a.value_strides[2], count, a.dim, padded, scratch.values);
-    const bool all_visible = key + count - 1 <= nearest && farthest - key <= a.window;
-    const Meeting meeting{count, padded, key, a.window, all_visible};
-    int64_t vector = 0;
-    for (; vector + 2 <= vectors; vector += 2) meet<2>(meeting, scratch, vector);
-    if (vector < vectors) meet<1>(meeting, scratch, vector);
-  }
-
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    const Lanes inverse = 1 / load_lanes(scratch.total + vector * kLanes);
+/// out / total of a tile, row by row, into the result.
+template <typename T>
+STBLLM_INLINE void store_results(const Tile<T>& tile, const TileState& state) {
+  const Attention<T>& a = tile.a;
+  for (int64_t vector = 0; vector < tile.vectors(); ++vector) {
+    const Lanes inverse = 1 / load_lanes(state.total + vector * kLanes);
     for (int64_t d = 0; d < a.dim; ++d) {
-      float* out = scratch.out + (vector * padded + d) * kLanes;
+      float* out = state.out + (vector * state.padded_dim + d) * kLanes;
       store_lanes(out, rounded<T>(load_lanes(out) * inverse));
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = scratch.out + row / kLanes * padded * kLanes + row % kLanes;
-    T* to = a.out + ((batch * a.tokens + query_of(row)) * a.heads + head_of(row)) * a.dim;
-    for (int64_t d = 0; d < a.dim; ++d) store_one(to + d, from[d * kLanes]);
+  for (int64_t row = 0; row < tile.rows(); ++row) {
+    const float* from = state.out + row / kLanes * state.padded_dim * kLanes + row % kLanes;
+    T* to = a.out + ((tile.sequence * a.tokens + tile.query(row)) * a.heads + tile.head(row)) * a.dim;
+    for (int64_t d = 0; d < a.dim; ++d) store(to + d, from[d * kLanes]);
   }
 }
-STBLLM_CLONES void attend(const Attention<float>& a, int64_t item, Scratch& scratch) {
-  attend_of(a, item, scratch);
+
+template <typename T>
+STBLLM_INLINE void attend_tile_of(const Attention<T>& a, int64_t index, Buffer& buffer) {
+  const Tile<T> tile(a, index);
+  const int64_t vectors = tile.vectors();
+  const TileState state(buffer, a.padded_dim(), vectors);
+  load_queries(tile, state);
+  // Keys at the first query and behind the last.
+  const int64_t nearest = a.first + tile.first_query, end = nearest + tile.queries;
+  for (int64_t key = a.oldest_seen(nearest); key < end; key += kStepKeys) {
+    const int64_t count = std::min(kStepKeys, end - key);
+    widen(a.key(tile.sequence, tile.kv_head, key), a.key_strides[2], count, a.dim, state.padded_dim,
+          state.keys);
+    widen(a.value(tile.sequence, tile.kv_head, key), a.value_strides[2], count, a.dim, state.padded_dim,
+          state.values);
+    const Step step{.first = key,
+                    .count = count,
+                    .window = a.window,
+                    .all_visible = key + count - 1 <= nearest && end - key <= a.window};
+    int64_t vector = 0;
+    for (; vector + 2 <= vectors; vector += 2) pass_keys<2>(step, state, vector);
+    if (vector < vectors) pass_keys<1>(step, state, vector);
+  }
+  store_results(tile, state);
 }
-STBLLM_CLONES void attend(const Attention<uint16_t>& a, int64_t item, Scratch& scratch) {
-  attend_of(a, item, scratch);
+STBLLM_CLONES void attend_tile(const Attention<float>& a, int64_t index, Buffer& buffer) {
+  attend_tile_of(a, index, buffer);
+}
+STBLLM_CLONES void attend_tile(const Attention<uint16_t>& a, int64_t index, Buffer& buffer) {
+  attend_tile_of(a, index, buffer);
 }
 
-/// What a single query makes of parts of the keys: for each head and part the largest score, the sum of
-/// exponentials below it, and the values (padded dim) weighted by these.
+/// The three values of every part of the keys of a single query: for each head `largest`, `total`, then `out`
+/// (padded_dim).
 struct Parts {
   float* memory;
-  int64_t count, heads, padded;  // per head of keys; query heads that share it; dim
+  int64_t count;  // parts of the keys
+  int64_t heads;  // that share keys
+  int64_t padded_dim;
 
-  int64_t stride() const { return padded + 2; }
-  float* at(int64_t kv_item, int64_t part, int64_t head) const {
+  int64_t stride() const { return padded_dim + 2; }
+  float* largest(int64_t kv_item, int64_t part, int64_t head) const {
     return memory + ((kv_item * count + part) * heads + head) * stride();
   }
+  float* total(int64_t kv_item, int64_t part, int64_t head) const { return largest(kv_item, part, head) + 1; }
+  float* out(int64_t kv_item, int64_t part, int64_t head) const { return largest(kv_item, part, head) + 2; }
 };
 
-/// A single query of `Heads` of the heads that share keys meets kKeysAlone keys at most; lanes are
-/// dimensions. `item` counts parts of the keys, then heads of keys, then sequences.
+/// The single query of `Heads` neighbouring heads that share keys passes one part of them. `index` counts
+/// parts, then heads of keys, then sequences. `queries` has room for (Heads, padded_dim).
 template <int Heads, typename T>
-STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, int64_t first_head, const Parts& parts,
-                                  float* queries) {
+STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t first_head, const Parts& parts,
+                               float* queries) {
   constexpr int kTogether = 4;  // keys, and vectors of values: as many loads are under way
-  const int64_t part = item % parts.count, kv_item = item / parts.count, kv_head = kv_item % a.kv_heads,
-                batch = kv_item / a.kv_heads;
-  const int64_t seen = a.first + 1 - a.oldest_seen(a.first), first_key = seen * part / parts.count;
-  const int64_t count = seen * (part + 1) / parts.count - first_key, padded = parts.padded;
-  const float scale = 1 / std::sqrt(static_cast<float>(a.dim));
+  const int64_t part = index % parts.count, kv_item = index / parts.count;
+  const int64_t kv_head = kv_item % a.kv_heads, sequence = kv_item / a.kv_heads;
+  const int64_t seen = a.first + 1, first_key = seen * part / parts.count;
+  const int64_t count = seen * (part + 1) / parts.count - first_key, padded_dim = parts.padded_dim;
+  const float scale = a.scale();
   for (int h = 0; h < Heads; ++h) {
-    const T* from = a.query(batch, kv_head * parts.heads + first_head + h, 0);
+    const T* from = a.query(sequence, kv_head * parts.heads + first_head + h, 0);
     for_each_lanes(
         0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-          store_lanes(queries + h * padded + at, load(from + at, lanes) * scale);
+          store_lanes(queries + h * padded_dim + at, load(from + at, lanes) * scale);
         });
   }
 
-  alignas(sizeof(Lanes)) float scores[Heads][kKeysAlone];
-  const T* keys = a.key(batch, kv_head, a.oldest_seen(a.first) + first_key);
+  alignas(sizeof(Lanes)) float scores[Heads][kPartKeys];
+  const T* keys = a.key(sequence, kv_head, first_key);
   for (int64_t key = 0; key < count; key += kTogether) {
     Lanes sums[kTogether][Heads] = {};
     for_each_lanes(
         0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
           for (int k = 0; k < kTogether; ++k) {  // the last key again behind the last
             const Lanes x = load(keys + std::min(key + k, count - 1) * a.key_strides[2] + at, lanes);
-            for (int h = 0; h < Heads; ++h) sums[k][h] += load_lanes(queries + h * padded + at) * x;
+            for (int h = 0; h < Heads; ++h) sums[k][h] += load_lanes(queries + h * padded_dim + at) * x;
           }
         });
     for (int k = 0; k < kTogether; ++k)
@@ -270,7 +333,7 @@ STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, int64_t f
   for (int h = 0; h < Heads; ++h) {
     float* own = scores[h];
     const int64_t end = ceil_div(count, int64_t{kLanes}) * kLanes;
-    std::fill(own + count, own + end, -std::numeric_limits<float>::infinity());
+    std::fill(own + count, own + end, -kInfinity);
     const float largest = *std::max_element(own, own + count);
     Lanes total = {};
     for (int64_t at = 0; at < end; at += kLanes) {
@@ -278,13 +341,12 @@ STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, int64_t f
       store_lanes(own + at, weight);
       total += weight;
     }
-    float* result = parts.at(kv_item, part, first_head + h);
-    result[0] = largest;
-    result[1] = sum_of(total);
-    out[h] = result + 2;
+    *parts.largest(kv_item, part, first_head + h) = largest;
+    *parts.total(kv_item, part, first_head + h) = sum_of(total);
+    out[h] = parts.out(kv_item, part, first_head + h);
   }
 
-  const T* values = a.value(batch, kv_head, a.oldest_seen(a.first) + first_key);
+  const T* values = a.value(sequence, kv_head, first_key);
   const auto mix = [&](int64_t at, int lanes, auto vectors) __attribute__((always_inline)) {
     Lanes sums[vectors][Heads] = {};
     for (int64_t key = 0; key < count; ++key)
@@ -306,20 +368,20 @@ STBLLM_INLINE void attend_part_of(const Attention<T>& a, int64_t item, int64_t f
 template <typename T>
 STBLLM_INLINE void attend_parts_of(const Attention<T>& a, int64_t begin, int64_t end, const Parts& parts,
                                    float* queries) {
-  for (int64_t item = begin; item < end; ++item)
-    for (int64_t head = 0; head < parts.heads; head += kHeadsAlone)
-      switch (std::min(kHeadsAlone, parts.heads - head)) {
+  for (int64_t index = begin; index < end; ++index)
+    for (int64_t head = 0; head < parts.heads; head += kPartHeads)
+      switch (std::min(kPartHeads, parts.heads - head)) {
         case 1:
-          attend_part_of<1>(a, item, head, parts, queries);
+          attend_part<1>(a, index, head, parts, queries);
           break;
         case 2:
-          attend_part_of<2>(a, item, head, parts, queries);
+          attend_part<2>(a, index, head, parts, queries);
           break;
         case 3:
-          attend_part_of<3>(a, item, head, parts, queries);
+          attend_part<3>(a, index, head, parts, queries);
           break;
         default:
-          attend_part_of<kHeadsAlone>(a, item, head, parts, queries);
+          attend_part<kPartHeads>(a, index, head, parts, queries);
           break;
       }
 }
@@ -332,82 +394,84 @@ STBLLM_CLONES void attend_parts(const Attention<uint16_t>& a, int64_t begin, int
   attend_parts_of(a, begin, end, parts, queries);
 }
 
-/// The parts of each head as one.
+/// The result of every head from its parts. Afterwards `largest` holds the factor that the part was given.
 template <typename T>
-STBLLM_INLINE void merge_parts_of(const Attention<T>& a, int64_t kv_items, const Parts& parts) {
-  for (int64_t row = 0; row < kv_items * parts.heads; ++row) {
-    const auto part_at = [&](int64_t part) { return parts.at(row / parts.heads, part, row % parts.heads); };
-    float largest = part_at(0)[0], total = 0;
-    for (int64_t part = 1; part < parts.count; ++part) largest = std::max(largest, part_at(part)[0]);
+STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts) {
+  for (int64_t row = 0; row < a.batch * a.heads; ++row) {
+    const int64_t kv_item = row / parts.heads, head = row % parts.heads;
+    float largest = *parts.largest(kv_item, 0, head), total = 0;
+    for (int64_t part = 1; part < parts.count; ++part)
+      largest = std::max(largest, *parts.largest(kv_item, part, head));
     for (int64_t part = 0; part < parts.count; ++part) {
-      float* const own = part_at(part);
-      own[0] = std::exp(own[0] - largest);
-      total += own[0] * own[1];
+      float* const factor = parts.largest(kv_item, part, head);
+      *factor = std::exp(*factor - largest);
+      total += *factor * *parts.total(kv_item, part, head);
     }
     for_each_lanes(
         0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
           Lanes sum = {};
           for (int64_t part = 0; part < parts.count; ++part)
-            sum += load_lanes(part_at(part) + 2 + at) * part_at(part)[0];
+            sum += load_lanes(parts.out(kv_item, part, head) + at) * *parts.largest(kv_item, part, head);
           store(a.out + row * a.dim + at, rounded<T>(sum / total), lanes);
         });
   }
 }
-STBLLM_CLONES void merge_parts(const Attention<float>& a, int64_t kv_items, const Parts& parts) {
-  merge_parts_of(a, kv_items, parts);
-}
-STBLLM_CLONES void merge_parts(const Attention<uint16_t>& a, int64_t kv_items, const Parts& parts) {
-  merge_parts_of(a, kv_items, parts);
-}
+STBLLM_CLONES void merge_parts(const Attention<float>& a, const Parts& parts) { merge_parts_of(a, parts); }
+STBLLM_CLONES void merge_parts(const Attention<uint16_t>& a, const Parts& parts) { merge_parts_of(a, parts); }
 
-/// One query of each head: the keys are split, the same way whatever the number of threads, so that all of
-/// these have work.
 template <typename T>
-void attend_alone(const Attention<T>& a, int64_t batch) {
-  const int64_t kv_items = batch * a.kv_heads, heads = a.heads_per_key(), padded = a.padded_dim();
-  const int64_t seen = a.first + 1 - a.oldest_seen(a.first), count = ceil_div(seen, kKeysAlone);
-  thread_local Scratch results;
-  Parts parts{nullptr, count, heads, padded};
-  parts.memory = results.reserve(kv_items * count * heads * parts.stride());
-  const int64_t products_per_item = 2 * heads * std::min(seen, kKeysAlone) * a.dim;
-  at::parallel_for(0, kv_items * count, std::max<int64_t>(1, kProductsPerThread / products_per_item),
+void attend_by_tiles(const Attention<T>& a) {
+  const int64_t tiles = a.batch * a.kv_heads * a.tiles_per_head();
+  const int64_t products_per_tile =
+      2 * a.heads_per_key() * std::min(a.tokens, kTileQueries) * (a.first + a.tokens) * a.dim;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, kProductsPerThread / products_per_tile),
                    [&](int64_t begin, int64_t end) {
-                     thread_local Scratch scratch;
-                     attend_parts(a, begin, end, parts, scratch.reserve(kHeadsAlone * padded));
+                     thread_local Buffer buffer;
+                     for (int64_t index = begin; index < end; ++index) attend_tile(a, index, buffer);
                    });
-  merge_parts(a, kv_items, parts);
 }
 
 template <typename T>
-void attention_of(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first,
-                  int64_t window, at::Tensor& out) {
-  Attention<T> a{static_cast<const T*>(queries.const_data_ptr()),
-                 static_cast<const T*>(keys.const_data_ptr()),
-                 static_cast<const T*>(values.const_data_ptr()),
-                 static_cast<T*>(out.data_ptr()),
-                 queries.size(1),
-                 keys.size(1),
-                 queries.size(2),
-                 queries.size(3),
-                 first,
-                 window > 0 ? window : keys.size(2),
-                 {},
-                 {},
-                 {}};
+void attend_by_parts(const Attention<T>& a) {
+  const int64_t kv_items = a.batch * a.kv_heads, heads = a.heads_per_key(), seen = a.first + 1;
+  thread_local Buffer results;
+  Parts parts{
+      .memory = nullptr, .count = ceil_div(seen, kPartKeys), .heads = heads, .padded_dim = a.padded_dim()};
+  parts.memory = results.reserve(kv_items * parts.count * heads * parts.stride());
+  const int64_t products_per_part = 2 * heads * std::min(seen, kPartKeys) * a.dim;
+  at::parallel_for(0, kv_items * parts.count, std::max<int64_t>(1, kProductsPerThread / products_per_part),
+                   [&](int64_t begin, int64_t end) {
+                     thread_local Buffer queries;
+                     attend_parts(a, begin, end, parts, queries.reserve(kPartHeads * parts.padded_dim));
+                   });
+  merge_parts(a, parts);
+}
+
+template <typename T>
+void attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t first,
+            int64_t window, at::Tensor& out) {
+  // Keys that no query sees are left out here, so that only tiles need to know of windows.
+  const int64_t unseen = window > 0 ? std::max<int64_t>(0, first + 1 - window) : 0;
+  Attention<T> a{.queries = static_cast<const T*>(queries.const_data_ptr()),
+                 .keys = static_cast<const T*>(keys.const_data_ptr()) + unseen * keys.stride(2),
+                 .values = static_cast<const T*>(values.const_data_ptr()) + unseen * values.stride(2),
+                 .out = static_cast<T*>(out.data_ptr()),
+                 .batch = queries.size(0),
+                 .heads = queries.size(1),
+                 .kv_heads = keys.size(1),
+                 .tokens = queries.size(2),
+                 .dim = queries.size(3),
+                 .first = first - unseen,
+                 .window = window > 0 ? window : keys.size(2),
+                 .query_strides = {},
+                 .key_strides = {},
+                 .value_strides = {}};
   for (int i = 0; i < 3; ++i) {
     a.query_strides[i] = queries.stride(i);
     a.key_strides[i] = keys.stride(i);
     a.value_strides[i] = values.stride(i);
   }
-  if (a.tokens == 1) return attend_alone(a, queries.size(0));
-  const int64_t items = queries.size(0) * a.kv_heads * a.query_blocks();
-  const int64_t products_per_item =
-      2 * a.heads_per_key() * std::min(a.tokens, kQueries) * keys.size(2) * a.dim;
-  at::parallel_for(0, items, std::max<int64_t>(1, kProductsPerThread / products_per_item),
-                   [&](int64_t begin, int64_t end) {
-                     thread_local Scratch scratch;
-                     for (int64_t item = begin; item < end; ++item) attend(a, item, scratch);
-                   });
+  a.tokens == 1 ? attend_by_parts(a) : attend_by_tiles(a);
 }
 
 }  // namespace
@@ -418,7 +482,7 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, c
     STBLLM_CHECK(tensor.scalar_type() == queries.scalar_type() && tensor.stride(-1) == 1 &&
                      tensor.size(0) == queries.size(0) && tensor.size(1) == keys.size(1) &&
                      tensor.size(2) == first + queries.size(2) && tensor.size(3) == queries.size(3),
-                 "{} queries at {} meet keys or values of shape [{}, {}, {}, {}]", queries.size(2), first,
+                 "{} queries at {} for keys or values of shape [{}, {}, {}, {}]", queries.size(2), first,
                  tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3));
   STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(2) > 0, "{} queries, neighbours {} apart",
                queries.size(2), queries.stride(-1));
@@ -426,9 +490,9 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, c
   at::Tensor out =
       at::empty({queries.size(0), queries.size(2), queries.size(1) * queries.size(3)}, queries.options());
   if (queries.scalar_type() == at::kFloat)
-    attention_of<float>(queries, keys, values, first, window, out);
+    attend<float>(queries, keys, values, first, window, out);
   else
-    attention_of<uint16_t>(queries, keys, values, first, window, out);
+    attend<uint16_t>(queries, keys, values, first, window, out);
   return out;
 }
 

@@ -5,9 +5,9 @@
 #include <fmt/ranges.h>
 
 #include <cmath>
-#include <map>
 
 #include "stbllm/base/error.h"
+#include "stbllm/checkpoint/sources.h"
 
 namespace stbllm {
 namespace {
@@ -21,9 +21,8 @@ void check_dtype(at::ScalarType dtype) {
          at::toString(dtype));
 }
 
-NormWeights load_norm(const ModelSpec& spec, const std::string& name, const TensorLoader& load) {
+NormWeights load_norm(const std::vector<TensorSpec>& tensors, const TensorLoader& load) {
   NormWeights norm;
-  const std::vector<TensorSpec> tensors = spec.norm_tensors(name);
   if (!tensors.empty()) norm.weight = load(tensors[0]);
   if (tensors.size() > 1) norm.bias = load(tensors[1]);
   return norm;
@@ -33,21 +32,21 @@ NormWeights load_norm(const ModelSpec& spec, const std::string& name, const Tens
 template <typename MakeLinear>
 std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, const TensorLoader& load,
                                          const MakeLinear& make_linear) {
-  auto block = std::make_shared<DecoderBlock>(spec, index, load_norm(spec, spec.attn_norm(index), load),
-                                              load_norm(spec, spec.mlp_norm(index), load));
+  auto block = std::make_shared<DecoderBlock>(spec, index);
+  for (const NormSpec& norm : block->norms()) block->norm(norm.role) = load_norm(norm.tensors, load);
   for (const LinearSpec& linear : block->linears())
     block->set_linear(linear.role, make_linear(linear, linear.has_bias ? load(linear.bias()) : at::Tensor()));
   return block;
 }
 
-/// Tensors of a packed file that are not packed linears: dense ones, or rows of integers (the embedding and
-/// the head, under their name without ".weight"), which load() widens.
+/// Tensors of a packed file that are not packed linears: dense ones, and tables as quantized rows, which the
+/// file lists under the table's name without ".weight". load() widens these.
 class PackedTensors {
  public:
   explicit PackedTensors(const PackedReader& packed)
       : packed_(packed), path_(packed.file()->file()->path().string()) {}
 
-  /// Null unless the tensor is rows of integers.
+  /// Null unless the tensor is stored as quantized rows.
   const QuantizedRows* find_rows(const TensorSpec& spec) const {
     const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
     if (!spec.name.ends_with(".weight") || rows == packed_.quantized_rows().end()) return nullptr;
@@ -55,7 +54,7 @@ class PackedTensors {
     return &rows->second;
   }
 
-  /// A view of the mapping where it can be.
+  /// A view of the mapped file where the tensor is dense.
   at::Tensor load(const TensorSpec& spec) const {
     if (const QuantizedRows* rows = find_rows(spec)) return decode(*rows);
     if (!packed_.has_dense(spec.name))
@@ -63,14 +62,8 @@ class PackedTensors {
            spec.name);
     const TensorEntry& entry = packed_.dense(spec.name);
     check_shape(spec, entry.shape);
-    static const std::map<std::string, at::ScalarType> kDtypes = {
-        {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}};
-    const auto dtype = kDtypes.find(entry.dtype);
-    if (dtype == kDtypes.end())
-      fail(ErrorCode::kUnsupported, "{}: tensor {} has dtype {}; expected F32, F16 or BF16", path_, spec.name,
-           entry.dtype);
     void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
-    return at::from_blob(data, entry.shape, dtype->second);
+    return at::from_blob(data, entry.shape, scalar_type_of(entry.dtype, path_, spec.name));
   }
 
  private:
@@ -105,7 +98,8 @@ void Decoder::load_outer(const TensorLoader& load, const TableLoader& load_table
     outer_.project_in = load(spec_.project_in());
     outer_.project_out = load(spec_.project_out());
   }
-  if (spec_.has_final_norm) outer_.final_norm = load_norm(spec_, spec_.final_norm(), load);
+  if (spec_.has_final_norm)
+    outer_.final_norm = load_norm(spec_.norm_tensors(spec_.final_norm(), spec_.hidden), load);
 }
 
 Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOptions& options) {
@@ -189,8 +183,7 @@ int64_t Decoder::bytes() const {
   if (!spec_.tied_head) total += outer_.head.bytes();
   for (const auto& block : blocks_) {
     if (block == nullptr) continue;
-    add_norm(block->attn_norm());
-    add_norm(block->mlp_norm());
+    for (const NormSpec& norm : block->norms()) add_norm(block->norm(norm.role));
     for (const LinearSpec& linear : block->linears()) total += block->linear(linear.role).bytes();
   }
   return total;

@@ -128,17 +128,28 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
   return norm.weight.defined() ? normalized * norm.weight : normalized;
 }
 
-DecoderBlock::DecoderBlock(const ModelSpec& spec, int64_t index, NormWeights attn_norm, NormWeights mlp_norm)
-    : spec_(spec),
-      index_(index),
-      linear_specs_(spec.linears(index)),
-      attn_norm_(std::move(attn_norm)),
-      mlp_norm_(std::move(mlp_norm)) {}
+DecoderBlock::DecoderBlock(const ModelSpec& spec, int64_t index)
+    : spec_(spec), index_(index), linear_specs_(spec.linears(index)), norm_specs_(spec.norms(index)) {
+  for (const NormSpec& norm : norm_specs_) norms_[static_cast<size_t>(norm.role)].emplace();
+}
+
+NormWeights& DecoderBlock::norm(NormRole role) {
+  std::optional<NormWeights>& norm = norms_[static_cast<size_t>(role)];
+  STBLLM_CHECK(norm.has_value(), "block {} has no norm {}", index_, static_cast<int>(role));
+  return *norm;
+}
 
 const Linear& DecoderBlock::linear(Role role) const {
   const auto& linear = linears_[static_cast<size_t>(role)];
   STBLLM_CHECK(linear != nullptr, "block {} has no linear {}", index_, role_name(role));
   return *linear;
+}
+
+const DenseLinear& DecoderBlock::dense(Role role) const {
+  const auto* dense = dynamic_cast<const DenseLinear*>(&linear(role));
+  STBLLM_CHECK(dense != nullptr, "linear {} of block {} is packed, where a dense weight is needed",
+               role_name(role), index_);
+  return *dense;
 }
 
 void DecoderBlock::set_linear(Role role, std::unique_ptr<Linear> linear) {
@@ -149,25 +160,32 @@ at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& posi
                                  const TapObserver& observer, KeyValueCache* cache) const {
   STBLLM_CHECK(hidden.dim() == 3 && hidden.size(1) == positions.count,
                "hidden states for {} tokens, positions for {}", hidden.size(1), positions.count);
-  const auto residual = [&](const at::Tensor& x, const NormWeights& norm, const auto& branch) {
-    return spec_.norm_first ? x + branch(apply_norm(spec_, norm, x)) : apply_norm(spec_, norm, x + branch(x));
+  const auto residual = [&](const at::Tensor& x, NormRole norm, const auto& branch) {
+    return spec_.norm_first ? x + branch(normalize(norm, x)) : normalize(norm, x + branch(x));
   };
   const at::Tensor middle = residual(
-      hidden, attn_norm_, [&](const at::Tensor& x) { return attention(x, positions, observer, cache); });
-  return residual(middle, mlp_norm_, [&](const at::Tensor& x) { return mlp(x, observer); });
+      hidden, NormRole::kAttn, [&](const at::Tensor& x) { return attention(x, positions, observer, cache); });
+  return residual(middle, NormRole::kMlp, [&](const at::Tensor& x) { return mlp(x, observer); });
+}
+
+at::Tensor DecoderBlock::normalize(NormRole role, const at::Tensor& x) const {
+  const std::optional<NormWeights>& norm = norms_[static_cast<size_t>(role)];
+  return norm ? apply_norm(spec_, *norm, x) : x;
 }
 
 at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positions,
                                    const TapObserver& observer, KeyValueCache* cache) const {
   observe(observer, Tap::kAttnIn, x);
-  const auto by_head = [&](const at::Tensor& y, int64_t heads) {  // -> (batch, heads, tokens, head_dim)
-    return y.view({x.size(0), x.size(1), heads, spec_.head_dim}).transpose(1, 2);
+  const auto by_head = [&](const at::Tensor& y, int64_t heads) {  // -> (batch, tokens, heads, head_dim)
+    return y.view({x.size(0), x.size(1), heads, spec_.head_dim});
   };
   const std::array projections = {&linear(Role::kQ), &linear(Role::kK), &linear(Role::kV)};
   const std::vector<at::Tensor> projected = forward_all(projections, x);
-  at::Tensor queries = by_head(projected[0], spec_.heads);
-  at::Tensor keys = by_head(projected[1], spec_.kv_heads);
-  at::Tensor values = by_head(projected[2], spec_.kv_heads);
+  // All three: (batch, heads, tokens, head_dim). Norms come before the transposition, where rows are
+  // adjacent.
+  at::Tensor queries = normalize(NormRole::kQuery, by_head(projected[0], spec_.heads)).transpose(1, 2);
+  at::Tensor keys = normalize(NormRole::kKey, by_head(projected[1], spec_.kv_heads)).transpose(1, 2);
+  at::Tensor values = by_head(projected[2], spec_.kv_heads).transpose(1, 2);
   if (spec_.architecture->position == Position::kRotary) {
     queries = turn(queries, positions);
     keys = turn(keys, positions);

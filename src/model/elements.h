@@ -1,6 +1,9 @@
 #pragma once
-// Rows of float, or of uint16_t for bfloat16, as lanes: what templates over both types call.
+// Elements in memory are float, or uint16_t where they are bfloat16. These overloads let one template serve
+// both: it computes in float32 lanes, rounds to what an element holds, and stores that.
 
+#include <bit>
+#include <cstdint>
 #include <type_traits>
 
 #include "stbllm/base/lanes.h"
@@ -11,7 +14,12 @@ STBLLM_INLINE Lanes load(const float* from, int count) { return load_lanes(from,
 STBLLM_INLINE Lanes load(const uint16_t* from, int count) { return load_bfloat16_lanes(from, count); }
 STBLLM_INLINE void store(float* to, Lanes x, int count) { store_lanes(to, x, count); }
 STBLLM_INLINE void store(uint16_t* to, Lanes rounded, int count) { store_bfloat16_lanes(to, rounded, count); }
-/// To what T holds.
+/// For a single element that lanes do not reach.
+STBLLM_INLINE void store(float* to, float x) { *to = x; }
+STBLLM_INLINE void store(uint16_t* to, float rounded) {
+  *to = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16);
+}
+/// The nearest numbers that elements of type T hold; store() takes nothing else.
 template <typename T>
 STBLLM_INLINE Lanes rounded(Lanes x) {
   return std::is_same_v<T, float> ? x : round_to_bfloat16(x);

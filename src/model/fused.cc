@@ -16,12 +16,11 @@ namespace {
 /// Elements that are worth a second thread.
 constexpr int64_t kGrain = 1 << 14;
 
-/// Rows of `width`; `weight` may be null.
 template <typename T>
 struct NormRows {
-  const T* x;
-  const T* weight;
-  T* y;
+  const T* x;       // (rows, width)
+  const T* weight;  // (width) or null
+  T* y;             // (rows, width)
   int64_t width;
   float eps;
 };
@@ -52,15 +51,15 @@ STBLLM_CLONES void norm_rows(const NormRows<uint16_t>& rows, int64_t begin, int6
   norm_rows_of(rows, begin, end);
 }
 
-/// Rows of (tokens, heads) of one sequence after the other; x and y have the same strides.
+/// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
+/// them in memory.
 template <typename T>
 struct RotateRows {
   const T* x;
   T* y;
-  const T* cos;
-  const T* sin;
-  int64_t batch, heads, tokens, width;
-  int64_t batch_stride, head_stride, token_stride;
+  const T *cos, *sin;  // (tokens, width)
+  int64_t heads, tokens, width;
+  int64_t batch_stride, head_stride, token_stride;  // of x and of y
 };
 template <typename T>
 STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int64_t end) {
@@ -121,8 +120,11 @@ template <typename T>
 at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor input = x.contiguous(), output = at::empty_like(input);
   const int64_t width = x.size(-1);
-  const NormRows<T> rows{elements<T>(input), elements<T>(weight), static_cast<T*>(output.data_ptr()), width,
-                         static_cast<float>(eps)};
+  const NormRows<T> rows{.x = elements<T>(input),
+                         .weight = elements<T>(weight),
+                         .y = static_cast<T*>(output.data_ptr()),
+                         .width = width,
+                         .eps = static_cast<float>(eps)};
   at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
                    [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
   return output;
@@ -132,12 +134,16 @@ template <typename T>
 at::Tensor rotate_of(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor output = at::empty_strided(x.sizes(), x.strides(), x.options());
   const int64_t width = x.size(3);
-  const RotateRows<T> rows{elements<T>(x),   static_cast<T*>(output.data_ptr()),
-                           elements<T>(cos), elements<T>(sin),
-                           x.size(0),        x.size(1),
-                           x.size(2),        width,
-                           x.stride(0),      x.stride(1),
-                           x.stride(2)};
+  const RotateRows<T> rows{.x = elements<T>(x),
+                           .y = static_cast<T*>(output.data_ptr()),
+                           .cos = elements<T>(cos),
+                           .sin = elements<T>(sin),
+                           .heads = x.size(1),
+                           .tokens = x.size(2),
+                           .width = width,
+                           .batch_stride = x.stride(0),
+                           .head_stride = x.stride(1),
+                           .token_stride = x.stride(2)};
   at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
                    [&](int64_t begin, int64_t end) { rotate_rows(rows, begin, end); });
   return output;
@@ -147,7 +153,8 @@ template <typename T>
 at::Tensor silu_multiply_of(const at::Tensor& gate, const at::Tensor& up) {
   const at::Tensor gate_rows = gate.contiguous(), up_rows = up.contiguous(),
                    output = at::empty_like(gate_rows);
-  const Gates<T> gates{elements<T>(gate_rows), elements<T>(up_rows), static_cast<T*>(output.data_ptr())};
+  const Gates<T> gates{
+      .gate = elements<T>(gate_rows), .up = elements<T>(up_rows), .y = static_cast<T*>(output.data_ptr())};
   at::parallel_for(0, gate.numel(), kGrain,
                    [&](int64_t begin, int64_t end) { multiply_gates(gates, begin, end); });
   return output;

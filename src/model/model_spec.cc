@@ -11,7 +11,7 @@ namespace {
 
 using nlohmann::json;
 
-/// Beyond these a config.json is damaged; sizes multiply without overflow.
+/// A config.json with larger numbers is damaged. Below them, products of two sizes do not overflow.
 constexpr int64_t kLargestCount = int64_t{1} << 30, kMostBlocks = 1 << 16;
 
 /// Typed reads of a JSON object. `where` precedes the key in messages: "config.json: " or "config.json:
@@ -112,7 +112,8 @@ Activation read_activation(const Fields& config, std::string_view key, Mlp mlp) 
   config.refuse(key, "silu, relu, gelu, gelu_new and gelu_pytorch_tanh");
 }
 
-/// `fields` holds the scaling: rope_scaling (older files) or rope_parameters, which also holds theta.
+/// `fields` are those of the scaling: rope_scaling in older files, rope_parameters (which hold theta too) in
+/// newer ones.
 void read_rope_scaling(const Fields& fields, Rope& rope) {
   const std::string_view key = fields.has("rope_type") ? "rope_type" : "type";
   const std::string type = fields.text(key, "default");
@@ -156,7 +157,7 @@ void check_attention_kinds(const Fields& config, bool sliding) {
     if (type != expected) config.refuse("layer_types", fmt::format("\"{}\" in every block here", expected));
 }
 
-/// What models that are derived from these classes add to the forward pass, with code of their own.
+/// Refuses what models that are derived from these classes, with code of their own, add to the forward pass.
 void check_foreign_keys(const Fields& config) {
   for (const std::string_view key :
        {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale",
@@ -167,6 +168,61 @@ void check_foreign_keys(const Fields& config) {
     const bool neutral = value == false || value == 1 || value == json::array();
     if (!neutral) config.refuse(key, "models without it");
   }
+}
+
+void read_heads(const Fields& config, const Architecture& row, ModelSpec& spec) {
+  spec.heads = config.count("num_attention_heads");
+  spec.kv_heads = config.count("num_key_value_heads", spec.heads);
+  if (spec.heads % spec.kv_heads != 0)
+    fail(ErrorCode::kCorrupt,
+         "config.json: num_attention_heads = {} is not a multiple of num_key_value_heads = {}", spec.heads,
+         spec.kv_heads);
+  if (config.has("head_dim") || row.default_head_dim > 0) {
+    spec.head_dim = config.count("head_dim", row.default_head_dim);
+    return;
+  }
+  if (spec.hidden % spec.heads != 0)
+    fail(ErrorCode::kCorrupt, "config.json: hidden_size = {} is not a multiple of num_attention_heads = {}",
+         spec.hidden, spec.heads);
+  spec.head_dim = spec.hidden / spec.heads;
+}
+
+void read_sizes(const Fields& config, const Architecture& row, ModelSpec& spec) {
+  spec.hidden = config.count("hidden_size");
+  spec.layers = config.count("num_hidden_layers");
+  if (spec.layers > kMostBlocks)
+    fail(ErrorCode::kCorrupt, "config.json: num_hidden_layers = {} must be at most {}", spec.layers,
+         kMostBlocks);
+  read_heads(config, row, spec);
+  spec.ffn = config.count(row.ffn_key);
+  spec.vocab = config.count("vocab_size");
+  spec.max_positions = config.count("max_position_embeddings");
+  spec.embedding_width =
+      row.project_in.empty() ? spec.hidden : config.count("word_embed_proj_dim", spec.hidden);
+}
+
+/// What positions do to attention: rotation or a learned table, and which tokens see each other.
+void read_positions(const Fields& config, const Architecture& row, ModelSpec& spec) {
+  if (row.position == Position::kRotary) {
+    if (spec.head_dim % 2 != 0)
+      fail(ErrorCode::kUnsupported, "config.json: head_dim = {} is odd, which rotary positions do not allow",
+           spec.head_dim);
+    spec.rope = read_rope(config);
+  } else {
+    spec.position_offset = 2;  // OPT keeps fairseq's two rows for padding
+  }
+  if (row.sliding_window)
+    spec.sliding_window =
+        config.count("sliding_window", config.mentions("sliding_window") ? 0 : row.default_window);
+  check_attention_kinds(config, spec.sliding_window > 0);
+}
+
+void read_norms(const Fields& config, const Architecture& row, ModelSpec& spec) {
+  // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
+  spec.norm_eps = row.norm == Norm::kRms ? config.positive("rms_norm_eps", 1e-6) : 1e-5;
+  spec.norm_affine = config.flag("layer_norm_elementwise_affine", true);
+  spec.norm_first = config.flag("do_layer_norm_before", true);
+  spec.has_final_norm = spec.norm_first && !config.flag("_remove_final_layer_norm", false);
 }
 
 std::string weight_name(const std::string& module) { return module + ".weight"; }
@@ -182,46 +238,10 @@ ModelSpec ModelSpec::from_config(const json& object) {
 
   ModelSpec spec;
   spec.architecture = &row;
-  spec.hidden = config.count("hidden_size");
-  spec.layers = config.count("num_hidden_layers");
-  if (spec.layers > kMostBlocks)
-    fail(ErrorCode::kCorrupt, "config.json: num_hidden_layers = {} must be at most {}", spec.layers,
-         kMostBlocks);
-  spec.heads = config.count("num_attention_heads");
-  spec.kv_heads = config.count("num_key_value_heads", spec.heads);
-  if (spec.heads % spec.kv_heads != 0)
-    fail(ErrorCode::kCorrupt,
-         "config.json: num_attention_heads = {} is not a multiple of num_key_value_heads = {}", spec.heads,
-         spec.kv_heads);
-  if (!config.has("head_dim") && spec.hidden % spec.heads != 0)
-    fail(ErrorCode::kCorrupt, "config.json: hidden_size = {} is not a multiple of num_attention_heads = {}",
-         spec.hidden, spec.heads);
-  spec.head_dim = config.count("head_dim", spec.hidden / spec.heads);
-  spec.ffn = config.count(row.ffn_key);
-  spec.vocab = config.count("vocab_size");
-  spec.max_positions = config.count("max_position_embeddings");
-  spec.embedding_width =
-      row.project_in.empty() ? spec.hidden : config.count("word_embed_proj_dim", spec.hidden);
+  read_sizes(config, row, spec);
+  read_positions(config, row, spec);
+  read_norms(config, row, spec);
   spec.activation = read_activation(config, row.activation_key, row.mlp);
-
-  if (row.position == Position::kRotary) {
-    if (spec.head_dim % 2 != 0)
-      fail(ErrorCode::kUnsupported, "config.json: head_dim = {} is odd, which rotary positions do not allow",
-           spec.head_dim);
-    spec.rope = read_rope(config);
-  } else {
-    spec.position_offset = 2;  // OPT keeps fairseq's two rows for padding
-  }
-  if (row.sliding_window)
-    spec.sliding_window =
-        config.count("sliding_window", config.mentions("sliding_window") ? 0 : row.default_window);
-  check_attention_kinds(config, spec.sliding_window > 0);
-
-  // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
-  spec.norm_eps = row.norm == Norm::kRms ? config.positive("rms_norm_eps", 1e-6) : 1e-5;
-  spec.norm_affine = config.flag("layer_norm_elementwise_affine", true);
-  spec.norm_first = config.flag("do_layer_norm_before", true);
-  spec.has_final_norm = spec.norm_first && !config.flag("_remove_final_layer_norm", false);
   spec.tied_head = config.flag("tie_word_embeddings", row.tied_by_default);
   for (const LinearSlot& slot : row.linears)
     spec.slot_bias.push_back(slot.bias.key.empty() ? slot.bias.fallback
@@ -275,10 +295,21 @@ std::vector<LinearSpec> ModelSpec::linears(int64_t block) const {
   return result;
 }
 
-std::vector<TensorSpec> ModelSpec::norm_tensors(const std::string& name) const {
+std::vector<NormSpec> ModelSpec::norms(int64_t block) const {
+  std::vector<NormSpec> result;
+  for (const NormSlot& slot : architecture->norms) {
+    const bool of_a_head = slot.role == NormRole::kQuery || slot.role == NormRole::kKey;
+    const int64_t width = of_a_head ? head_dim : hidden;
+    const std::string name = block_prefix(block) + std::string(slot.name);
+    result.push_back({.name = name, .role = slot.role, .width = width, .tensors = norm_tensors(name, width)});
+  }
+  return result;
+}
+
+std::vector<TensorSpec> ModelSpec::norm_tensors(const std::string& name, int64_t width) const {
   if (!norm_affine) return {};
-  std::vector<TensorSpec> result = {{name + ".weight", {hidden}}};
-  if (architecture->norm == Norm::kLayer) result.push_back({name + ".bias", {hidden}});
+  std::vector<TensorSpec> result = {{name + ".weight", {width}}};
+  if (architecture->norm == Norm::kLayer) result.push_back({name + ".bias", {width}});
   return result;
 }
 
@@ -306,18 +337,10 @@ TensorSpec ModelSpec::project_out() const {
 
 std::string ModelSpec::final_norm() const { return prefix + std::string(architecture->final_norm); }
 
-std::string ModelSpec::attn_norm(int64_t block) const {
-  return block_prefix(block) + std::string(architecture->attn_norm);
-}
-
-std::string ModelSpec::mlp_norm(int64_t block) const {
-  return block_prefix(block) + std::string(architecture->mlp_norm);
-}
-
 std::vector<TensorSpec> ModelSpec::other_tensors() const {
   std::vector<TensorSpec> result = {embedding()};
-  const auto add_norm = [&](const std::string& name) {
-    for (TensorSpec& tensor : norm_tensors(name)) result.push_back(std::move(tensor));
+  const auto add = [&](const std::vector<TensorSpec>& tensors) {
+    result.insert(result.end(), tensors.begin(), tensors.end());
   };
   if (architecture->position == Position::kLearned) result.push_back(position_table());
   if (has_projections()) {
@@ -325,12 +348,11 @@ std::vector<TensorSpec> ModelSpec::other_tensors() const {
     result.push_back(project_out());
   }
   for (int64_t block = 0; block < layers; ++block) {
-    add_norm(attn_norm(block));
-    add_norm(mlp_norm(block));
+    for (const NormSpec& norm : norms(block)) add(norm.tensors);
     for (const LinearSpec& linear : linears(block))
       if (linear.has_bias) result.push_back(linear.bias());
   }
-  if (has_final_norm) add_norm(final_norm());
+  if (has_final_norm) add(norm_tensors(final_norm(), hidden));
   if (!tied_head) result.push_back(head());
   return result;
 }
@@ -363,8 +385,7 @@ void ModelSpec::check_tensors(const Checkpoint& checkpoint) const {
         !name.ends_with(".inv_freq"))  // older files hold rotary frequencies
       fail(ErrorCode::kMismatch,
            "{}: tensor {} has no place in {} with this config.json, and what it does would be lost; correct "
-           "config.json (a bias "
-           "flag, the number of blocks), or remove the tensor",
+           "config.json (a bias flag, the number of blocks), or remove the tensor",
            checkpoint.directory().string(), name, architecture->hf_class);
 }
 

@@ -8,8 +8,8 @@ namespace stbllm {
 namespace {
 
 std::string load() {
-  // Its static initialisers register the CUDA kernels of libtorch; symbols are global for the libraries that
-  // follow.
+  // Static initialisers of this library register the CUDA kernels of libtorch. Its symbols are made global
+  // for the libraries that are loaded after it.
   if (::dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr)
     return fmt::format(
         "libtorch's CUDA library cannot be loaded ({}); set TORCH_ROOT to a PyTorch with CUDA and build "

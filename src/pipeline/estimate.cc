@@ -235,7 +235,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   if (calibration.holdout > 0)
     stats.holdout_hessian = stats.hessian;  // the choice of the shrinkage costs time too
   LinearReport report;
-  const at::Tensor original = dynamic_cast<const DenseLinear&>(block->linear(widest.role)).weight();
+  const at::Tensor original = block->dense(widest.role).weight();
   const BinarizedWeight weight = quantize_linear(original, stats, recipe, &report);
 
   const double salient_share = weight.salient_share();

@@ -29,6 +29,8 @@ const Backend& choose_backend(const std::string& name) {
 
 LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
                        bool keep_blocks) {
+  if (dtype != "float32" && dtype != "bfloat16")
+    fail(ErrorCode::kUsage, "dtype '{}' of activations is not known; expected float32 or bfloat16", dtype);
   const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   if (!std::filesystem::exists(path))
     fail(ErrorCode::kNotFound,

@@ -70,7 +70,7 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, at::Tensor& hid
     int64_t count = 0;
     std::vector<at::Tensor> scores;
     for (const LinearSpec& linear : block->linears()) {
-      const at::Tensor weight = dynamic_cast<const DenseLinear&>(block->linear(linear.role)).weight().cpu();
+      const at::Tensor weight = block->dense(linear.role).weight().cpu();
       const at::Tensor weight_t = weight.t().contiguous();
       scores.push_back(ImportanceScore(weight_t, Importance::kWanda)(
           weight_t, norm_sq[static_cast<size_t>(linear.tap)], {}));
@@ -150,7 +150,7 @@ Plan plan_by_budget(const Decoder& decoder, const Calibration& calibration, int6
       if (owners[l] != group.rank()) continue;
       check_interrupt();
       const LinearSpec& linear = linears[l];
-      const auto& dense = dynamic_cast<const DenseLinear&>(block->linear(linear.role));
+      const auto& dense = block->dense(linear.role);
       const at::Tensor weight = dense.weight(), bias = dense.bias();
       const at::ScalarType products = dense.product_dtype();
       double unit = 0;

@@ -175,9 +175,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const 
     const Recipe& own = plan.at(linear.name);
     LinearResult& result =
         quantized.results[i] = {linear.name, {own.nm, own.levels}, linear.rows, linear.cols, 0, {}};
-    BinarizedWeight weight =
-        quantize_linear(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight(),
-                        stats[static_cast<size_t>(linear.tap)], own, &result.report);
+    BinarizedWeight weight = quantize_linear(block.dense(linear.role).weight(),
+                                             stats[static_cast<size_t>(linear.tap)], own, &result.report);
     check_outputs(result.report, linear.name);
     result.salient_share = weight.salient_share();
     const auto reads_the_same = [&](const LinearSpec& later) { return later.tap == linear.tap; };
@@ -205,7 +204,7 @@ void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears,
 
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {
   for (const LinearSpec& linear : block.linears()) {
-    const auto& dense = dynamic_cast<const DenseLinear&>(block.linear(linear.role));
+    const auto& dense = block.dense(linear.role);
     const auto bias = quantized.tensors.find(linear.name + ".bias");
     block.set_linear(
         linear.role,
@@ -213,8 +212,8 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
             quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
             bias == quantized.tensors.end() ? dense.bias() : bias->second, dense.product_dtype()));
   }
-  install(quantized.tensors, block.attn_norm(), spec.attn_norm(block.index()));
-  install(quantized.tensors, block.mlp_norm(), spec.mlp_norm(block.index()));
+  for (const NormSpec& norm : spec.norms(block.index()))
+    install(quantized.tensors, block.norm(norm.role), norm.name);
 }
 
 void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name) {

@@ -75,19 +75,17 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
     : quantized_(quantized) {
   const std::vector<LinearSpec> linears = block.linears();
   std::vector<at::Tensor> originals;
-  for (const LinearSpec& linear : linears)
-    originals.push_back(dynamic_cast<const DenseLinear&>(block.linear(linear.role)).weight());
+  for (const LinearSpec& linear : linears) originals.push_back(block.dense(linear.role).weight());
   install(quantized, block, spec);
   weights_.reserve(linears.size());
   for (size_t i = 0; i < linears.size(); ++i) {
-    at::Tensor bias = dynamic_cast<const DenseLinear&>(block.linear(linears[i].role)).bias();
+    at::Tensor bias = block.dense(linears[i].role).bias();
     vectors_.add_bias(bias, linears[i].name + ".bias");
     names_.push_back(linears[i].name);
     weights_.emplace_back(quantized.linears.at(linears[i].name), originals[i], train_codes);
     block.set_linear(linears[i].role, std::make_unique<DenseLinear>(weights_.back().dense(), bias));
   }
-  vectors_.add_norm(block.attn_norm(), spec.attn_norm(block.index()));
-  vectors_.add_norm(block.mlp_norm(), spec.mlp_norm(block.index()));
+  for (const NormSpec& norm : spec.norms(block.index())) vectors_.add_norm(block.norm(norm.role), norm.name);
 }
 
 void TrainedBlock::step(const TuneRates& rates) {

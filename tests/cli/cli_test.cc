@@ -11,7 +11,9 @@
 
 #include "child_process.h"
 #include "stbllm/base/error.h"
+#include "stbllm/pipeline/load_model.h"
 #include "support/calibration_text.h"
+#include "support/expect_error.h"
 #include "support/files.h"
 #include "support/scratch_directory.h"
 #include "support/tiny_checkpoint.h"
@@ -460,6 +462,12 @@ TEST_F(Interrupted, ByCtrlCSaysHowToGoOn) {
   ASSERT_FALSE(lines_of(outcome.err).empty());
   EXPECT_THAT(lines_of(outcome.err).back(), HasSubstr("--resume"));
   expect_resume_gives_the_same_bytes();
+}
+
+TEST(LoadModel, RefusesADtypeThatItDoesNotKnow) {
+  for (const std::string dtype : {"float16", "bf16", ""})
+    expect_error(ErrorCode::kUsage, "expected float32 or bfloat16",
+                 [&] { load_model("no such model", "cpu", dtype); });
 }
 
 }  // namespace

@@ -1,3 +1,5 @@
+// Generation with a cache against full forward passes, and against the probabilities that the model gives.
+
 #include "stbllm/eval/generate.h"
 
 #include <ATen/ATen.h>

@@ -29,7 +29,7 @@ Inputs make_inputs(int64_t heads, int64_t kv_heads, int64_t tokens, int64_t firs
   return {(at::randn({2, tokens, heads, dim}) * 2).to(type).transpose(1, 2), cached(), cached()};
 }
 
-/// In double precision.
+/// The slow twin: the whole matrix of scores, in double precision.
 at::Tensor composed(const Inputs& in, int64_t first, int64_t window) {
   const int64_t group = in.queries.size(1) / in.keys.size(1), tokens = in.queries.size(2);
   const at::Tensor queries = in.queries.to(at::kDouble),

@@ -36,7 +36,7 @@ TinyModel changed(TinyModel model, const json& changes) {
 }
 
 std::vector<Case> cases() {
-  const TinyModel llama = test::tiny_llama(), opt = test::tiny_opt();
+  const TinyModel llama = test::tiny_llama(), qwen3 = test::tiny_qwen3(), opt = test::tiny_opt();
   const json llama3 = {
       {"rope_type", "llama3"},
       {"rope_theta", 500.0},
@@ -60,6 +60,10 @@ std::vector<Case> cases() {
       {"Mistral", test::tiny_mistral()},
       {"MistralWithoutWindow", changed(test::tiny_mistral(), {{"sliding_window", nullptr}})},
       {"Qwen2", changed(llama, qwen2)},
+      {"Qwen3", qwen3},
+      {"Qwen3Biases", changed(qwen3, {{"attention_bias", true}})},
+      {"Qwen3Untied", changed(qwen3, {{"tie_word_embeddings", false}})},
+      {"Qwen3RopeLlama3", changed(qwen3, {{"rope_parameters", llama3}})},
       {"Opt", opt},
       {"OptGelu", changed(opt, {{"activation_function", "gelu"}})},
       {"OptWithoutBias", changed(opt, {{"enable_bias", false}})},
@@ -221,9 +225,9 @@ TEST(DecoderBlock, ObserverSeesTheInputOfEveryTapInOrder) {
   ASSERT_EQ(seen.size(), 4u);
   const std::vector<Tap> order = {Tap::kAttnIn, Tap::kAttnOut, Tap::kMlpIn, Tap::kMlpMid};
   for (size_t i = 0; i < 4; ++i) EXPECT_EQ(seen[i].first, order[i]);
-  EXPECT_TRUE(at::equal(seen[0].second, apply_norm(decoder.spec(), block->attn_norm(), hidden)));
+  EXPECT_TRUE(at::equal(seen[0].second, apply_norm(decoder.spec(), block->norm(NormRole::kAttn), hidden)));
   const at::Tensor middle = hidden + block->linear(Role::kO).forward(seen[1].second);
-  EXPECT_TRUE(at::equal(seen[2].second, apply_norm(decoder.spec(), block->mlp_norm(), middle)));
+  EXPECT_TRUE(at::equal(seen[2].second, apply_norm(decoder.spec(), block->norm(NormRole::kMlp), middle)));
   EXPECT_TRUE(at::equal(output, middle + block->linear(Role::kDown).forward(seen[3].second)));
 }
 
@@ -232,7 +236,7 @@ TEST(DecoderBlock, ReplacedLinearIsUsedAndKept) {
   const TinyModel model = test::tiny_opt();
   const Decoder decoder = open_decoder(directory, model, {.keep_blocks = true});
   const at::Tensor weight = at::zeros({64, 64});
-  const at::Tensor bias = dynamic_cast<const DenseLinear&>(decoder.block(1)->linear(Role::kV)).bias();
+  const at::Tensor bias = decoder.block(1)->dense(Role::kV).bias();
   decoder.block(1)->set_linear(Role::kV, std::make_unique<DenseLinear>(weight, bias));
   NaiveTransformer naive(model);
   std::ranges::fill(naive.tensor("model.decoder.layers.1.self_attn.v_proj.weight"), 0.0);
@@ -244,17 +248,18 @@ class BlockGradient : public testing::TestWithParam<Case> {};
 INSTANTIATE_TEST_SUITE_P(, BlockGradient,
                          testing::Values(Case{"Llama", test::tiny_llama()},
                                          Case{"Mistral", test::tiny_mistral()},
+                                         Case{"Qwen3", test::tiny_qwen3()},
                                          Case{"Opt350m", test::tiny_opt_350m()}),
                          [](const auto& info) { return info.param.name; });
 
-TEST_P(BlockGradient, AgreesWithADifferenceQuotient) {
+TEST_P(BlockGradient, OfALinearAgreesWithADifferenceQuotient) {
   ScratchDirectory directory;
   const Decoder decoder = open_decoder(directory, GetParam().model);
   const at::Tensor hidden = decoder.embed(batch_of({some_ids(40), some_ids(40, 3)}));
   const auto block = decoder.block(0);
   const Positions positions = decoder.positions(0, 40);
   for (const Role role : {Role::kQ, Role::kK, Role::kV, Role::kUp}) {
-    const auto& linear = dynamic_cast<const DenseLinear&>(block->linear(role));
+    const auto& linear = block->dense(role);
     const at::Tensor start = linear.weight(), bias = linear.bias();
     const auto loss = [&](const at::Tensor& weight) {
       block->set_linear(role, std::make_unique<DenseLinear>(weight, bias));
@@ -270,6 +275,33 @@ TEST_P(BlockGradient, AgreesWithADifferenceQuotient) {
     const double expected = weight.grad().norm().item<double>();
     // The cubic term of a step of 0.05 against weights of norm 8, and float32 sums in the loss.
     EXPECT_NEAR(quotient, expected, 0.01 * expected) << role_name(role);
+    loss(start);
+  }
+}
+
+TEST_P(BlockGradient, OfANormAgreesWithADifferenceQuotient) {
+  ScratchDirectory directory;
+  const Decoder decoder = open_decoder(directory, GetParam().model);
+  const at::Tensor hidden = decoder.embed(batch_of({some_ids(40), some_ids(40, 3)}));
+  const auto block = decoder.block(0);
+  const Positions positions = decoder.positions(0, 40);
+  for (const NormSpec& norm : block->norms()) {
+    const at::Tensor start = block->norm(norm.role).weight;
+    ASSERT_EQ(start.sizes(), at::IntArrayRef({norm.width}));
+    const auto loss = [&](const at::Tensor& weight) {
+      block->norm(norm.role).weight = weight;
+      return block->forward(hidden, positions).square().mean();
+    };
+    at::Tensor weight = start.clone().set_requires_grad(true);
+    loss(weight).backward();
+    const double expected = weight.grad().norm().item<double>();
+    const at::Tensor direction = weight.grad() / expected;
+    const double step = 0.05;
+    const double quotient =
+        (loss(start + step * direction).item<double>() - loss(start - step * direction).item<double>()) /
+        (2 * step);
+    // The cubic term of a step of 0.05 against weights of norm 5 to 8, and float32 sums in the loss.
+    EXPECT_NEAR(quotient, expected, 0.01 * expected) << norm.name;
     loss(start);
   }
 }

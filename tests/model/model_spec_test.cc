@@ -44,7 +44,8 @@ TEST_P(ModelSpecRefusal, NamesKeyAndValue) {
 }
 
 std::vector<Refusal> refusals() {
-  const TinyModel llama = test::tiny_llama(), mistral = test::tiny_mistral(), opt = test::tiny_opt();
+  const TinyModel llama = test::tiny_llama(), mistral = test::tiny_mistral(), qwen3 = test::tiny_qwen3(),
+                  opt = test::tiny_opt();
   const auto no_key = [&](const std::string& key) {
     json config = llama.config;
     config.erase(key);
@@ -92,6 +93,14 @@ std::vector<Refusal> refusals() {
        with(llama, "use_sliding_window", true),
        unsupported,
        {"use_sliding_window", "true"}},
+      {"Qwen3SlidingWindow",
+       with(qwen3, "use_sliding_window", true),
+       unsupported,
+       {"use_sliding_window", "true"}},
+      {"Qwen3LayerTypes",
+       with(qwen3, "layer_types", {"full_attention", "sliding_attention"}),
+       unsupported,
+       {"layer_types", "sliding_attention"}},
       {"SoftCap", with(llama, "attn_logit_softcapping", 50.0), unsupported, {"attn_logit_softcapping", "50"}},
       {"MissingSize", no_key("hidden_size"), corrupt, {"hidden_size", "missing"}},
       {"NegativeSize", with(llama, "num_hidden_layers", -1), corrupt, {"num_hidden_layers", "-1"}},
@@ -167,6 +176,30 @@ TEST(ModelSpec, ListsLinearsWithNameShapeAndTap) {
   EXPECT_TRUE(opt[4].has_bias);
 }
 
+TEST(ModelSpec, ListsNormsWithNameRoleAndWidth) {
+  const std::vector<NormSpec> norms = ModelSpec::from_config(test::tiny_qwen3().config).norms(1);
+  ASSERT_EQ(norms.size(), 4u);
+  EXPECT_EQ(norms[0].name, "model.layers.1.input_layernorm");
+  EXPECT_EQ(norms[0].role, NormRole::kAttn);
+  EXPECT_EQ(norms[0].width, 64);
+  EXPECT_EQ(norms[2].name, "model.layers.1.self_attn.k_norm");
+  EXPECT_EQ(norms[2].role, NormRole::kKey);
+  EXPECT_EQ(norms[2].width, 24);
+  ASSERT_EQ(norms[2].tensors.size(), 1u);
+  EXPECT_EQ(norms[2].tensors[0].name, "model.layers.1.self_attn.k_norm.weight");
+
+  const std::vector<NormSpec> opt = ModelSpec::from_config(test::tiny_opt().config).norms(0);
+  ASSERT_EQ(opt.size(), 2u);
+  EXPECT_EQ(opt[1].tensors.size(), 2u);  // weight and bias
+}
+
+TEST(ModelSpec, HeadsOfQwen3Have128DimensionsUnlessItSaysElse) {
+  json config = test::tiny_qwen3().config;
+  EXPECT_EQ(ModelSpec::from_config(config).head_dim, 24);
+  config.erase("head_dim");
+  EXPECT_EQ(ModelSpec::from_config(config).head_dim, 128);
+}
+
 class ModelSpecTensors : public testing::TestWithParam<TinyModel> {};
 
 TEST_P(ModelSpecTensors, OtherTensorsAndLinearsAreExactlyTheCheckpoint) {
@@ -189,7 +222,7 @@ TinyModel with_biases() {
 }
 INSTANTIATE_TEST_SUITE_P(, ModelSpecTensors,
                          testing::Values(test::tiny_llama(), with_biases(), test::tiny_mistral(),
-                                         test::tiny_opt(), test::tiny_opt_350m()));
+                                         test::tiny_qwen3(), test::tiny_opt(), test::tiny_opt_350m()));
 
 TEST(ModelSpec, ChecksEveryTensorBeforeWork) {
   test::ScratchDirectory directory;

@@ -153,6 +153,13 @@ class NaiveTransformer {
       }
   }
 
+  /// Each head of x through the norm, where the model has it.
+  void norm_heads(const std::string& name, Vector& x) const {
+    if (!tensors_.contains(name + ".weight")) return;
+    for (auto head = x.begin(); head != x.end(); head += head_dim_)
+      std::ranges::copy(norm(name, Vector(head, head + head_dim_)), head);
+  }
+
   Matrix attention(const std::string& name, const Matrix& input) const {
     const std::string output = name + (opt_ ? "out_proj" : "o_proj");
     const bool windowed = config_["model_type"] == "mistral" && config_["sliding_window"].is_number();
@@ -163,6 +170,8 @@ class NaiveTransformer {
       Vector query = linear(name + "q_proj", input[t]);
       keys.push_back(linear(name + "k_proj", input[t]));
       values.push_back(linear(name + "v_proj", input[t]));
+      norm_heads(name + "q_norm", query);
+      norm_heads(name + "k_norm", keys.back());
       if (!opt_) {
         rotate(query, t);
         rotate(keys.back(), t);

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "stbllm/base/error.h"
 #include "stbllm/model/decoder.h"
@@ -22,7 +23,7 @@ using test::TinyModel;
 class PackedDecoder : public testing::Test {
  protected:
   /// Every linear of `model` as a random packed matrix except block 1's o_proj, which stays dense; the
-  /// embedding as rows of 8-bit integers; all else as float32. `skip` is left out, linears get `extra_rows`
+  /// embedding as quantized rows of 8 bits; all else as float32. `skip` is left out, linears get `extra_rows`
   /// more rows.
   PackedReader pack(const TinyModel& model, const std::string& skip = "", int64_t extra_rows = 0) {
     const ModelSpec spec = ModelSpec::from_config(model.config);
@@ -85,8 +86,7 @@ class PackedDecoder : public testing::Test {
             test::random_matrix({.rows = linear.rows, .cols = linear.cols, .nm = {2, 4}}, seed_of(linear));
         const at::Tensor weight = at::empty({linear.rows, linear.cols});
         for (int64_t row = 0; row < linear.rows; ++row) matrix.decode_row(row, weight[row].data_ptr<float>());
-        const at::Tensor bias =
-            dynamic_cast<const DenseLinear&>(decoder.block(index)->linear(linear.role)).bias();
+        const at::Tensor bias = decoder.block(index)->dense(linear.role).bias();
         decoder.block(index)->set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias));
       }
     return decoder;
@@ -126,6 +126,12 @@ TEST_F(PackedDecoder, EqualsTheDenseModelOfItsWeights) {
     // Float32 sums of at most 176 products in another order, through two blocks; logits are of size one.
     EXPECT_LT(difference.abs().max().item<double>(), 1e-4);
   }
+}
+
+TEST_F(PackedDecoder, GivesNoDenseWeightOfAPackedLinear) {
+  const Decoder decoder = Decoder::from_packed(pack(test::tiny_llama()), find_backend("reference"));
+  EXPECT_EQ(decoder.block(1)->dense(Role::kO).weight().size(0), 64);  // this one is not packed
+  EXPECT_THROW(decoder.block(0)->dense(Role::kO), std::logic_error);
 }
 
 bool has_cuda_backend() {

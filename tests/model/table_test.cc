@@ -1,4 +1,4 @@
-// The tables at both ends: rows of integers give what their decoded rows give.
+// The tables at both ends: quantized rows give what their decoded rows give.
 
 #include "stbllm/model/table.h"
 

@@ -144,6 +144,7 @@ class Workplace {
 test::TinyModel tiny_model(const std::string& family) {
   if (family == "llama") return test::tiny_llama();
   if (family == "mistral") return test::tiny_mistral();
+  if (family == "qwen3") return test::tiny_qwen3();
   if (family == "opt_350m") return test::tiny_opt_350m();
   return test::tiny_opt();
 }
@@ -211,7 +212,7 @@ std::string name_of(const std::string& what, Products products) {
   return name;
 }
 
-const auto kFamilies = ::testing::Values("llama", "mistral", "opt", "opt_350m");
+const auto kFamilies = ::testing::Values("llama", "mistral", "qwen3", "opt", "opt_350m");
 const auto kFamilyPresetAndProducts = [](const auto& info) {
   return name_of(std::get<0>(info.param) + "_" + std::get<1>(info.param), std::get<2>(info.param));
 };

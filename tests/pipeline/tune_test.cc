@@ -75,7 +75,7 @@ STBLLM_INSTANTIATE_PRODUCTS(TuneBlock);
 /// products to bfloat16 adds parts in 2^8 of the outputs to errors of a tenth of them or more, which moves a
 /// mean square by less than (2^-8 / 0.1)^2 = 0.15 %; five times as much is what learning has to bring.
 TEST_P(TuneBlock, BringsHeldOutOutputsCloser) {
-  for (const auto& model : {test::tiny_llama(), test::tiny_opt()})
+  for (const auto& model : {test::tiny_llama(), test::tiny_qwen3(), test::tiny_opt()})
     for (const char* preset : {"stbllm", "stbllm-1bit"}) {
       SCOPED_TRACE(model.config["model_type"].get<std::string>() + " by " + preset);
       const Tuned tuned = tune_first_block(model, tuned_recipe(preset));
@@ -85,9 +85,22 @@ TEST_P(TuneBlock, BringsHeldOutOutputsCloser) {
     }
 }
 
+TEST_P(TuneBlock, TrainsEveryNorm) {
+  const test::TinyModel model = test::tiny_qwen3();
+  const Tuned tuned = tune_first_block(model, tuned_recipe("stbllm"));
+  ASSERT_GT(tuned.report.epochs, 0);
+  for (const NormSpec& norm : ModelSpec::from_config(model.config).norms(0))
+    for (const TensorSpec& tensor : norm.tensors) {
+      const std::vector<float> before = test::tensor_values(tensor.name, tensor.shape, model.seed);
+      const at::Tensor& after = tuned.quantized.tensors.at(tensor.name);
+      EXPECT_EQ(after.sizes(), at::IntArrayRef(tensor.shape));
+      EXPECT_FALSE(after.equal(at::tensor(before))) << tensor.name;
+    }
+}
+
 TEST_P(TuneBlock, LeavesTheBlockAloneWhenNoEpochBringsItCloser) {
   Recipe recipe = tuned_recipe("stbllm", 1);
-  recipe.tune_lr = recipe.tune_code_lr = 1;  // throws everything about
+  recipe.tune_lr = recipe.tune_code_lr = 20;  // makes scales ten times larger or smaller
   const Tuned tuned = tune_first_block(test::tiny_llama(), recipe);
   EXPECT_EQ(tuned.report.epochs, 0);
   EXPECT_EQ(tuned.report.loss_after, tuned.report.loss_before);

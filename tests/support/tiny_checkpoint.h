@@ -152,6 +152,22 @@ inline TinyModel tiny_mistral() {
   return model;
 }
 
+/// Norms of queries and keys, heads wider than hidden / heads.
+inline TinyModel tiny_qwen3() {
+  TinyModel model = tiny_llama();
+  model.config.update({{"architectures", nlohmann::json::array({"Qwen3ForCausalLM"})},
+                       {"model_type", "qwen3"},
+                       {"head_dim", 24},
+                       {"rms_norm_eps", 1e-6},
+                       {"rope_theta", 1000000.0},
+                       {"use_sliding_window", false},
+                       {"sliding_window", nullptr},
+                       {"max_window_layers", 2},
+                       {"tie_word_embeddings", true}});
+  model.config.erase("mlp_bias");
+  return model;
+}
+
 /// Pre-norm, biases, tied head.
 inline TinyModel tiny_opt() {
   return {{{"architectures", nlohmann::json::array({"OPTForCausalLM"})},
@@ -222,7 +238,7 @@ inline TensorShapes opt_shapes(const nlohmann::json& config) {
   return shapes;
 }
 
-/// LLaMA and Mistral.
+/// LLaMA, Mistral, Qwen2 and Qwen3.
 inline TensorShapes llama_shapes(const nlohmann::json& config) {
   const int64_t hidden = config["hidden_size"], ffn = config["intermediate_size"],
                 vocab = config["vocab_size"];
@@ -248,6 +264,9 @@ inline TensorShapes llama_shapes(const nlohmann::json& config) {
     linear(block + "mlp.down_proj", hidden, ffn, mlp_bias);
     shapes[block + "input_layernorm.weight"] = {hidden};
     shapes[block + "post_attention_layernorm.weight"] = {hidden};
+    if (config["model_type"] == "qwen3")
+      for (const char* name : {"self_attn.q_norm.weight", "self_attn.k_norm.weight"})
+        shapes[block + name] = {head_dim};
   }
   shapes["model.norm.weight"] = {hidden};
   if (!config["tie_word_embeddings"]) shapes["lm_head.weight"] = {vocab, hidden};

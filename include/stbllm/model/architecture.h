@@ -1,7 +1,7 @@
 #pragma once
 // The model families as data: one row per HuggingFace class. The forward pass switches on Norm, Position and
-// Mlp, never on a model's name; a new family that fits these choices is a new row in architecture.cc and
-// nothing else.
+// Mlp and follows the slots of linears and norms, never a model's name. A new family that fits these choices
+// is a new row in architecture.cc and nothing else.
 
 #include <cstdint>
 #include <span>
@@ -24,8 +24,8 @@ inline constexpr int kRoleCount = 7;
 /// "q", "k", "v", "o", "gate", "up", "down"
 std::string_view role_name(Role role);
 
-/// A boolean of config.json: the value of `key` where the file has it, else `fallback`. No key: always
-/// `fallback`.
+/// A boolean of config.json: the value of `key` where the file has it, else `fallback`. With an empty key it
+/// is always `fallback`.
 struct Flag {
   std::string_view key;
   bool fallback = false;
@@ -36,6 +36,15 @@ struct LinearSlot {
   Tap tap;
   std::string_view name;  ///< within the block, "self_attn.q_proj"
   Flag bias;
+};
+
+/// What a norm is applied to. A query or key norm is applied to each head by itself, before rotation.
+enum class NormRole { kAttn, kMlp, kQuery, kKey };
+inline constexpr int kNormRoleCount = 4;
+
+struct NormSlot {
+  NormRole role;
+  std::string_view name;  ///< within the block, "input_layernorm"
 };
 
 enum class Norm { kRms, kLayer };
@@ -49,14 +58,14 @@ struct Architecture {
   Position position;
   Mlp mlp;
   std::span<const LinearSlot> linears;  ///< in the order of the forward pass
-  bool sliding_window;     ///< config key "sliding_window" is obeyed; null: every token sees all before it
-  int64_t default_window;  ///< its value when it is absent
+  std::span<const NormSlot> norms;      ///< of a decoder block; the final norm is not among them
+  bool sliding_window;       ///< config.json's "sliding_window" counts; else every token sees all before it
+  int64_t default_window;    ///< the window where config.json does not mention it
+  int64_t default_head_dim;  ///< of "head_dim" where it is absent; 0: hidden_size / num_attention_heads
 
   std::string_view embedding;   ///< "embed_tokens"
   std::string_view positions;   ///< "decoder.embed_positions", empty for rotary
   std::string_view blocks;      ///< "layers": block i is "layers.i."
-  std::string_view attn_norm;   ///< "input_layernorm"
-  std::string_view mlp_norm;    ///< "post_attention_layernorm"
   std::string_view final_norm;  ///< "norm"
   std::string_view project_in;  ///< "decoder.project_in", empty where embeddings are as wide as hidden states
   std::string_view project_out;

@@ -1,6 +1,6 @@
 #pragma once
-// A causal language model: embedding + positions, decoder blocks, final norm, head. Blocks come from a source
-// one at a time, so that a dense checkpoint needs the memory of one block.
+// A causal language model: embedding and positions, decoder blocks, final norm, head. Blocks are asked for
+// one at a time, so that a dense checkpoint needs the memory of one block only.
 
 #include <ATen/core/Tensor.h>
 
@@ -19,33 +19,33 @@ namespace stbllm {
 
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;  ///< of weights and activations: float32 or bfloat16
-  /// Of the products with dense linears; unset: dtype. The weights stay in dtype beside.
+  /// In which dense linears multiply; `dtype` where unset. The weights are kept in `dtype` as well.
   std::optional<at::ScalarType> product_dtype = std::nullopt;
   at::Device device = at::kCPU;
-  bool keep_blocks = false;  ///< a dense block, once loaded (and perhaps changed by its user), stays
+  bool keep_blocks = false;  ///< a block that is loaded (and perhaps changed by its user) stays in memory
 };
 
 class Decoder {
  public:
-  /// Dense. Loads what stands outside the blocks; a block is loaded and converted when asked for. The
-  /// checkpoint is copied (its files stay mapped). Throws Error(kUnsupported | kMismatch) before any weight
-  /// is read.
+  /// A dense model. What stands outside the blocks is loaded here; a block is loaded and converted when it is
+  /// asked for, from a copy of `checkpoint`, whose files stay mapped. Throws Error(kUnsupported | kMismatch)
+  /// before any weight is read, and Error(kCorrupt) where a tensor holds values that are not finite.
   static Decoder from_checkpoint(const Checkpoint& checkpoint, const DecoderOptions& options = {});
-  /// From packed bits; all blocks are prepared here, once, and the reader is not needed afterwards. Linears
+  /// A packed model. All blocks are prepared here, once, and the reader is not needed afterwards. Linears
   /// that are not packed but present as dense tensors `<name>.weight` run dense. `backend` must outlive the
   /// decoder and decides the device. Throws Error(kMismatch) naming a tensor that is missing or has another
-  /// shape.
+  /// shape, and Error(kCorrupt) where the file's configuration is no JSON.
   static Decoder from_packed(const PackedReader& packed, const Backend& backend,
                              at::ScalarType dtype = at::kFloat);
 
   const ModelSpec& spec() const { return spec_; }
   at::ScalarType dtype() const { return dtype_; }
   at::Device device() const { return device_; }
-  /// Memory of all that stays resident (embedding, head, kept or packed blocks).
+  /// Memory of all that stays loaded: tables, positions, projections, norms, and kept or packed blocks.
   int64_t bytes() const;
 
   /// The tables (vocab, embedding_width) at both ends of a dense decoder; the same tensor when tied. The
-  /// quantizer replaces them by what their packed coding gives.
+  /// quantizer replaces them by what their quantized rows stand for.
   const at::Tensor& embedding() const { return outer_.embedding.dense(); }
   const at::Tensor& head() const { return outer_.head.dense(); }
   void set_tables(at::Tensor embedding, at::Tensor head);
@@ -56,7 +56,7 @@ class Decoder {
   /// ids (batch, tokens), int32 or int64 -> hidden states (batch, tokens, hidden) that enter block 0.
   at::Tensor embed(const at::Tensor& ids, int64_t first_position = 0) const;
   Positions positions(int64_t first, int64_t count) const { return {spec_, first, count, dtype_, device_}; }
-  /// Block `index`. Owned by the caller, and by the decoder where it is kept.
+  /// Block `index`. The caller owns it, together with the decoder where blocks are kept.
   std::shared_ptr<DecoderBlock> block(int64_t index) const;
   /// hidden (batch, tokens, hidden) that leaves the last block -> what the head multiplies (batch, tokens,
   /// embedding_width).
@@ -65,8 +65,8 @@ class Decoder {
   /// or float32 as Table::multiply gives them.
   at::Tensor logits(const at::Tensor& hidden) const;
 
-  /// embed, all blocks -> hidden states that leave the last block. With a cache, ids continue it, and it is
-  /// advanced.
+  /// ids (batch, tokens) -> hidden states (batch, tokens, hidden) that leave the last block. With a cache,
+  /// ids continue what it holds, and it is advanced.
   at::Tensor forward(const at::Tensor& ids, KeyValueCache* cache = nullptr) const;
   KeyValueCache make_cache(int64_t batch, int64_t capacity) const {
     return {spec_, batch, capacity, dtype_, device_};
@@ -96,7 +96,7 @@ class Decoder {
   Outer outer_;
   BlockSource load_block_;
   bool keep_blocks_ = false;
-  mutable std::vector<std::shared_ptr<DecoderBlock>> blocks_;  // kept ones; null: not loaded
+  mutable std::vector<std::shared_ptr<DecoderBlock>> blocks_;  // kept or packed ones; null: not loaded yet
 };
 
 }  // namespace stbllm

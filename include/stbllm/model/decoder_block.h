@@ -4,8 +4,9 @@
 //   h = h + o(attention(q(n), k(n), v(n)))      n = attn_norm(h)
 //   h = h + mlp(mlp_norm(h))                    mlp(n) = down(act(gate(n)) * up(n))  or  down(act(up(n)))
 //
-// and with norms after the sum instead of before the branch where the spec says so. Works in float32 and
-// bfloat16, on the CPU and on CUDA, and under autograd.
+// and with norms after the sum instead of before the branch where the spec says so. Where the architecture
+// has norms of queries and keys, each head of q(n) and k(n) passes through them before it is rotated. Works
+// in float32 and bfloat16, on the CPU and on CUDA, and under autograd.
 
 #include <ATen/core/Tensor.h>
 
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "stbllm/model/linear.h"
@@ -20,18 +22,18 @@
 
 namespace stbllm {
 
-/// Where the tokens of a forward pass stand, shared by all blocks: rotary tables and the attention mask.
+/// Where the tokens of a forward pass stand: rotary angles and the attention mask, which all blocks share.
 struct Positions {
   /// Tokens first .. first + count - 1 of every sequence of the batch, in the given dtype and device.
   Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype, at::Device device);
 
   int64_t first;
   int64_t count;
-  at::Tensor cos;  ///< (count, head_dim), rotary only
-  at::Tensor sin;  ///< (count, head_dim), rotary only
-  /// For libtorch's attention, in the dtype of the activations (count, first + count): 0 where a query sees a
-  /// key and -inf elsewhere; undefined when the tokens are the first of their sequence and no window matters
-  /// (plain causal) or when there is just one. Made when it is first asked for.
+  at::Tensor cos;  ///< (count, head_dim), of every angle; undefined unless positions are rotary
+  at::Tensor sin;  ///< (count, head_dim)
+  /// (count, first + count) in the dtype of the activations, for libtorch's attention: 0 where a query sees a
+  /// key and -inf elsewhere. It is made when it is first asked for, and undefined where libtorch needs none:
+  /// when the tokens are the first of their sequence and no window matters, or when there is just one token.
   const at::Tensor& mask() const;
 
  private:
@@ -40,7 +42,7 @@ struct Positions {
   mutable at::Tensor mask_;
 };
 
-/// Keys and values of the tokens so far, for every block, so that a token is run once.
+/// Keys and values of the tokens so far, for every block, so that each token passes the model once.
 class KeyValueCache {
  public:
   KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capacity, at::ScalarType dtype,
@@ -51,7 +53,7 @@ class KeyValueCache {
   /// length() + n - 1 and replaces both by views of all length() + n. Throws Error(kUsage) when they exceed
   /// the capacity.
   void append(int64_t block, at::Tensor& keys, at::Tensor& values);
-  /// `tokens` more are in every block.
+  /// To be called once `tokens` more have been appended in every block.
   void advance(int64_t tokens) { length_ += tokens; }
 
  private:
@@ -66,16 +68,18 @@ struct NormWeights {
   at::Tensor weight;
   at::Tensor bias;
 };
-/// RMS norm (HF's: statistics in float32, weight applied in x's dtype) or layer norm over the last dimension.
+/// RMS norm as HF computes it (statistics in float32, the weight applied in x's dtype) or layer norm,
+/// whichever the architecture has, over the last dimension of x.
 at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x);
 
-/// Sees the input (batch, tokens, cols) of every tap, once per forward, in the order of the forward pass.
+/// Is called with the input (batch, tokens, cols) of every tap, once per forward, in the order of the forward
+/// pass.
 using TapObserver = std::function<void(Tap, const at::Tensor& input)>;
 
 class DecoderBlock {
  public:
-  /// Linears are set one by one; forward needs all of them. `spec` is copied.
-  DecoderBlock(const ModelSpec& spec, int64_t index, NormWeights attn_norm, NormWeights mlp_norm);
+  /// Linears and the weights of norms are set one by one; forward needs all of them. `spec` is copied.
+  DecoderBlock(const ModelSpec& spec, int64_t index);
 
   /// hidden (batch, tokens, hidden) -> the same shape. `positions` has count == tokens. With a cache,
   /// positions.first == cache->length(); the caller advances the cache after the last block.
@@ -85,24 +89,31 @@ class DecoderBlock {
   int64_t index() const { return index_; }
   const std::vector<LinearSpec>& linears() const { return linear_specs_; }
   const Linear& linear(Role role) const;
+  /// linear(role) where it must have a dense weight, as in the quantizer. A logic error where it is packed.
+  const DenseLinear& dense(Role role) const;
   void set_linear(Role role, std::unique_ptr<Linear> linear);
-  NormWeights& attn_norm() { return attn_norm_; }
-  NormWeights& mlp_norm() { return mlp_norm_; }
+  const std::vector<NormSpec>& norms() const { return norm_specs_; }
+  /// The norm of this role, one of norms(); mutable, since loading sets it and training changes it.
+  NormWeights& norm(NormRole role);
 
  private:
   at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
                        KeyValueCache* cache) const;
-  /// By head -> (batch, tokens, heads * head_dim).
+  /// Softmax attention: queries, keys and values (batch, heads or kv_heads, tokens, head_dim) -> (batch,
+  /// tokens, heads * head_dim).
   at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                     const Positions& positions) const;
   at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
+  /// x where the block has no norm of this role.
+  at::Tensor normalize(NormRole role, const at::Tensor& x) const;
 
   ModelSpec spec_;
   int64_t index_;
   std::vector<LinearSpec> linear_specs_;
-  NormWeights attn_norm_;
-  NormWeights mlp_norm_;
-  std::array<std::unique_ptr<Linear>, kRoleCount> linears_;  // by role; null where the architecture has none
+  std::vector<NormSpec> norm_specs_;
+  // By role; empty where the architecture has none.
+  std::array<std::optional<NormWeights>, kNormRoleCount> norms_;
+  std::array<std::unique_ptr<Linear>, kRoleCount> linears_;
 };
 
 }  // namespace stbllm

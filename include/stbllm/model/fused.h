@@ -1,14 +1,15 @@
 #pragma once
-// What takes libtorch several passes over memory and as many calls, in one: a generated token of a small
-// model spends more time between its products than in them. On the CPU and without autograd; elsewhere
-// DecoderBlock composes libtorch's operations.
+// Operations that take libtorch several calls and as many passes over memory, each in one pass: a generated
+// token of a small model spends more time between its products than in them. They run on the CPU and without
+// autograd; elsewhere DecoderBlock composes them from libtorch's operations, which is also what tests compare
+// them with.
 
 #include <ATen/core/Tensor.h>
 
 namespace stbllm {
 
-/// Whether the functions below and causal_attention() take x: on the CPU, float32 or bfloat16, rows adjacent,
-/// nobody records gradients.
+/// Whether the functions below and causal_attention() take x: a float32 or bfloat16 tensor on the CPU whose
+/// last dimension is adjacent in memory, while nobody records gradients.
 bool can_fuse(const at::Tensor& x);
 
 /// HF's RMS norm over the last dimension: statistics in float32, rounded to x's dtype before `weight` (width,
@@ -20,7 +21,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 /// order of dimensions in memory.
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
-/// silu(gate) * up, each rounded to their dtype. Equally shaped.
+/// silu(gate) * up of two tensors of one shape and dtype, to which both operations round.
 at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up);
 
 }  // namespace stbllm

@@ -1,5 +1,5 @@
 #pragma once
-// y = x W^T + b, with W as a tensor or as packed planes.
+// A linear layer y = x W^T + b. W is a tensor (DenseLinear) or packed planes (PackedLinear).
 
 #include <ATen/core/Tensor.h>
 
@@ -20,18 +20,19 @@ class Linear {
   virtual int64_t bytes() const = 0;  ///< memory held by weight and bias
 };
 
-/// The dtype in which a device multiplies fastest at full range: bfloat16 where it has instructions for it
-/// (taken for granted of a GPU), else float32.
+/// The dtype with the range of float32 in which a device multiplies fastest: bfloat16 where it has
+/// instructions for it, which every GPU is assumed to have, else float32.
 at::ScalarType fast_product_dtype(at::Device device = at::kCPU);
 
-/// A contiguous tensor (..., width) as a backend's (tokens, width): float32, bfloat16 or float16.
+/// A contiguous tensor (..., width) of float32, bfloat16 or float16 as what a backend takes: (tokens, width).
 ActivationView view_of(const at::Tensor& tensor);
 
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {
  public:
-  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in weight's
-  /// dtype, or in `product_dtype` (from a copy of weight); x is cast to it and the result back.
+  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in
+  /// `product_dtype`, from a copy of weight, or without it in weight's own dtype. x is cast to that dtype and
+  /// the result is cast back.
   DenseLinear(at::Tensor weight, at::Tensor bias);
   DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType product_dtype);
   at::Tensor forward(const at::Tensor& x) const override;
@@ -43,11 +44,11 @@ class DenseLinear : public Linear {
  private:
   at::Tensor weight_;
   at::Tensor bias_;
-  at::Tensor product_;  // weight_ in the dtype of products
+  at::Tensor product_;  // weight_ in product_dtype(); the same tensor where that is its own dtype
 };
 
-/// Multiplies by a backend straight from the packed bits. x is float32 or bfloat16 on the backend's device.
-/// No autograd.
+/// A backend multiplies straight from the packed bits. x is float32 or bfloat16 on the backend's device.
+/// There are no gradients.
 class PackedLinear : public Linear {
  public:
   /// bias (rows) or undefined, in the dtype of the activations. `backend` must outlive this.
@@ -65,7 +66,8 @@ class PackedLinear : public Linear {
   at::Tensor bias_;
 };
 
-/// linear(x) of each: in one go of the backend where all of them are packed.
+/// What each of the linears makes of x. Where all of them are packed, the backend gets them in one call, so
+/// that its threads start once.
 std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, const at::Tensor& x);
 
 }  // namespace stbllm

@@ -1,5 +1,5 @@
 #pragma once
-// The numbers of one model: config.json read through its architecture's row. Everything that config.json can
+// The numbers of one model: config.json as its architecture's row reads it. Everything that config.json can
 // ask for and this program does not implement is refused here, by key and value, before any work.
 
 #include <cstdint>
@@ -43,10 +43,18 @@ struct LinearSpec {
   TensorSpec bias() const { return {name + ".bias", {rows}}; }
 };
 
+/// A norm of a decoder block, over the last dimension of what NormRole says.
+struct NormSpec {
+  std::string name;  ///< full HF name without ".weight": "model.layers.0.input_layernorm"
+  NormRole role;
+  int64_t width = 0;                ///< hidden or head_dim
+  std::vector<TensorSpec> tensors;  ///< weight, then bias where there is one; empty when norms are not affine
+};
+
 struct ModelSpec {
   const Architecture* architecture = nullptr;
-  std::string prefix =
-      "model.";  ///< of the base model's tensors; empty in checkpoints saved without the head's class
+  /// Of the base model's tensors; empty in checkpoints saved without the head's class.
+  std::string prefix = "model.";
 
   int64_t hidden = 0;
   int64_t layers = 0;  ///< decoder blocks
@@ -56,8 +64,8 @@ struct ModelSpec {
   int64_t ffn = 0;
   int64_t vocab = 0;
   int64_t max_positions = 0;
-  int64_t embedding_width =
-      0;  ///< differs from `hidden` where project_in and project_out stand between (OPT-350m)
+  /// Differs from `hidden` where project_in and project_out stand between (OPT-350m).
+  int64_t embedding_width = 0;
   int64_t position_offset = 0;  ///< row of the learned table that holds position 0
   int64_t sliding_window = 0;   ///< a token sees itself and the window - 1 tokens before it; 0: all before it
   Rope rope;
@@ -83,19 +91,19 @@ struct ModelSpec {
 
   /// Linears of block `block`, in the order of the forward pass.
   std::vector<LinearSpec> linears(int64_t block) const;
+  /// Norms of block `block`, in the order of the architecture's slots.
+  std::vector<NormSpec> norms(int64_t block) const;
   /// "model.layers.0."
   std::string block_prefix(int64_t block) const;
-  /// Weight and bias of a norm given its full name; empty when norms are not affine.
-  std::vector<TensorSpec> norm_tensors(const std::string& name) const;
+  /// Weight and bias (width) of the norm with this full name; empty when norms are not affine.
+  std::vector<TensorSpec> norm_tensors(const std::string& name, int64_t width) const;
 
   TensorSpec embedding() const;       ///< (vocab, embedding_width)
   TensorSpec position_table() const;  ///< (position_offset + max_positions, hidden); learned positions only
   TensorSpec head() const;            ///< (vocab, embedding_width); the embedding when tied
   TensorSpec project_in() const;      ///< (hidden, embedding_width); has_projections() only
   TensorSpec project_out() const;     ///< (embedding_width, hidden)
-  std::string final_norm() const;     ///< full name without ".weight"
-  std::string attn_norm(int64_t block) const;
-  std::string mlp_norm(int64_t block) const;
+  std::string final_norm() const;     ///< full name without ".weight"; its width is hidden
 
   /// Every tensor except the weights of the linears: norms, biases, embedding, positions, projections, head
   /// (once when tied). What a packed file keeps dense.

@@ -1,6 +1,7 @@
 #pragma once
-// The table (vocab, width) at an end of a model: the embedding looks rows up, the head multiplies by all of
-// them.
+// The table (vocab, width) at an end of a model, one row per token: the embedding looks rows up, the head
+// multiplies by all of them. A table is dense (a tensor) or quantized rows, which is what a packed file calls
+// its form of small integers and scales (pack/quantized_rows.h).
 
 #include <ATen/core/Tensor.h>
 
@@ -15,26 +16,26 @@ class Table {
  public:
   Table() = default;
   explicit Table(at::Tensor dense) : dense_(std::move(dense)) {}
-  /// Rows of integers stay what they are: the head of a small model is most of what a generated token reads.
-  /// `prepared` are the same rows from prepare_rows() of `backend`, which must outlive this.
+  /// Quantized rows are never widened as a whole: the head of a small model is most of what a generated token
+  /// reads. `prepared` holds the same rows, from prepare_rows() of `backend`, which must outlive this.
   Table(QuantizedRows rows, const Backend& backend, std::unique_ptr<PreparedMatrix> prepared)
       : rows_(std::move(rows)), backend_(&backend), prepared_(std::move(prepared)) {}
 
-  /// ids, any shape, int32 or int64 on the table's device -> (ids.., width) in `dtype`, which is the table's
-  /// if dense.
+  /// ids of any shape, int32 or int64, on the table's device -> the rows (ids..., width), of quantized rows
+  /// in `dtype` and of a dense table in its own dtype. An id outside the table is a logic error.
   at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype) const;
-  /// x (.., width) -> (.., vocab): in x's dtype if dense, else float32 as the backend multiplies, without
-  /// autograd.
+  /// x (..., width) -> (..., vocab). A dense table gives x's dtype; quantized rows give float32, as the
+  /// backend multiplies, and no gradients.
   at::Tensor multiply(const at::Tensor& x) const;
-  /// (vocab, width); undefined where the table is rows of integers.
+  /// (vocab, width); undefined where the table is quantized rows.
   const at::Tensor& dense() const { return dense_; }
-  int64_t bytes() const;
+  int64_t bytes() const;  ///< of memory
 
  private:
   at::Tensor dense_;
   QuantizedRows rows_;
   const Backend* backend_ = nullptr;
-  std::shared_ptr<const PreparedMatrix> prepared_;  // rows_
+  std::shared_ptr<const PreparedMatrix> prepared_;  // from rows_; null where the table is dense
 };
 
 }  // namespace stbllm
