@@ -4,6 +4,7 @@
 #include "stbllm/pipeline/latent_weight.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "stbllm/pipeline/pack_weight.h"
