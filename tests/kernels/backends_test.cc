@@ -1,16 +1,18 @@
 // Every backend against the reference.
 
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include <cmath>
 #include <random>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/backend.h"
+#include "support/processor.h"
 #include "support/random_matrix.h"
+#include "support/threads.h"
 
 namespace stbllm {
 namespace {
@@ -153,11 +155,30 @@ std::vector<Case> make_cases(Content content, ElementType type) {
   return cases;
 }
 
-class EveryBackend : public testing::TestWithParam<std::string_view> {};
+/// A backend and the processor it believes to be on: with many tokens, those that permute bytes fast look
+/// some codes up that the others multiply as integers.
+struct Machine {
+  std::string_view backend;
+  bool permutes_fast = false;
+};
+void PrintTo(const Machine& machine, std::ostream* out) {
+  *out << machine.backend << (machine.permutes_fast ? ", fast permutations" : "");
+}
+
+class EveryBackend : public testing::TestWithParam<Machine> {
+ protected:
+  static std::string_view name() { return GetParam().backend; }
+
+ private:
+  const test::Assume processor_{assumed_fast_permutations, GetParam().permutes_fast};
+};
+
+/// Numbers of threads that every product is tried with, whatever the machine has.
+constexpr int kThreadCounts[] = {1, 2, 4};
 
 TEST_P(EveryBackend, IsBitEqualToTheReferenceWhereSumsAreExact) {
   static std::vector<Case> cases = make_cases(Content::kExact, ElementType::kFloat32);
-  const Backend& backend = find_backend(GetParam());
+  const Backend& backend = find_backend(name());
   for (Case& c : cases) {
     const auto prepared = backend.prepare(c.matrix);
     for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16}) {
@@ -183,7 +204,7 @@ TEST_P(EveryBackend, IsBitEqualForAnyNumberOfRowsColumnsAndTokens) {
         const Layout layout = {.rows = rows, .cols = cols, .nm = nm, .scale_bits = 4};
         const auto matrix = test::random_matrix(layout, 3, Content::kExact);
         Buffer x = random_activations(type, tokens, cols, Content::kExact, 4);
-        const Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
+        const Buffer y = run(name(), matrix, x), expected = run("reference", matrix, x);
         ASSERT_TRUE(y.bytes == expected.bytes) << describe(layout) << ", tokens " << tokens;
       };
       for (int64_t rows = 1; rows <= 70; ++rows) check(rows, 40, 1);
@@ -192,13 +213,15 @@ TEST_P(EveryBackend, IsBitEqualForAnyNumberOfRowsColumnsAndTokens) {
       for (int64_t tokens = 1; tokens <= 18; ++tokens) check(65, 132, tokens);
       for (const int64_t tokens : {31, 32, 33, 50, 67, 131}) check(65, 132, tokens);
       for (const int64_t cols : {1, 7, 127, 128, 129, 257}) check(70, cols, 65);
+      // As many rows as make tables worth their while for many tokens: 16 for each of up to 256 entries.
+      check(4100, 132, 33);
     }
 }
 
 TEST_P(EveryBackend, StaysWithinFloat32RoundingOnFloat32Activations) {
   static std::vector<Case> cases = make_cases(Content::kReal, ElementType::kFloat32);
   for (Case& c : cases) {
-    Buffer y = run(GetParam(), c.matrix, c.x);
+    Buffer y = run(name(), c.matrix, c.x);
     for (size_t i = 0; i < c.tolerance.size(); ++i)
       ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), c.tolerance[i])
           << describe(c.layout) << ", result " << i;
@@ -209,7 +232,7 @@ TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
   static std::vector<Case> cases = make_cases(Content::kReal, ElementType::kBFloat16);
   for (Case& c : cases)
     for (const int64_t times : {int64_t{1}, kTimes}) {
-      Buffer x = repeated(c.x, times), y = run(GetParam(), c.matrix, x);
+      Buffer x = repeated(c.x, times), y = run(name(), c.matrix, x);
       const auto results = static_cast<int64_t>(c.tolerance.size());
       for (int64_t i = 0; i < results; ++i)
         ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i), c.tolerance[i])
@@ -243,7 +266,7 @@ TEST_P(EveryBackend, HoldsTheLargestSums) {
       for (const float sign : {1.0f, -1.0f}) {
         Buffer x(ElementType::kBFloat16, tokens, layout.cols);
         for (int64_t i = 0; i < tokens * layout.cols; ++i) store_element(x.view(), i, sign * 1.984375f);
-        Buffer y = run(GetParam(), matrix, x), expected = run("reference", matrix, x);
+        Buffer y = run(name(), matrix, x), expected = run("reference", matrix, x);
         for (int64_t i = 0; i < tokens * layout.rows; ++i)
           ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i),
                       0x1p-8f * std::fabs(load_element(expected.view(), i)))
@@ -267,7 +290,7 @@ TEST_P(EveryBackend, MultipliesSeveralMatricesLikeEachAlone) {
     matrices.push_back(test::random_matrix(
         {.rows = rows, .cols = kCols, .nm = nm, .levels = levels, .scale_bits = 4, .outliers = outliers},
         21 + rows));
-  const Backend& backend = find_backend(GetParam());
+  const Backend& backend = find_backend(name());
   for (const int64_t tokens : {1, 5, 20, 40}) {
     Buffer x = random_activations(ElementType::kBFloat16, tokens, kCols, Content::kReal, 22);
     std::vector<std::unique_ptr<PreparedMatrix>> prepared;
@@ -278,32 +301,46 @@ TEST_P(EveryBackend, MultipliesSeveralMatricesLikeEachAlone) {
     }
     std::vector<Product> products;
     for (size_t i = 0; i < matrices.size(); ++i) products.push_back({prepared[i].get(), together[i].view()});
-    const int threads = omp_get_max_threads();
-    for (const int count : {1, 3, 5}) {
-      omp_set_num_threads(count);
-      backend.matmul_all(products, x.view());
-      omp_set_num_threads(threads);
+    for (const int count : kThreadCounts) {
+      {
+        const test::Threads threads(count);
+        backend.matmul_all(products, x.view());
+      }
       for (size_t i = 0; i < matrices.size(); ++i)
-        EXPECT_TRUE(together[i].bytes == run(GetParam(), matrices[i], x).bytes)
+        EXPECT_TRUE(together[i].bytes == run(name(), matrices[i], x).bytes)
             << describe(matrices[i].layout()) << ", tokens " << tokens << ", threads " << count;
     }
   }
 }
 
+/// The result with one thread, after every other number of threads gave the same bytes.
+template <typename Matrix>
+Buffer run_with_threads(std::string_view backend, const Matrix& matrix, Buffer& x, const std::string& what) {
+  std::vector<Buffer> results;
+  for (const int count : kThreadCounts) {
+    const test::Threads threads(count);
+    results.push_back(run(backend, matrix, x));
+    EXPECT_TRUE(results.back().bytes == results.front().bytes)
+        << what << ", tokens " << x.tokens << ", threads " << count;
+  }
+  return results.front();
+}
+
+/// Large enough that there is work for four threads (2^17 products each) with one token and with many; 1000
+/// rows are 16 tiles, the last of them cut off.
 TEST_P(EveryBackend, GivesTheSameBytesForAnyNumberOfThreads) {
-  const int threads = omp_get_max_threads();
   for (const NmPattern nm : {NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{6, 8}, NmPattern{3, 16}})
     for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16}) {
       const Layout layout = {.rows = 1000, .cols = 1100, .nm = nm, .scale_bits = 5, .outliers = 3};
-      const auto matrix = test::random_matrix(layout, 9);
-      for (const int64_t tokens : {5, 20, 40}) {
-        Buffer x = random_activations(type, tokens, layout.cols, Content::kReal, 10);
-        omp_set_num_threads(1);
-        const Buffer one = run(GetParam(), matrix, x);
-        omp_set_num_threads(3);
-        const Buffer three = run(GetParam(), matrix, x);
-        omp_set_num_threads(threads);
-        ASSERT_TRUE(one.bytes == three.bytes) << describe(layout) << ", tokens " << tokens;
+      const auto matrix = test::random_matrix(layout, 9, Content::kExact);
+      for (const int64_t tokens : {1, 5, 20, 40}) {
+        Buffer x = random_activations(type, tokens, layout.cols, Content::kExact, 10);
+        const Buffer result = run_with_threads(name(), matrix, x, describe(layout));
+        if (tokens > 5) continue;  // the reference takes its time
+        EXPECT_TRUE(result.bytes == run("reference", matrix, x).bytes)
+            << describe(layout) << ", tokens " << tokens;
+        x = random_activations(type, tokens, layout.cols, Content::kReal, 10);
+        run_with_threads(name(), matrix, x, describe(layout) + ", any values");
       }
     }
 }
@@ -315,10 +352,10 @@ TEST_P(EveryBackend, GivesATokenTheSameResultInAnyCompany) {
     // Few, and so many that another way is taken.
     for (const auto& [company, fewer] : {std::pair<int64_t, int64_t>{31, 1}, {70, 40}}) {
       Buffer x = random_activations(ElementType::kBFloat16, company, layout.cols, Content::kReal, 12);
-      const Buffer all = run(GetParam(), matrix, x);
+      const Buffer all = run(name(), matrix, x);
       Buffer last(ElementType::kBFloat16, fewer, layout.cols);
       std::copy(x.bytes.end() - std::ssize(last.bytes), x.bytes.end(), last.bytes.begin());
-      const Buffer alone = run(GetParam(), matrix, last);
+      const Buffer alone = run(name(), matrix, last);
       ASSERT_TRUE(
           std::equal(alone.bytes.begin(), alone.bytes.end(), all.bytes.end() - std::ssize(alone.bytes)))
           << describe(layout) << ", " << fewer << " of " << company;
@@ -330,7 +367,7 @@ TEST_P(EveryBackend, WritesEveryElementType) {
   const Layout layout = {.rows = 70, .cols = 130, .nm = {2, 4}, .scale_bits = 4};
   const auto matrix = test::random_matrix(layout, 13);
   Buffer x = random_activations(ElementType::kBFloat16, 2, layout.cols, Content::kReal, 14);
-  const Backend& backend = find_backend(GetParam());
+  const Backend& backend = find_backend(name());
   const auto prepared = backend.prepare(matrix);
   Buffer floats(ElementType::kFloat32, 2, layout.rows);
   backend.matmul(*prepared, x.view(), floats.view());
@@ -354,7 +391,7 @@ TEST_P(EveryBackend, PassesActivationsThatAreNotFiniteOn) {
           Buffer x = random_activations(ElementType::kBFloat16, tokens, layout.cols, Content::kExact, 16);
           const int64_t exact = matrix.outlier_columns()[0];
           store_element(x.view(), layout.cols + (exact_column ? exact : (exact + 100) % layout.cols), poison);
-          Buffer y = run(GetParam(), matrix, x);
+          Buffer y = run(name(), matrix, x);
           for (int64_t r = 0; r < layout.rows; ++r) {
             EXPECT_TRUE(std::isfinite(load_element(y.view(), r)));
             if (exact_column && matrix.at(r, exact) == 0)
@@ -397,7 +434,7 @@ TEST_P(EveryBackend, IsBitEqualOnRowsOfIntegersWhereSumsAreExact) {
       const auto check = [&](int64_t rows, int64_t cols, int64_t tokens) {
         const OwnedRows owned(rows, cols, bits);
         Buffer x = random_activations(type, tokens, cols, Content::kExact, 4);
-        const Buffer y = run(GetParam(), owned.view(), x), expected = run("reference", owned.view(), x);
+        const Buffer y = run(name(), owned.view(), x), expected = run("reference", owned.view(), x);
         ASSERT_TRUE(y.bytes == expected.bytes)
             << bits << " bits, " << rows << " x " << cols << ", " << tokens << " tokens";
       };
@@ -413,7 +450,7 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
   for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16})
     for (const int64_t tokens : {1, 8, 40}) {
       Buffer x = random_activations(type, tokens, 300, Content::kReal, 5);
-      Buffer y = run(GetParam(), owned.view(), x), expected = run("reference", owned.view(), x);
+      Buffer y = run(name(), owned.view(), x), expected = run("reference", owned.view(), x);
       std::vector<float> row(300);
       for (int64_t r = 0; r < 150; ++r) {
         owned.view().decode_row(r, row.data());
@@ -436,16 +473,11 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
               << tokens << " tokens";
         }
       }
-      const int threads = omp_get_max_threads();
-      omp_set_num_threads(1);
-      const Buffer one = run(GetParam(), owned.view(), x);
-      omp_set_num_threads(2);  // which share the second of three tiles
-      const Buffer two = run(GetParam(), owned.view(), x);
-      omp_set_num_threads(threads);
-      EXPECT_TRUE(one.bytes == two.bytes) << tokens << " tokens";
+      // Three tiles, so that two threads share the second.
+      run_with_threads(name(), owned.view(), x, "rows of integers");
       for (const float poison : {NAN, INFINITY}) {
         store_element(x.view(), 299, poison);
-        const Buffer poisoned = run(GetParam(), owned.view(), x);
+        const Buffer poisoned = run(name(), owned.view(), x);
         for (int64_t i = 0; i < tokens * 150; ++i)
           EXPECT_EQ(std::isfinite(load_element(Buffer(poisoned).view(), i)), i >= 150) << tokens << " tokens";
       }
@@ -454,7 +486,7 @@ TEST_P(EveryBackend, StaysWithinRoundingOnRowsOfIntegers) {
 
 TEST_P(EveryBackend, RefusesActivationsOfAnotherWidth) {
   const auto matrix = test::random_matrix({.rows = 8, .cols = 16, .nm = {2, 4}}, 17);
-  const Backend& backend = find_backend(GetParam());
+  const Backend& backend = find_backend(name());
   const auto prepared = backend.prepare(matrix);
   Buffer x(ElementType::kFloat32, 1, 15), y(ElementType::kFloat32, 1, 8);
   EXPECT_THROW(backend.matmul(*prepared, x.view(), y.view()), Error);
@@ -468,24 +500,47 @@ TEST_P(EveryBackend, HoldsLittleMoreThanTheFile) {
        {NmPattern{1, 8}, NmPattern{2, 8}, NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{4, 8}}) {
     const Layout layout = {.rows = 1024, .cols = 4096, .nm = nm, .scale_bits = 4};
     const auto matrix = test::random_matrix(layout, 18);
-    const double nibbles = GetParam() == "cpu-avx2" ? static_cast<double>(layout.rows * layout.cols) / 4 : 0;
-    EXPECT_LE(find_backend(GetParam()).prepare(matrix)->bytes(),
+    const double nibbles = name() == "cpu-avx2" ? static_cast<double>(layout.rows * layout.cols) / 4 : 0;
+    EXPECT_LE(find_backend(name()).prepare(matrix)->bytes(),
               std::max(1.15 * static_cast<double>(matrix.bytes()), 1.1 * nibbles) + 32768)
         << describe(layout);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, EveryBackend, testing::ValuesIn([] {
-                           std::vector<std::string_view> names;
-                           for (const std::string_view name : available_backends())
-                             if (name != "reference" && name != "cuda") names.push_back(name);
-                           return names;
-                         }()),
-                         [](const auto& info) {
-                           std::string name(info.param);
-                           std::erase(name, '-');
-                           return name;
-                         });
+/// The measure of all others adds up in float64, a row per thread.
+TEST(ReferenceBackend, GivesTheSameBytesForAnyNumberOfThreads) {
+  const Layout layout = {.rows = 70, .cols = 300, .nm = {3, 8}, .scale_bits = 5, .outliers = 3};
+  Buffer x = random_activations(ElementType::kBFloat16, 5, layout.cols, Content::kReal, 10);
+  run_with_threads("reference", test::random_matrix(layout, 9), x, describe(layout));
+}
+
+/// One matrix element by element: what the reference makes of unit vectors.
+TEST(ReferenceBackend, MultipliesByEveryElement) {
+  const Layout layout = {.rows = 9, .cols = 40, .nm = {2, 4}, .levels = 3, .scale_bits = 4, .outliers = 2};
+  const auto matrix = test::random_matrix(layout, 19);
+  Buffer x(ElementType::kFloat32, layout.cols, layout.cols);
+  for (int64_t c = 0; c < layout.cols; ++c) store_element(x.view(), c * layout.cols + c, 1.0f);
+  Buffer y = run("reference", matrix, x);
+  for (int64_t r = 0; r < layout.rows; ++r)
+    for (int64_t c = 0; c < layout.cols; ++c)
+      EXPECT_EQ(load_element(y.view(), c * layout.rows + r), matrix.at(r, c)) << r << ", " << c;
+}
+
+std::vector<Machine> machines() {
+  std::vector<Machine> result;
+  for (const std::string_view name : available_backends()) {
+    if (name == "reference" || name == "cuda") continue;
+    result.push_back({name});
+    if (name == "cpu-avx512") result.push_back({name, /*permutes_fast=*/true});  // the others have no choice
+  }
+  return result;
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, EveryBackend, testing::ValuesIn(machines()), [](const auto& info) {
+  std::string name(info.param.backend);
+  std::erase(name, '-');
+  return name + (info.param.permutes_fast ? "_fast_permutations" : "");
+});
 
 }  // namespace
 }  // namespace stbllm

@@ -16,6 +16,7 @@
 #include "stbllm/pipeline/plan_model.h"
 #include "stbllm/pipeline/quantize_model.h"
 #include "support/calibration_text.h"
+#include "support/processor.h"
 #include "support/scratch_directory.h"
 #include "support/threads.h"
 #include "support/tiny_checkpoint.h"
@@ -39,8 +40,8 @@ struct Distilled {
   std::vector<QuantizedBlock> blocks;
 };
 
-/// Quantizes all blocks of a tiny model and distils it; `interruptions` of the distillation come a few
-/// milliseconds apart.
+/// Quantizes all blocks of a tiny model and distils it. Of `interruptions` the first comes before the first
+/// step, the others some milliseconds after a start, wherever that is.
 Distilled run(const test::TinyModel& model, const Recipe& recipe, int interruptions = 0) {
   const at::NoGradGuard no_grad;
   const test::ScratchDirectory scratch;
@@ -67,7 +68,9 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe, int interrupti
     result.blocks = quantized;
     Decoder fresh = Decoder::from_checkpoint(checkpoint);  // as another process would have it
     std::jthread interrupter;
-    if (interruptions > 0)
+    if (result.interrupted == 0 && interruptions > 0)
+      request_interrupt();
+    else if (interruptions > 0)
       interrupter = std::jthread([interruptions] {
         std::this_thread::sleep_for(std::chrono::milliseconds(7 * interruptions));
         request_interrupt();
@@ -88,26 +91,35 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe, int interrupti
   return result;
 }
 
-TEST(Distill, BringsHeldOutLogitsCloser) {
+class Distill : public test::InBothProducts {};
+STBLLM_INSTANTIATE_PRODUCTS(Distill);
+
+/// Logits of the student are off by a good part of their size, those of either model by parts in 2^8 where
+/// products are bfloat16: that moves the divergence by much less than the hundredth that learning has to
+/// bring.
+TEST_P(Distill, BringsHeldOutLogitsCloser) {
   for (const auto& model : {test::tiny_llama(), test::tiny_opt()})
     for (const double code_lr : {0.0, 0.004}) {
+      SCOPED_TRACE(fmt::format("{}, codes at {}", model.config["model_type"].get<std::string>(), code_lr));
       const DistillReport report = run(model, distilled_recipe(code_lr)).report;
       EXPECT_GT(report.epochs, 0);
-      EXPECT_LT(report.divergence_after, 0.99 * report.divergence_before);  // it does learn, not just wobble
-      EXPECT_TRUE(code_lr > 0 || report.changed == 0);
+      EXPECT_LT(report.divergence_after, 0.99 * report.divergence_before);
+      EXPECT_EQ(report.changed > 0, code_lr > 0);
     }
 }
 
-TEST(Distill, KeepsExactlyNOfEveryGroup) {
+TEST_P(Distill, KeepsExactlyNOfEveryGroup) {
   const Recipe recipe = distilled_recipe(0.01);
-  for (const QuantizedBlock& block : run(test::tiny_llama(), recipe).blocks)
+  const Distilled distilled = run(test::tiny_llama(), recipe);
+  ASSERT_GT(distilled.report.changed, 0);
+  for (const QuantizedBlock& block : distilled.blocks)
     for (const auto& [name, weight] : block.linears) {
       const at::Tensor groups = weight.symbols.reshape({weight.rows(), -1, recipe.nm.group});
       EXPECT_TRUE(groups.ne(0).sum(-1).eq(recipe.nm.keep).all().item<bool>()) << name;
     }
 }
 
-TEST(Distill, DoesNotDependOnThreads) {
+TEST_P(Distill, DoesNotDependOnThreads) {
   Recipe recipe = distilled_recipe(0.004);
   recipe.distill_epochs = 2;
   std::vector<Distilled> runs;
@@ -115,17 +127,19 @@ TEST(Distill, DoesNotDependOnThreads) {
     const test::Threads scope(threads);
     runs.push_back(run(test::tiny_llama(), recipe));
   }
+  ASSERT_GT(runs[0].report.epochs, 0);  // something was written back
   EXPECT_EQ(runs[0].report.divergence_after, runs[1].report.divergence_after);
   for (size_t i = 0; i < runs[0].blocks.size(); ++i)
     for (const auto& [name, weight] : runs[0].blocks[i].linears)
       EXPECT_TRUE(weight.to_dense().equal(runs[1].blocks[i].linears.at(name).to_dense())) << name;
 }
 
-TEST(Distill, GoesOnToTheSameResultAfterInterruptions) {
+TEST_P(Distill, GoesOnToTheSameResultAfterInterruptions) {
   const Recipe recipe = distilled_recipe(0.004);
   const Distilled undisturbed = run(test::tiny_llama(), recipe),
                   disturbed = run(test::tiny_llama(), recipe, /*interruptions=*/4);
   EXPECT_GT(disturbed.interrupted, 0);
+  ASSERT_GT(undisturbed.report.epochs, 0);
   EXPECT_EQ(undisturbed.report.divergence_after, disturbed.report.divergence_after);
   EXPECT_EQ(undisturbed.report.epochs, disturbed.report.epochs);
   EXPECT_EQ(undisturbed.report.changed, disturbed.report.changed);
@@ -138,7 +152,7 @@ TEST(Distill, GoesOnToTheSameResultAfterInterruptions) {
 }
 
 /// Windows for distillation only leave statistics, tuning and held-out text as they are.
-TEST(Distill, MayLearnFromMoreWindowsThanTheBlocksSee) {
+TEST_P(Distill, MayLearnFromMoreWindowsThanTheBlocksSee) {
   const test::ScratchDirectory scratch;
   test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
   const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");
@@ -163,7 +177,7 @@ TEST(Distill, MayLearnFromMoreWindowsThanTheBlocksSee) {
 }
 
 /// The whole way through a file, which quantize_model verifies against float32 weights by itself.
-TEST(Distill, ReachesThePackedFile) {
+TEST_P(Distill, ReachesThePackedFile) {
   const test::ScratchDirectory scratch;
   test::write_checkpoint(scratch / "checkpoint", test::tiny_llama());
   const Checkpoint checkpoint = Checkpoint::open(scratch / "checkpoint");

@@ -4,10 +4,12 @@
 #include "stbllm/pipeline/latent_weight.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "stbllm/pipeline/pack_weight.h"
 #include "stbllm/quantize/quantize_linear.h"
+#include "support/processor.h"
 #include "support/threads.h"
 
 namespace stbllm {
@@ -53,7 +55,10 @@ void expect_exactly_n_kept(const BinarizedWeight& weight) {
   }
 }
 
-TEST(LatentWeight, StartsAsTheQuantizedWeight) {
+class LatentWeightTest : public test::InBothProducts {};
+STBLLM_INSTANTIATE_PRODUCTS(LatentWeightTest);
+
+TEST_P(LatentWeightTest, StartsAsTheQuantizedWeight) {
   for (const auto& [nm, levels] : kCodes) {
     Layer layer = make_layer(nm, levels);
     ASSERT_TRUE(layer.weight.has_outliers());
@@ -72,28 +77,46 @@ TEST(LatentWeight, StartsAsTheQuantizedWeight) {
   }
 }
 
-TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
+/// Mean square of x W^T - y, and the smallest it can become when each row's coded weights (all but the
+/// columns that are stored exactly) are multiplied by a factor: per row the least squares of one unknown.
+struct Errors {
+  double now = 0, with_best_gains = 0;
+  Errors(const BinarizedWeight& weight, const at::Tensor& x, const at::Tensor& y) {
+    at::Tensor coded = weight.to_dense().to(at::kDouble), exact = at::zeros_like(coded);
+    const at::Tensor columns = weight.outlier_columns.to(at::kLong);
+    exact.index_copy_(1, columns, coded.index_select(1, columns));
+    coded.index_fill_(1, columns, 0);
+    const at::Tensor a = x.to(at::kDouble).mm(coded.t());
+    const at::Tensor b = y.to(at::kDouble) - x.to(at::kDouble).mm(exact.t());
+    now = (a - b).square().mean().item<double>();
+    const at::Tensor gains = (a * b).sum(0) / a.square().sum(0);
+    with_best_gains = (a * gains - b).square().mean().item<double>();
+  }
+};
+
+/// 60 steps of Adam at 0.01, which rise over 8 and fall to 0, may move the logarithm of a gain by 0.01 x 26 =
+/// 0.26. White inputs, in place of those that the layer was quantized for, ask for less than that, so that
+/// gains alone can come close to the best; half the way is asked of them. Codes change which weights are
+/// kept, which no gain can do, and must get below the best gains. All errors are those of the weights that
+/// were written back, in float64: products in bfloat16 round gradients and nothing that is compared here.
+TEST_P(LatentWeightTest, StepsLowerTheErrorOfItsOutputs) {
   for (const auto& [nm, levels] : kCodes) {
     for (const bool codes : {false, true}) {
+      SCOPED_TRACE(fmt::format("{} with {} levels, codes {}", nm.str(), levels, codes));
       Layer layer = make_layer(nm, levels);
       const at::Tensor symbols = layer.weight.symbols.clone();
       at::manual_seed(11);
       const at::Tensor x = at::randn({256, layer.original.size(1)}), y = x.mm(layer.original.t());
+      const Errors before(layer.weight, x, y);
       LatentWeight latent(layer.weight, layer.original, codes);
-      const auto loss = [&] {
-        return (at::linear(x.to(latent.dense().scalar_type()), latent.dense()).to(at::kFloat) - y)
-            .square()
-            .mean();
-      };
-      const double before = loss().item<double>();
       for (int64_t step = 0; step < 60; ++step) {
-        loss().backward();
+        const at::Tensor outputs = at::linear(x.to(latent.dense().scalar_type()), latent.dense());
+        (outputs.to(at::kFloat) - y).square().mean().backward();
         latent.step(decayed({0.01, codes ? 0.01 : 0.0}, step, 60));
       }
-      // White inputs instead of those that the layer was quantized for: scales alone must gain, codes more.
-      EXPECT_LT(loss().item<double>(), (codes ? 0.98 : 0.995) * before)
-          << nm.str() << " " << levels << " codes " << codes;
       latent.write_back();
+      const Errors after(layer.weight, x, y);
+      EXPECT_LT(after.now, codes ? before.with_best_gains : (before.now + before.with_best_gains) / 2);
       expect_exactly_n_kept(layer.weight);
       EXPECT_EQ(layer.weight.symbols.equal(symbols), !codes);
       EXPECT_TRUE(unpack_dense(pack_weight(layer.weight, "w")).equal(layer.weight.to_dense()));
@@ -105,7 +128,7 @@ TEST(LatentWeight, StepsLowerTheErrorOfItsOutputs) {
   }
 }
 
-TEST(LatentWeight, LeavesExactColumnsAlone) {
+TEST_P(LatentWeightTest, LeavesExactColumnsAlone) {
   Layer layer = make_layer({3, 8}, 1);
   const at::Tensor columns = layer.weight.outlier_columns.to(at::kLong),
                    before = layer.weight.to_dense().index_select(1, columns);
@@ -118,7 +141,7 @@ TEST(LatentWeight, LeavesExactColumnsAlone) {
   EXPECT_TRUE(layer.weight.to_dense().index_select(1, columns).equal(before));
 }
 
-TEST(LatentWeight, WritesTheStateOfNowHoweverOftenItIsAsked) {
+TEST_P(LatentWeightTest, WritesTheStateOfNowHoweverOftenItIsAsked) {
   Layer layer = make_layer({2, 4}, 3);
   LatentWeight latent(layer.weight, layer.original, /*train_codes=*/true);
   for (int64_t step = 0; step < 10; ++step) {
@@ -131,7 +154,7 @@ TEST(LatentWeight, WritesTheStateOfNowHoweverOftenItIsAsked) {
   EXPECT_TRUE(layer.weight.to_dense().equal(once));
 }
 
-TEST(LatentWeight, DoesNotDependOnThreads) {
+TEST_P(LatentWeightTest, DoesNotDependOnThreads) {
   std::vector<at::Tensor> results;
   for (const int threads : {1, 2}) {
     const test::Threads scope(threads);

@@ -25,6 +25,7 @@
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/files.h"
+#include "support/processor.h"
 #include "support/scratch_directory.h"
 #include "support/threads.h"
 #include "support/tiny_checkpoint.h"
@@ -164,10 +165,15 @@ void expect_exactly_n_kept(const std::string& name, const StructuredBinaryMatrix
   }
 }
 
-class QuantizeModel : public ::testing::TestWithParam<std::tuple<std::string, std::string>> {};
+using test::Products;
+
+class QuantizeModel : public ::testing::TestWithParam<std::tuple<std::string, std::string, Products>> {
+ private:
+  const test::Assume products_{std::get<Products>(GetParam())};
+};
 
 TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
-  const auto& [family, preset] = GetParam();
+  const auto& [family, preset, products] = GetParam();
   const Workplace place(tiny_model(family));
   const Recipe recipe = Recipe::load(preset);
   QuantizeOptions options;
@@ -200,15 +206,28 @@ TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
   EXPECT_GT((original - quantized).norm().item<double>(), 0.01 * original.norm().item<double>());
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, QuantizeModel,
-                         ::testing::Combine(::testing::Values("llama", "mistral", "qwen3", "opt", "opt_350m"),
+std::string name_of(const std::string& what, Products products) {
+  std::string name = what + "_" + test::name_of(products);
+  std::ranges::replace(name, '-', '_');
+  return name;
+}
+
+const auto kFamilies = ::testing::Values("llama", "mistral", "qwen3", "opt", "opt_350m");
+const auto kFamilyPresetAndProducts = [](const auto& info) {
+  return name_of(std::get<0>(info.param) + "_" + std::get<1>(info.param), std::get<2>(info.param));
+};
+INSTANTIATE_TEST_SUITE_P(EveryPreset, QuantizeModel,
+                         ::testing::Combine(kFamilies,
                                             ::testing::Values("rtn", "billm", "stbllm-paper", "stbllm",
-                                                              "stbllm-2bit", "stbllm-1bit")),
-                         [](const auto& info) {
-                           std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
-                           std::ranges::replace(name, '-', '_');
-                           return name;
-                         });
+                                                              "stbllm-2bit", "stbllm-1bit"),
+                                            ::testing::Values(Products::kFloat32)),
+                         kFamilyPresetAndProducts);
+// Products decide what the inputs of a linear are; a preset of each kind shows that nothing else hangs on
+// them.
+INSTANTIATE_TEST_SUITE_P(EitherKind, QuantizeModel,
+                         ::testing::Combine(kFamilies, ::testing::Values("stbllm-paper", "stbllm"),
+                                            ::testing::Values(Products::kBFloat16)),
+                         kFamilyPresetAndProducts);
 
 TEST(QuantizeModelBudget, StaysWithinTheStoredBitsAskedFor) {
   for (const std::string family : {"llama", "opt"}) {
@@ -293,9 +312,12 @@ TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {
 
 // --- determinism and interruptions -------------------------------------------------------------------
 
-class SameBytes : public ::testing::TestWithParam<std::string> {
+class SameBytes : public ::testing::TestWithParam<std::tuple<std::string, Products>> {
  protected:
-  const Recipe recipe_ = Recipe::load(GetParam());
+  const Recipe recipe_ = Recipe::load(std::get<std::string>(GetParam()));
+
+ private:
+  const test::Assume products_{std::get<Products>(GetParam())};
 };
 
 TEST_P(SameBytes, WhateverTheNumberOfThreads) {
@@ -323,11 +345,11 @@ TEST_P(SameBytes, AfterAnInterruption) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Presets, SameBytes, ::testing::Values("rtn", "stbllm-paper", "stbllm"),
+INSTANTIATE_TEST_SUITE_P(Presets, SameBytes,
+                         ::testing::Combine(::testing::Values("rtn", "stbllm-paper", "stbllm"),
+                                            ::testing::Values(Products::kFloat32, Products::kBFloat16)),
                          [](const auto& info) {
-                           std::string name = info.param;
-                           std::ranges::replace(name, '-', '_');
-                           return name;
+                           return name_of(std::get<0>(info.param), std::get<1>(info.param));
                          });
 
 TEST(Interruption, StopsARunAndSaysHowToGoOn) {
