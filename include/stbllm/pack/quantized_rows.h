@@ -35,7 +35,8 @@ class QuantizedRows {
   QuantizedRows(const Layout& layout, std::span<const std::byte> codes, std::span<const std::byte> scales,
                 std::shared_ptr<const void> owner, std::string_view what);
 
-  /// Writes the `cols` weights of a row to `out`. Called from several threads at once.
+  /// Writes the `cols` weights of a row to `out`. Called from several threads at once; what it throws ends
+  /// encode().
   using LoadRow = std::function<void(int64_t row, float* out)>;
   /// The codes and scales with a small squared error: at 8 bits from the largest magnitude of each block, at
   /// 4 bits by a search. Throws Error(kUnsupported) naming `what` when a weight is not finite or too large
