@@ -83,9 +83,6 @@ struct GroupSymbols {
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
 GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
 
-/// base * 2^(-code * 2^(2 - bits)): a step of 2^(1/4) at 4 bits, 2^(1/16) at 6, always a range of 2^4.
-float scale_code_factor(int scale_bits, int code);
-
 /// A view of the planes of one matrix plus whatever keeps them alive. Cheap to copy.
 class StructuredBinaryMatrix {
  public:
@@ -102,7 +99,7 @@ class StructuredBinaryMatrix {
   std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
 
   uint64_t code(int64_t row, int64_t group) const;
-  /// fp16 scale, or row_scale * scale_code_factor * levels[slot] multiplied left to right in float32.
+  /// fp16 scale, or row_scale * factor of the scale code * levels[slot] multiplied left to right in float32.
   float scale(int64_t row, int64_t column_block, int slot) const;
   std::span<const int32_t> salient_columns() const;
   std::span<const int32_t> outlier_columns() const;
