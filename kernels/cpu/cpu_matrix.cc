@@ -214,51 +214,71 @@ struct StripRow {
   uint8_t* strip;  // the codes of this chunk
 
   int lane() const { return in_tile / 32 * 32 + lane_of_row(in_tile); }
-  /// The byte of this row in the `line`-th run of 64 bytes per tile.
-  uint8_t& byte(int64_t line) const {
-    return strip[(line * tiles + tile) * kTileRows + byte_of_row(in_tile)];
-  }
+  /// Bytes come in lines of 64 for each tile of the strip.
+  int64_t line_bytes() const { return tiles * kTileRows; }
+  /// The byte of this row in the first line.
+  uint8_t* first_byte() const { return strip + tile * kTileRows + byte_of_row(in_tile); }
 };
 
-// The bits of a row's chunk as words: those of the file, or `digits` in place of codes.
-std::array<uint16_t, 32> words_of_row(const StructuredBinaryMatrix& matrix, const StripRow& at, int64_t words,
-                                      const DigitFields* digits) {
+// What the loops below need stands in locals, because to a compiler a store to a byte may change anything
+// else.
+
+// kWords and kNibbles: the bits of the file, or `digits` in place of codes.
+void store_words(const StructuredBinaryMatrix& matrix, const StripRow& at, const MatrixView& m,
+                 const DigitFields* digits) {
   const Layout& layout = matrix.layout();
-  std::array<uint16_t, 32> line{};
+  const int64_t words = kChunkColumns / m.group * m.code_bits / 16;
+  std::array<uint16_t, 32> line{};  // the row's chunk
   if (digits == nullptr) {
     const int64_t first = at.chunk * words * 2, row_bytes = layout.code_row_bytes();
     std::memcpy(line.data(), matrix.plane(Plane::kCodes).data() + at.row * row_bytes + first,
                 static_cast<size_t>(std::min<int64_t>(words * 2, row_bytes - first)));
-    return line;
+  } else {
+    const int64_t groups = kChunkColumns / layout.nm.group, first = at.chunk * groups;
+    const int64_t present = std::min(groups, layout.groups() - first);
+    const int bits = digits->bits();
+    for (int64_t g = 0; g < present; ++g)
+      write_bits(reinterpret_cast<std::byte*>(line.data()), g * bits, bits,
+                 digits->of(matrix.code(at.row, first + g)));
   }
-  const int64_t groups = kChunkColumns / layout.nm.group, first = at.chunk * groups;
-  for (int64_t g = 0; g < std::min(groups, layout.groups() - first); ++g)
-    write_bits(reinterpret_cast<std::byte*>(line.data()), g * digits->bits(), digits->bits(),
-               digits->of(matrix.code(at.row, first + g)));
-  return line;
+  if (m.form == CodeForm::kWords) {
+    uint8_t* const to = at.strip + 2 * at.lane();
+    for (int64_t w = 0; w < words; ++w) std::memcpy(to + w * kTileRows * 2, &line[w], 2);
+  } else {
+    uint8_t* const to = at.strip + at.in_tile;
+    const auto* const bytes = reinterpret_cast<const uint8_t*>(line.data());
+    for (int64_t b = 0; b < 2 * words; ++b) to[b * kTileRows] = bytes[b];
+  }
 }
 
 void store_bytes(const StructuredBinaryMatrix& matrix, const StripRow& at, const MatrixView& m) {
   const int64_t groups = kChunkColumns / m.group, first = at.chunk * groups;
-  for (int64_t g = 0; g < std::min(groups, matrix.layout().groups() - first); ++g) {
+  const int64_t present = std::min(groups, matrix.layout().groups() - first);
+  const int64_t line_bytes = at.line_bytes();
+  const int lane = at.lane(), keep = m.keep;
+  const bool signs = m.signs;
+  uint8_t* to = at.first_byte();
+  uint8_t* to_signs = at.strip + groups * line_bytes + (at.tile * kTileRows + lane) / 8;
+  for (int64_t g = 0; g < present; ++g, to += line_bytes, to_signs += line_bytes / 8) {
     const uint64_t code = matrix.code(at.row, first + g);
-    at.byte(g) = static_cast<uint8_t>(m.signs ? unsigned_code(code, m.keep) : code);
-    if (m.signs && (code >> (m.keep - 1) & 1)) {
-      const int64_t bit = (8 * groups * at.tiles + g * at.tiles + at.tile) * kTileRows + at.lane();
-      at.strip[bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
-    }
+    *to = static_cast<uint8_t>(signs ? unsigned_code(code, keep) : code);
+    if (signs && (code >> (keep - 1) & 1)) *to_signs |= static_cast<uint8_t>(1 << lane % 8);
   }
 }
 
+// Three lines hold the left halves of an even and an odd group, then the low bits of their right halves.
 void store_halves(const StructuredBinaryMatrix& matrix, const StripRow& at,
                   const std::vector<uint16_t>& halves) {
   const int64_t groups = kChunkColumns / 8, first = at.chunk * groups;
-  for (int64_t g = 0; g < std::min(groups, matrix.layout().groups() - first); ++g) {
-    const unsigned both = halves[matrix.code(at.row, first + g)], right = both >> 7;
-    const int64_t line =
-        g / 2 * 3;  // left halves of an even and an odd group, then what remains of their right ones
-    at.byte(line + g % 2) = static_cast<uint8_t>((both & 127) | right >> 4 << 7);
-    at.byte(line + 2) |= static_cast<uint8_t>((right & 15) << 4 * (g % 2));
+  const int64_t present = std::min(groups, matrix.layout().groups() - first);
+  const int64_t line_bytes = at.line_bytes();
+  const uint16_t* const by_code = halves.data();
+  uint8_t* const to = at.first_byte();
+  for (int64_t g = 0; g < present; ++g) {
+    const unsigned both = by_code[matrix.code(at.row, first + g)], right = both >> 7;
+    uint8_t* const lines = to + g / 2 * 3 * line_bytes;
+    lines[g % 2 * line_bytes] = static_cast<uint8_t>((both & 127) | right >> 4 << 7);
+    lines[2 * line_bytes] |= static_cast<uint8_t>((right & 15) << 4 * (g % 2));
   }
 }
 
@@ -448,14 +468,7 @@ void CpuMatrix::store_codes(const StructuredBinaryMatrix& matrix) {
   const auto store_row = [&](const StripRow& at) {
     if (m.form == CodeForm::kBytes) return store_bytes(matrix, at, m);
     if (m.form == CodeForm::kHalves) return store_halves(matrix, at, halves);
-    const std::array<uint16_t, 32> line = words_of_row(matrix, at, words, digits ? &*digits : nullptr);
-    if (m.form == CodeForm::kWords) {
-      for (int64_t w = 0; w < words; ++w)
-        std::memcpy(at.strip + (w * kTileRows + at.lane()) * 2, &line[w], 2);
-    } else {
-      const auto* bytes = reinterpret_cast<const uint8_t*>(line.data());
-      for (int64_t b = 0; b < 2 * words; ++b) at.strip[b * kTileRows + at.in_tile] = bytes[b];
-    }
+    store_words(matrix, at, m, digits ? &*digits : nullptr);
   };
   // A tile's chunk takes 2 to 30 microseconds: sixteen of them are worth a thread.
   parallel_for(m.chunks * m.tiles, 16, [&](int64_t begin, int64_t end) {
