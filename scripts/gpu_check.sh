@@ -2,14 +2,15 @@
 # The packed products on a GPU, in one command and less than 8 minutes, without a network:
 # builds it alone (CUDA toolkit, CMake >= 3.24, a C++20 compiler, and the fmt headers that PyTorch bundles), then
 #   1. probe      the fragment layouts of mma and mma.sp: every lane, register and metadata value
-#   2. compare    results equal to the packed file's decode rule, to the last bit, over all codes and kernels
+#   2. compare    results equal to the packed file's decode rule, to the last bit, over all layouts and kernels
 #   3. bench      against cublasGemmEx fp16: a table on stdout, JSON in the output directory
 #   4. sass       the machine code has the intended instructions                        (skipped when missing)
 #   5. sanitizer  compute-sanitizer on a few shapes: memcheck, racecheck, synccheck      (skipped when missing)
 #
 #   bash scripts/gpu_check.sh [output directory]        default: $OUT, else gpu-check/
 #
-# It stops where 1 or 2 fail; the others run whatever became of those before them. The exit status is that of the first that failed.
+# It stops where 1 or 2 fail; the others run whatever became of those before them. The exit status is that of the first
+# that failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

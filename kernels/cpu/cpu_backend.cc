@@ -1,21 +1,22 @@
 // y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of four ways:
 //
-//  panels    for each tile of 64 rows and chunk of up to 128 columns: decode the weights once, multiply by
-//  all tokens.
-//            float32 activations go this way and are used as they are; others where there is neither lookup
-//            nor integer product.
-//  integers  the same with weights as integer levels and activations on a grid of a power of two per token
-//  and chunk:
-//            where there are many tokens.
-//  rows      dot products with rows of integers (embedding and head), for few tokens.
-//  lookups   for each chunk: tabulate what every state of a group contributes to the dot product with these
-//            activations, then add up one table entry per row and group. Activations are on such a grid too,
-//            fine enough that sums just fit 16 bits; the sums are exact.
+//   panels    For each tile of 64 rows and chunk of up to 128 columns, the weights are decoded once and
+//   multiplied
+//             by all tokens. float32 activations go this way and are used as they are; so do others where
+//             there is neither lookup nor integer product.
+//   integers  The same with weights as integer levels and activations as multiples of a power of two per
+//   token and
+//             chunk. This is the way of many tokens.
+//   rows      Dot products with rows of integers (embedding and head), for few tokens.
+//   lookups   For each chunk, a table holds what every state of a group contributes to the dot product with
+//   these
+//             activations; then every row adds up one table entry per group. Activations are multiples of a
+//             power of two here too, fine enough that sums just fit 16 bits; the sums are exact.
 //
 // No result depends on the number of threads: an element of y belongs to one thread and its chunks are added
 // in order.
-
-#include <omp.h>
+//
+// Threads meet at barriers inside a region, so nothing in a region may throw: all memory is taken before it.
 
 #include <algorithm>
 #include <vector>
@@ -24,27 +25,28 @@
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/builtin.h"
 #include "stbllm/base/cpu.h"
+#include "stbllm/base/parallel.h"
 
 namespace stbllm {
 namespace cpu {
 namespace {
 
-// Tokens whose tables are kept at once, and the bytes of tables that all threads share between two barriers:
-// both such that tables and sums stay in the second-level cache.
+// Tokens whose tables are kept at once, and the bytes of tables that all threads share between two barriers.
+// Both are such that tables and sums stay in the second-level cache.
 constexpr int64_t kTokenBatch = 16;
 constexpr int64_t kTableBudget = 512 * 1024;
 
 // A thread is worth its start from about this many products of weight and token on.
-constexpr int64_t kLookupsPerThread = 1 << 17;
 constexpr int64_t kProductsPerThread = 1 << 17;
 
-// Threads share a tile at multiples of so many tokens: whole passes of a kernel, and enough to be worth
-// decoding the tile twice.
+// Threads share a tile at multiples of so many tokens: these are whole passes of a kernel, and enough of them
+// to be worth decoding the tile twice.
 constexpr int64_t kShareTokens = 24;
 
-int thread_count(int64_t work, int64_t work_per_thread, int64_t tiles) {
-  const int64_t useful = std::min(std::max<int64_t>(work / work_per_thread, 1), tiles);
-  return static_cast<int>(std::min<int64_t>(useful, omp_get_max_threads()));
+// How many threads `products` (weights times tokens) in `parts` parts are worth.
+int64_t useful_threads(int64_t products, int64_t parts) {
+  const int64_t useful = std::min(std::max<int64_t>(products / kProductsPerThread, 1), parts);
+  return std::min<int64_t>(useful, omp_get_max_threads());
 }
 
 void load_activations(const Kernels& kernels, const ActivationView& x, int64_t first, int64_t count,
@@ -56,15 +58,6 @@ void load_activations(const Kernels& kernels, const ActivationView& x, int64_t f
                         to);
 }
 
-void store_result(const Kernels& kernels, const float* from, int64_t count, const ActivationView& y,
-                  int64_t first) {
-  if (y.type == ElementType::kFloat32)
-    std::copy_n(from, count, static_cast<float*>(y.data) + first);
-  else
-    kernels.store_floats(from, y.type == ElementType::kFloat16, count,
-                         static_cast<uint16_t*>(y.data) + first);
-}
-
 /// `size` elements of scratch, which keeps what it once had.
 template <typename T>
 T* grow(AlignedVector<T>& scratch, int64_t size) {
@@ -72,16 +65,15 @@ T* grow(AlignedVector<T>& scratch, int64_t size) {
   return scratch.data();
 }
 
-int64_t tile_rows(const MatrixView& m, int64_t tile) {
-  return std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
-}
+// Floats of a buffer, rounded up so that the next buffer begins at a whole 512-bit register too.
+constexpr int64_t whole_registers(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
 const MatrixView& matrix_of(const Product& product) {
   return static_cast<const CpuMatrix&>(*product.matrix).view();
 }
 
-// The first of `products` whose activations, made ready, serve the last one too: itself if there is no
-// earlier one.
+// The index of the first of `products` whose activations, made ready, serve the last one too: that of the
+// last one itself if there is no earlier one.
 template <typename T, typename Share>
 size_t find_maker(const std::vector<T>& products, const Share& share) {
   return std::ranges::find_if(products, [&](const T& other) { return share(other.m, products.back().m); }) -
@@ -93,53 +85,85 @@ bool same_outliers(const MatrixView& a, const MatrixView& b) {
                     b.outlier_columns + b.outliers);
 }
 
-// What a thread multiplies: tiles times tokens are dealt out in equal shares, so that nobody waits. Where two
-// threads share a tile, both decode it. Calls visit(tile, first token, last token).
+// Calls visit(tile, first token, last token) for what a thread multiplies: tiles times tokens are dealt out
+// in equal shares, so that nobody waits. Where two threads share a tile, both decode it.
 template <typename Visit>
-void for_each_share(int64_t tiles, int64_t tokens, const Visit& visit) {
-  const int64_t parts = ceil_div(tokens, kShareTokens), all = tiles * parts;
-  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(),
-                last = all * (thread + 1) / threads;
-  for (int64_t at = all * thread / threads, next; at < last; at = next) {
+void for_each_share(const ThreadPlace& place, int64_t tiles, int64_t tokens, const Visit& visit) {
+  const int64_t parts = ceil_div(tokens, kShareTokens), last = place.end(tiles * parts);
+  for (int64_t at = place.begin(tiles * parts), next; at < last; at = next) {
     const int64_t tile = at / parts;
     next = std::min(last, (tile + 1) * parts);
     visit(tile, at % parts * kShareTokens, std::min(tokens, (next - tile * parts) * kShareTokens));
   }
 }
 
+// The products of a tile with some tokens: those of token `first_token` + t are sums[t * stride + 0 .. 63].
+struct TileSums {
+  const MatrixView& m;
+  int64_t tile, first_token, tokens;
+  float* sums;
+  int64_t stride;
+};
+
+void store_tile(const Kernels& kernels, const TileSums& from, const ActivationView& y) {
+  const int64_t first_row = from.tile * kTileRows,
+                rows = std::min<int64_t>(kTileRows, from.m.rows - first_row);
+  for (int64_t t = 0; t < from.tokens; ++t) {
+    const float* sums = from.sums + t * from.stride;
+    const int64_t to = (from.first_token + t) * from.m.rows + first_row;
+    if (y.type == ElementType::kFloat32)
+      std::copy_n(sums, rows, static_cast<float*>(y.data) + to);
+    else
+      kernels.store_floats(sums, y.type == ElementType::kFloat16, rows, static_cast<uint16_t*>(y.data) + to);
+  }
+}
+
 // --- panels ---
+
+// Writes activations as (chunks, tokens, chunk_columns): what one panel needs lies together.
+void arrange_chunks(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
+                    float* arranged) {
+  const int64_t width = m.chunk_columns;
+  for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+    const int64_t first = chunk * width, count = std::min(width, m.cols - first);
+    float* to = arranged + (chunk * x.tokens + token) * width;
+    load_activations(kernels, x, token * m.cols + first, count, to);
+    std::fill_n(to + count, width - count, 0.0f);
+  }
+}
 
 void multiply_panels(const Kernels& kernels, const MatrixView& m, const ActivationView& x,
                      const ActivationView& y) {
   const int64_t tokens = x.tokens, width = m.chunk_columns;
-  // Activations as (chunks, tokens, width): what one panel needs lies together.
+  const int64_t useful = useful_threads(tokens * m.rows * m.cols, m.tiles * ceil_div(tokens, kShareTokens));
+  const int64_t panel_floats = width * kTileRows, thread_floats = panel_floats + tokens * kTileRows;
   thread_local AlignedVector<float> scratch;
-  float* floats = grow(scratch, m.chunks * tokens * width);
+  float* const buffers = grow(scratch, useful * thread_floats + m.chunks * tokens * width);
+  float* const arranged = buffers + useful * thread_floats;
 
-#pragma omp parallel num_threads( \
-    thread_count(tokens* m.rows* m.cols, kProductsPerThread, m.tiles* ceil_div(tokens, kShareTokens)))
+#pragma omp parallel num_threads(team_size(useful))
   {
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < tokens; ++token)
-      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
-        const int64_t first = chunk * width, count = std::min(width, m.cols - first);
-        float* to = floats + (chunk * tokens + token) * width;
-        load_activations(kernels, x, token * m.cols + first, count, to);
-        std::fill_n(to + count, width - count, 0.0f);
-      }
+    for (int64_t token = 0; token < tokens; ++token) arrange_chunks(kernels, m, x, token, arranged);
 
-    AlignedVector<float> panel(static_cast<size_t>(width * kTileRows)),
-        sums(static_cast<size_t>(tokens * kTileRows));
-    for_each_share(m.tiles, tokens, [&](int64_t tile, int64_t first, int64_t last) {
-      std::fill_n(sums.data(), (last - first) * kTileRows, 0.0f);
+    const ThreadPlace place = ThreadPlace::among(useful);
+    float* const panel = buffers + place.thread * thread_floats;
+    float* const sums = panel + panel_floats;
+    for_each_share(place, m.tiles, tokens, [&](int64_t tile, int64_t first, int64_t last) {
+      std::fill_n(sums, (last - first) * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
-        kernels.decode(m, tile, chunk, panel.data());
-        kernels.multiply(panel.data(), width, floats + (chunk * tokens + first) * width, last - first,
-                         sums.data(), kTileRows);
+        kernels.decode(m, tile, chunk, panel);
+        kernels.multiply(panel, width, arranged + (chunk * tokens + first) * width, last - first, sums,
+                         kTileRows);
       }
-      for (int64_t token = first; token < last; ++token)
-        store_result(kernels, &sums[(token - first) * kTileRows], tile_rows(m, tile), y,
-                     token * m.rows + tile * kTileRows);
+      store_tile(kernels,
+                 {.m = m,
+                  .tile = tile,
+                  .first_token = first,
+                  .tokens = last - first,
+                  .sums = sums,
+                  .stride = kTileRows},
+                 y);
     });
   }
 }
@@ -150,30 +174,31 @@ void multiply_rows(const Kernels& kernels, const MatrixView& m, const Activation
                    const ActivationView& y) {
   const int64_t width = m.chunks * m.chunk_columns;
   thread_local AlignedVector<float> scratch;
-  float* arranged = grow(scratch, x.tokens * (width + m.cols));
-  float* values = arranged + x.tokens * width;
+  float* const arranged = grow(scratch, x.tokens * (width + m.cols));
+  float* const values = arranged + x.tokens * width;
   load_activations(kernels, x, 0, x.tokens * m.cols, values);
   std::fill_n(arranged, x.tokens * width, 0.0f);
   for (int64_t t = 0; t < x.tokens; ++t)
-    for (int64_t c = 0; c < m.cols; ++c) {
-      const int64_t first =
-          c / m.chunk_columns * m.chunk_columns;  // in which column c stands at c % 4 * 16 + c / 4
-      arranged[t * width + first + c % 4 * (m.chunk_columns / 4) + (c - first) / 4] = values[t * m.cols + c];
+    for (int64_t col = 0; col < m.cols; ++col) {
+      const int64_t c = col % m.chunk_columns;  // it stands at c % 4 * 16 + c / 4 of its chunk
+      arranged[t * width + col - c + c % 4 * (m.chunk_columns / 4) + c / 4] = values[t * m.cols + col];
     }
 
-#pragma omp parallel for schedule(static) \
-    num_threads(thread_count(x.tokens* m.rows* m.cols, kProductsPerThread, m.tiles))
-  for (int64_t tile = 0; tile < m.tiles; ++tile) {
-    float sums[kFewTokens * kTileRows];
-    kernels.multiply_rows(m, tile, arranged, x.tokens, sums);
-    for (int64_t t = 0; t < x.tokens; ++t)
-      store_result(kernels, sums + t * kTileRows, tile_rows(m, tile), y, t * m.rows + tile * kTileRows);
-  }
+  const int64_t useful = useful_threads(x.tokens * m.rows * m.cols, m.tiles);
+  parallel_for(m.tiles, ceil_div(m.tiles, useful), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      float sums[kFewTokens * kTileRows];
+      kernels.multiply_rows(m, tile, arranged, x.tokens, sums);
+      store_tile(
+          kernels,
+          {.m = m, .tile = tile, .first_token = 0, .tokens = x.tokens, .sums = sums, .stride = kTileRows}, y);
+    }
+  });
 }
 
 // --- integers and lookups ---
 
-// The activations of one token's chunk, without outlier columns and with zeros after the last column.
+// Loads the activations of one token's chunk, with zeros at outlier columns and after the last column.
 void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
                 int64_t chunk, float* to) {
   const int64_t first = chunk * m.chunk_columns, count = std::min(m.chunk_columns, m.cols - first);
@@ -185,29 +210,33 @@ void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationVie
     to[*col - first] = 0.0f;
 }
 
-// Adds the outlier columns, which integers and tables leave out.
-void add_outliers(const Kernels& kernels, const MatrixView& m, int64_t tile, const ActivationView& x,
-                  int64_t first_token, int64_t tokens, float* sums, int64_t stride) {
-  if (m.outliers == 0) return;
-  thread_local AlignedVector<float> scratch;
-  float* panel = grow(scratch, m.outliers * (kTileRows + tokens));
-  float* values = panel + m.outliers * kTileRows;
-  kernels.decode_outliers(m, tile, panel);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < m.outliers; ++i)
-      values[t * m.outliers + i] = load_element(x, (first_token + t) * m.cols + m.outlier_columns[i]);
-  kernels.multiply(panel, m.outliers, values, tokens, sums, stride);
+// What add_outliers() needs of scratch.
+int64_t outlier_floats(const MatrixView& m, int64_t tokens) {
+  return whole_registers(m.outliers * (kTileRows + tokens));
 }
+
+// Adds the outlier columns, which integers and tables leave out.
+void add_outliers(const Kernels& kernels, const TileSums& to, const ActivationView& x, float* scratch) {
+  const MatrixView& m = to.m;
+  if (m.outliers == 0) return;
+  float* const values = scratch + m.outliers * kTileRows;
+  kernels.decode_outliers(m, to.tile, scratch);
+  for (int64_t t = 0; t < to.tokens; ++t)
+    for (int64_t i = 0; i < m.outliers; ++i)
+      values[t * m.outliers + i] = load_element(x, (to.first_token + t) * m.cols + m.outlier_columns[i]);
+  kernels.multiply(scratch, m.outliers, values, to.tokens, to.sums, to.stride);
+}
+
+// --- integers ---
 
 // A matrix among those that are multiplied together, and the activations it shares with others.
 struct IntegerProduct {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t first_tile;  // of all matrices in a row
-  size_t maker = 0;    // whose integers serve this one
-  // (chunks, tokens, chunk_columns) and (chunks, tokens): what one panel needs lies together.
-  int16_t* integers = nullptr;
-  float* steps = nullptr;
+  int64_t first_tile;           // of all matrices in a row
+  size_t maker = 0;             // whose integers serve this one
+  int16_t* integers = nullptr;  // (chunks, tokens, chunk_columns): what one panel needs lies together
+  float* steps = nullptr;       // (chunks, tokens)
 };
 
 // Whether two matrices take the same activations as the same integers: those with as wide sums and the same
@@ -216,16 +245,14 @@ bool share_integers(const MatrixView& a, const MatrixView& b) {
   return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
 }
 
-void multiply_integers(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
-  const int64_t tokens = x.tokens;
+std::vector<IntegerProduct> plan_integers(std::span<const Product> products, int64_t tokens) {
   std::vector<IntegerProduct> all;
-  int64_t tiles = 0, rows = 0, integer_count = 0, step_count = 0;
+  int64_t tiles = 0, integer_count = 0, step_count = 0;
   for (const Product& product : products) {
     const MatrixView& m = matrix_of(product);
-    all.push_back({m, product.y, tiles});
+    all.push_back({.m = m, .y = product.y, .first_tile = tiles});
     all.back().maker = find_maker(all, share_integers);
     tiles += m.tiles;
-    rows += m.rows;
     if (all.back().maker + 1 != all.size()) continue;
     integer_count += tokens * m.chunks * m.chunk_columns;
     step_count += tokens * m.chunks;
@@ -236,15 +263,37 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
   float* steps = grow(step_scratch, step_count);
   for (size_t i = 0; i < all.size(); ++i) {
     IntegerProduct& own = all[i];
-    const int64_t own_steps = own.maker == i ? tokens * own.m.chunks : 0;
-    own.integers = own.maker == i ? integers : all[own.maker].integers;
-    own.steps = own.maker == i ? steps : all[own.maker].steps;
-    integers += own_steps * own.m.chunk_columns;
-    steps += own_steps;
+    if (own.maker != i) {
+      own.integers = all[own.maker].integers;
+      own.steps = all[own.maker].steps;
+      continue;
+    }
+    own.integers = integers;
+    own.steps = steps;
+    integers += tokens * own.m.chunks * own.m.chunk_columns;
+    steps += tokens * own.m.chunks;
   }
+  return all;
+}
 
-#pragma omp parallel num_threads( \
-    thread_count(tokens* rows* x.width, kProductsPerThread, tiles* ceil_div(tokens, kShareTokens)))
+void multiply_integers(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
+  const int64_t tokens = x.tokens;
+  const std::vector<IntegerProduct> all = plan_integers(products, tokens);
+  int64_t tiles = 0, rows = 0, most_outlier_floats = 0;
+  for (const IntegerProduct& each : all) {
+    tiles += each.m.tiles;
+    rows += each.m.rows;
+    most_outlier_floats = std::max(most_outlier_floats, outlier_floats(each.m, tokens));
+  }
+  const int64_t useful = useful_threads(tokens * rows * x.width, tiles * ceil_div(tokens, kShareTokens));
+  const int64_t thread_floats = kTileRows + tokens * kTileRows + most_outlier_floats;
+  constexpr int64_t kPanelIntegers = kChunkColumns * kTileRows;
+  thread_local AlignedVector<int16_t> panel_scratch;
+  thread_local AlignedVector<float> float_scratch;
+  int16_t* const panels = grow(panel_scratch, useful * kPanelIntegers);
+  float* const floats = grow(float_scratch, useful * thread_floats);
+
+#pragma omp parallel num_threads(team_size(useful))
   {
     for (size_t i = 0; i < all.size(); ++i) {
       const IntegerProduct& own = all[i];
@@ -260,35 +309,37 @@ void multiply_integers(const Kernels& kernels, std::span<const Product> products
     }
 #pragma omp barrier
 
-    AlignedVector<int16_t> panel(kChunkColumns * kTileRows);
-    AlignedVector<float> scales(kTileRows), sums(static_cast<size_t>(tokens * kTileRows));
-    for_each_share(tiles, tokens, [&](int64_t at, int64_t first, int64_t last) {
+    const ThreadPlace place = ThreadPlace::among(useful);
+    int16_t* const panel = panels + place.thread * kPanelIntegers;
+    float* const scales = floats + place.thread * thread_floats;
+    float* const sums = scales + kTileRows;
+    float* const scratch = sums + tokens * kTileRows;
+    for_each_share(place, tiles, tokens, [&](int64_t at, int64_t first, int64_t last) {
       const IntegerProduct& own = *std::find_if(
           all.rbegin(), all.rend(), [&](const IntegerProduct& each) { return each.first_tile <= at; });
       const MatrixView& m = own.m;
-      const int64_t tile = at - own.first_tile, count = last - first;
-      std::fill_n(sums.data(), count * kTileRows, 0.0f);
+      const TileSums result = {.m = m,
+                               .tile = at - own.first_tile,
+                               .first_token = first,
+                               .tokens = last - first,
+                               .sums = sums,
+                               .stride = kTileRows};
+      std::fill_n(sums, result.tokens * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
-        kernels.decode_integers(m, tile, chunk, panel.data(), scales.data());
-        kernels.multiply_integers(panel.data(), scales.data(), m.chunk_columns,
-                                  own.integers + (chunk * tokens + first) * m.chunk_columns,
-                                  own.steps + chunk * tokens + first, count, sums.data(), kTileRows);
+        kernels.decode_integers(m, result.tile, chunk, panel, scales);
+        kernels.multiply_integers({.panel = panel, .scales = scales, .columns = m.chunk_columns},
+                                  {.x = own.integers + (chunk * tokens + first) * m.chunk_columns,
+                                   .steps = own.steps + chunk * tokens + first,
+                                   .tokens = result.tokens},
+                                  sums, kTileRows);
       }
-      add_outliers(kernels, m, tile, x, first, count, sums.data(), kTileRows);
-      for (int64_t t = 0; t < count; ++t)
-        store_result(kernels, &sums[t * kTileRows], tile_rows(m, tile), own.y,
-                     (first + t) * m.rows + tile * kTileRows);
+      add_outliers(kernels, result, x, scratch);
+      store_tile(kernels, result, own.y);
     });
   }
 }
 
-// The row scales, which look_up() leaves out.
-void scale_rows(const MatrixView& m, int64_t tile, int64_t tokens, float* sums, int64_t stride) {
-  if (m.row_scales == nullptr) return;
-  const float level = m.levels == 1 ? m.level[0] : 1.0f;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int r = 0; r < kTileRows; ++r) sums[t * stride + r] *= m.row_scales[tile * kTileRows + r] * level;
-}
+// --- lookups ---
 
 // A matrix among those that are multiplied together, and its part of what they share.
 struct Lookup {
@@ -296,15 +347,15 @@ struct Lookup {
   const ActivationView& y;
   int64_t first_byte;  // of a chunk's codes of all matrices in a row
   int64_t padded_rows;
-  size_t maker = 0;  // whose tables serve this one
-  uint8_t* tables = nullptr;
-  float* steps = nullptr;
-  float* sums = nullptr;
+  size_t maker = 0;           // whose tables serve this one
+  uint8_t* tables = nullptr;  // (chunks of a panel, tokens of a batch, chunk_table_bytes)
+  float* steps = nullptr;     // (chunks of a panel, tokens of a batch)
+  float* sums = nullptr;      // (tokens of a batch, padded_rows)
 
   int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
 };
 
-// Whether two matrices have the same tables, given the same activations: those of one code with one level
+// Whether two matrices have the same tables, given the same activations: those of one N:M with one level
 // (several are part of the tables) and of the same outlier columns (which are left out). A matrix shares with
 // itself.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
@@ -313,108 +364,161 @@ bool share_tables(const MatrixView& a, const MatrixView& b) {
          same_outliers(a, b);
 }
 
+// All lookups with the same activations, and how the threads go through them: batches of tokens, and for each
+// of them panels of chunks, whose tables exist at the same time.
+struct LookupPlan {
+  std::vector<Lookup> lookups;
+  int64_t batch;   // tokens
+  int64_t chunks;  // per row
+  int64_t panel_chunks;
+  int64_t code_bytes = 0;            // of a chunk of all matrices
+  int64_t useful = 1;                // threads
+  float* outlier_scratch = nullptr;  // (useful, thread_floats)
+  int64_t thread_floats = 0;
+};
+
+LookupPlan plan_lookups(std::span<const Product> products, const ActivationView& x) {
+  LookupPlan plan = {.lookups = {},
+                     .batch = std::min(kTokenBatch, x.tokens),
+                     .chunks = matrix_of(products[0]).chunks,
+                     .panel_chunks = 1};
+  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
+  for (const Product& product : products) {
+    const MatrixView& m = matrix_of(product);
+    plan.lookups.push_back(
+        {.m = m, .y = product.y, .first_byte = plan.code_bytes, .padded_rows = m.tiles * kTileRows});
+    Lookup& lookup = plan.lookups.back();
+    lookup.maker = find_maker(plan.lookups, share_tables);
+    tiles += m.tiles;
+    plan.code_bytes += m.tiles * m.chunk_bytes;
+    rows += m.rows;
+    padded_rows += lookup.padded_rows;
+    plan.thread_floats = std::max(plan.thread_floats, outlier_floats(m, plan.batch));
+    if (lookup.maker + 1 == plan.lookups.size()) table_bytes += lookup.chunk_table_bytes();
+  }
+  plan.useful = useful_threads(x.tokens * rows * x.width, tiles);
+  plan.panel_chunks = std::clamp<int64_t>(kTableBudget / (plan.batch * table_bytes), 1, plan.chunks);
+
+  thread_local AlignedVector<uint8_t> table_scratch;
+  thread_local AlignedVector<float> sum_scratch, step_scratch, outlier_scratch;
+  const int64_t table_count = plan.panel_chunks * plan.batch;
+  uint8_t* tables = grow(table_scratch, table_count * table_bytes);
+  float* steps = grow(step_scratch, table_count * std::ssize(plan.lookups));
+  float* sums = grow(sum_scratch, plan.batch * padded_rows);
+  plan.outlier_scratch = grow(outlier_scratch, plan.useful * plan.thread_floats);
+  for (size_t i = 0; i < plan.lookups.size(); ++i) {
+    Lookup& lookup = plan.lookups[i];
+    lookup.sums = sums;
+    sums += plan.batch * lookup.padded_rows;
+    if (lookup.maker != i) {
+      lookup.tables = plan.lookups[lookup.maker].tables;
+      lookup.steps = plan.lookups[lookup.maker].steps;
+      continue;
+    }
+    lookup.tables = tables;
+    lookup.steps = steps;
+    tables += table_count * lookup.chunk_table_bytes();
+    steps += table_count;
+  }
+  return plan;
+}
+
 // The thread's tiles of a matrix: those of all matrices are dealt out by the bytes of their codes, in whole
 // strips.
 struct TileRange {
   int64_t first, last;
-  TileRange(const Lookup& lookup, int64_t all_bytes) {
-    const auto tiles_before = [&](int64_t thread) {
-      const int64_t bytes = all_bytes * thread / omp_get_num_threads() - lookup.first_byte;
-      const int64_t tile = std::clamp<int64_t>(bytes / lookup.m.chunk_bytes, 0, lookup.m.tiles);
+  TileRange(const ThreadPlace& place, const Lookup& lookup, int64_t all_bytes) {
+    const auto tiles_before = [&](int64_t bytes) {
+      const int64_t tile =
+          std::clamp<int64_t>((bytes - lookup.first_byte) / lookup.m.chunk_bytes, 0, lookup.m.tiles);
       return tile == lookup.m.tiles ? tile : tile - tile % lookup.m.strip_tiles;
     };
-    first = tiles_before(omp_get_thread_num());
-    last = tiles_before(omp_get_thread_num() + 1);
+    first = tiles_before(place.begin(all_bytes));
+    last = tiles_before(place.end(all_bytes));
   }
 };
 
-void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
-  const int64_t batch = std::min(kTokenBatch, x.tokens);
-  std::vector<Lookup> lookups;
-  int64_t tiles = 0, code_bytes = 0, rows = 0, padded_rows = 0, table_bytes = 0;
-  for (const Product& product : products) {
-    const MatrixView& m = matrix_of(product);
-    lookups.push_back({m, product.y, code_bytes, m.tiles * kTileRows});
-    Lookup& lookup = lookups.back();
-    lookup.maker = find_maker(lookups, share_tables);
-    tiles += m.tiles;
-    code_bytes += m.tiles * m.chunk_bytes;
-    rows += m.rows;
-    padded_rows += lookup.padded_rows;
-    if (lookup.maker + 1 == lookups.size()) table_bytes += lookup.chunk_table_bytes();
+// The threads make the tables of chunks [first_chunk, + chunks) for tokens [first_token, + tokens) together,
+// and wait for each other.
+void make_tables(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x, int64_t first_chunk,
+                 int64_t chunks, int64_t first_token, int64_t tokens) {
+  for (size_t own = 0; own < plan.lookups.size(); ++own) {
+    const Lookup& lookup = plan.lookups[own];
+    if (lookup.maker != own) continue;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < chunks * tokens; ++i) {
+      alignas(64) float values[kChunkColumns];
+      load_chunk(kernels, lookup.m, x, first_token + i % tokens, first_chunk + i / tokens, values);
+      kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(), lookup.steps + i);
+    }
   }
-  const int64_t cols = lookups[0].m.cols, all_chunks = lookups[0].m.chunks;
-  const int64_t panel_chunks = std::clamp<int64_t>(kTableBudget / (batch * table_bytes), 1, all_chunks);
-  thread_local AlignedVector<uint8_t> table_scratch;
-  thread_local AlignedVector<float> sum_scratch, step_scratch;
-  uint8_t* tables = grow(table_scratch, panel_chunks * batch * table_bytes);
-  float* steps = grow(step_scratch, panel_chunks * batch * std::ssize(lookups));
-  float* sums = grow(sum_scratch, batch * padded_rows);
-  for (size_t i = 0; i < lookups.size(); ++i) {
-    Lookup& lookup = lookups[i];
-    lookup.sums = sums;
-    sums += batch * lookup.padded_rows;
-    const int64_t own_steps = lookup.maker == i ? panel_chunks * batch : 0;
-    lookup.tables = lookup.maker == i ? tables : lookups[lookup.maker].tables;
-    lookup.steps = lookup.maker == i ? steps : lookups[lookup.maker].steps;
-    tables += own_steps * lookup.chunk_table_bytes();
-    steps += own_steps;
-  }
+#pragma omp barrier
+}
 
-#pragma omp parallel num_threads(thread_count(x.tokens* rows* cols, kLookupsPerThread, tiles))
-  for (int64_t first = 0; first < x.tokens; first += batch) {
-    const int64_t tokens = std::min(batch, x.tokens - first);
-    for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, code_bytes);
+// Scales the sums of the thread's tiles, which look_up() leaves without row scales, and writes them out.
+void finish_tiles(const Kernels& kernels, const Lookup& lookup, const TileRange& own, const ActivationView& x,
+                  int64_t first_token, int64_t tokens, float* scratch) {
+  const MatrixView& m = lookup.m;
+  const float level = m.levels == 1 ? m.level[0] : 1.0f;
+  for (int64_t tile = own.first; tile < own.last; ++tile) {
+    const TileSums result = {.m = m,
+                             .tile = tile,
+                             .first_token = first_token,
+                             .tokens = tokens,
+                             .sums = lookup.sums + tile * kTileRows,
+                             .stride = lookup.padded_rows};
+    for (int64_t t = 0; m.row_scales != nullptr && t < tokens; ++t)
+      for (int r = 0; r < kTileRows; ++r)
+        result.sums[t * result.stride + r] *= m.row_scales[tile * kTileRows + r] * level;
+    add_outliers(kernels, result, x, scratch);
+    store_tile(kernels, result, lookup.y);
+  }
+}
+
+void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
+  const LookupPlan plan = plan_lookups(products, x);
+#pragma omp parallel num_threads(team_size(plan.useful))
+  for (int64_t first = 0; first < x.tokens; first += plan.batch) {
+    const ThreadPlace place = ThreadPlace::among(plan.useful);
+    const int64_t tokens = std::min(plan.batch, x.tokens - first);
+    for (const Lookup& lookup : plan.lookups) {
+      const TileRange own(place, lookup, plan.code_bytes);
       for (int64_t t = 0; t < tokens; ++t)
         std::fill(lookup.sums + t * lookup.padded_rows + own.first * kTileRows,
                   lookup.sums + t * lookup.padded_rows + own.last * kTileRows, 0.0f);
     }
 
-    for (int64_t panel = 0; panel < all_chunks; panel += panel_chunks) {
-      const int64_t chunks = std::min(panel_chunks, all_chunks - panel);
-      for (size_t own = 0; own < lookups.size(); ++own) {
-        const Lookup& lookup = lookups[own];
-        if (lookup.maker != own) continue;
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < chunks * tokens; ++i) {
-          alignas(64) float values[kChunkColumns];
-          load_chunk(kernels, lookup.m, x, first + i % tokens, panel + i / tokens, values);
-          kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(),
-                           lookup.steps + i);
-        }
-      }
-#pragma omp barrier
-      for (const Lookup& lookup : lookups) {
-        const TileRange own(lookup, code_bytes);
+    for (int64_t panel = 0; panel < plan.chunks; panel += plan.panel_chunks) {
+      const int64_t chunks = std::min(plan.panel_chunks, plan.chunks - panel);
+      make_tables(kernels, plan, x, panel, chunks, first, tokens);
+      for (const Lookup& lookup : plan.lookups) {
+        const TileRange own(place, lookup, plan.code_bytes);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
-          kernels.look_up(lookup.m, panel + chunk, own.first, own.last,
-                          lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
-                          lookup.steps + chunk * tokens, tokens, lookup.sums, lookup.padded_rows);
+          kernels.look_up(lookup.m, {.chunk = panel + chunk,
+                                     .first_tile = own.first,
+                                     .last_tile = own.last,
+                                     .tokens = tokens,
+                                     .tables = lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
+                                     .steps = lookup.steps + chunk * tokens,
+                                     .y = lookup.sums,
+                                     .y_stride = lookup.padded_rows});
       }
-      const bool tables_serve_again = panel + panel_chunks < all_chunks || first + batch < x.tokens;
+      const bool tables_serve_again =
+          panel + plan.panel_chunks < plan.chunks || first + plan.batch < x.tokens;
       if (tables_serve_again) {
 #pragma omp barrier
       }
     }
 
-    for (const Lookup& lookup : lookups) {
-      const TileRange own(lookup, code_bytes);
-      for (int64_t tile = own.first; tile < own.last; ++tile) {
-        float* tile_sums = lookup.sums + tile * kTileRows;
-        scale_rows(lookup.m, tile, tokens, tile_sums, lookup.padded_rows);
-        add_outliers(kernels, lookup.m, tile, x, first, tokens, tile_sums, lookup.padded_rows);
-        for (int64_t t = 0; t < tokens; ++t)
-          store_result(kernels, tile_sums + t * lookup.padded_rows, tile_rows(lookup.m, tile), lookup.y,
-                       (first + t) * lookup.m.rows + tile * kTileRows);
-      }
-    }
+    float* const scratch = plan.outlier_scratch + place.thread * plan.thread_floats;
+    for (const Lookup& lookup : plan.lookups)
+      finish_tiles(kernels, lookup, {place, lookup, plan.code_bytes}, x, first, tokens, scratch);
   }
 }
 
 enum class Way { kPanels, kRows, kIntegers, kLookups };
 
-/// From so many tokens on, the decoding of a weight is shared by enough of them.
+/// From so many tokens on, enough of them share the decoding of a weight.
 constexpr int64_t kManyTokens = 32;
 
 Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x) {
@@ -423,9 +527,10 @@ Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x)
   if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
   if (m.form == CodeForm::kRows) return integers ? Way::kIntegers : Way::kPanels;
   if (x.tokens < kManyTokens) return Way::kLookups;
-  if (integers && !permutes_fast()) return Way::kIntegers;
-  // Few rows make a table that costs more than looking things up in it. The two met at 6 to 30 rows per
-  // entry, as codes and processors were (stbllm-bench --models smollm2 --tokens 512).
+  static const bool fast_lookups = permutes_fast();
+  if (integers && !fast_lookups) return Way::kIntegers;
+  // Where rows are few, making a table costs more than looking things up in it. The two met at 6 to 30 rows
+  // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512).
   constexpr int64_t kRowsPerEntry = 16;
   if (m.rows >= kRowsPerEntry * m.entries) return Way::kLookups;
   return integers ? Way::kIntegers : Way::kPanels;
@@ -504,7 +609,7 @@ std::string_view missing_cpu_feature(CpuIsa isa) {
   if (isa >= CpuIsa::kAvx2) {
     STBLLM_NEED("avx2");
     STBLLM_NEED("fma");
-    STBLLM_NEED("f16c");
+    if (!has_f16c()) return "f16c";
   }
   if (isa >= CpuIsa::kAvx512) {
     STBLLM_NEED("avx512f");

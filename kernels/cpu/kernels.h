@@ -1,6 +1,6 @@
 #pragma once
-// What every instruction set provides, and the matrix as its kernels see it. README.md tells how it fits
-// together.
+// What every instruction set provides, and the matrix as its kernels see it. README.md tells how the parts
+// fit together.
 //
 // Files that include this are compiled for different machines, so it holds plain data only: an inline
 // function or a container here could be compiled with AVX and then be chosen by the linker for everyone.
@@ -10,23 +10,31 @@
 
 namespace stbllm::cpu {
 
-inline constexpr int kTileRows =
-    64;  ///< rows that are decoded together: one byte each fills a 512-bit register
-inline constexpr int kChunkColumns =
-    128;  ///< most columns that are decoded together; a chunk never straddles a column block
-inline constexpr int kFewTokens = 8;  ///< for which rows of integers are not decoded
-inline constexpr int kMaxSlots =
-    5;  ///< scales per row and column block: three levels and two for salient columns
+/// Rows that are decoded together: one byte each fills a 512-bit register.
+inline constexpr int kTileRows = 64;
+/// The most columns that are decoded together; a chunk never straddles a column block.
+inline constexpr int kChunkColumns = 128;
+/// Up to so many tokens, rows of integers are multiplied without being decoded to panels.
+inline constexpr int kFewTokens = 8;
+/// The most scales per row and column block: three levels and two for salient columns.
+inline constexpr int kMaxSlots = 5;
 
-/// How prepare() stores the group codes.
+/// How prepare() stores the codes of groups.
 enum class CodeForm {
-  kPlane,  ///< as in the file, row after row
-  kWords,  ///< 16-bit words that are interleaved over the rows of a tile: the bits of the file (codes of 3..7
-           ///< bits), or the symbols of a few columns as a number
-  kBytes,    ///< one byte per group; with `signs` also a bit that negates the group: codes of 8 or 9 bits
-  kHalves,   ///< groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it
-  kNibbles,  ///< four bits for the symbols of two columns, of one column where there are two or three levels
-  kRows,     ///< QuantizedRows: an integer per weight, as in the file
+  /// As in the file, row after row.
+  kPlane,
+  /// 16-bit words that are interleaved over the rows of a tile. They hold the bits of the file (codes of 3 to
+  /// 7
+  /// bits), or the symbols of a few columns as a number.
+  kWords,
+  /// One byte per group, with `signs` also a bit that negates the group: codes of 8 or 9 bits.
+  kBytes,
+  /// Groups of eight as two halves of four: a 7-bit index, and 5 bits relative to it.
+  kHalves,
+  /// Four bits for the symbols of two columns, of one column where there are two or three levels.
+  kNibbles,
+  /// QuantizedRows: an integer per weight, as in the file.
+  kRows,
 };
 
 /// A table entry is a sum of sources: column c of the group at level l is source l * group + c, its negative
@@ -37,7 +45,7 @@ inline constexpr int kNoSource = 31;  ///< always 0, so group * levels must stay
 inline constexpr int kPruned = 0x80;  ///< what a byte shuffle takes for zero
 
 struct Divisor {
-  uint64_t value, reciprocal;  ///< reciprocal = (2^64 - 1) / value
+  uint64_t value, reciprocal;  ///< reciprocal = (2^64 - 1) / value, rounded down
 };
 
 /// A prepared matrix. Rows and columns beyond the last are stored as zeros unless noted.
@@ -65,24 +73,24 @@ struct MatrixView {
   int64_t code_row_bytes;
   int64_t chunk_bytes;  ///< of one tile's chunk
 
-  // kPlane: what a code means. code = (rank * digit_states + digits) << keep | signs.
+  // For kPlane, what a code means: code = (rank * digit_states + digits) << keep | signs.
   const uint8_t* expand;       ///< (supports, 16): by column, its place among the kept ones, or kPruned
   const uint64_t* magnitudes;  ///< (levels^min(keep, 8)): level digits plus one, a byte each
   Divisor digit_states;        ///< levels^keep
   Divisor low_digit_states;    ///< levels^min(keep, 8)
 
-  // Lookup forms: a group's table holds the contribution of every state to a dot product.
+  // For lookup forms: a group's table holds the contribution of every state to a dot product.
   int entries;          ///< per table
   int64_t table_bytes;  ///< entries * 2
   int term_count;
   const int16_t* terms;  ///< (term_count, entries): which sources each state adds up, see kNoSource
-  const uint8_t*
-      unit_tables;  ///< (group, table_bytes): the tables of the unit vectors, with level l worth l + 1
+  /// (group, table_bytes): the tables of the unit vectors, with level l worth l + 1.
+  const uint8_t* unit_tables;
   const uint8_t* half_base;  ///< kHalves, (128): first right index by left index
 
   // scale(row, block, slot) = half scale, or row_scale * factor[code] * level[slot].
   int slots;
-  const uint16_t* half_scales;  ///< (blocks, slots, tiles * 64), null when scales are coded; then:
+  const uint16_t* half_scales;  ///< (blocks, slots, tiles * 64), null where scales are codes, which are then:
   const uint8_t* scale_codes;   ///< (blocks, tiles * 64)
   const float* row_scales;      ///< (tiles * 64)
   int scale_bits;
@@ -94,6 +102,29 @@ struct MatrixView {
   const uint8_t* salient_signs;  ///< (salient, tiles * 8)
   const int32_t* outlier_columns;
   const uint16_t* outlier_values;  ///< (outliers, tiles * 64), fp16
+};
+
+/// Weights of a tile's chunk as integers, and what these are to be multiplied by.
+struct IntegerPanel {
+  const int16_t* panel;  ///< (pairs of columns, 64 rows, 2)
+  const float* scales;   ///< (64)
+  int64_t columns;
+};
+
+/// The activations of some tokens on grids of powers of two.
+struct IntegerActivations {
+  const int16_t* x;    ///< (tokens, columns)
+  const float* steps;  ///< (tokens)
+  int64_t tokens;
+};
+
+/// One chunk of tiles [first_tile, last_tile), which begin at a strip, for some tokens.
+struct LookupPass {
+  int64_t chunk, first_tile, last_tile, tokens;
+  const uint8_t* tables;  ///< (tokens, 128 / group, table_bytes)
+  const float* steps;     ///< (tokens)
+  float* y;               ///< (tokens, y_stride); row r of the matrix stands at r
+  int64_t y_stride;
 };
 
 /// The kernels of one instruction set. Panels are (columns, 64): the weights of a tile, rows adjacent.
@@ -118,9 +149,8 @@ struct Kernels {
   /// panel (pairs of columns, 64 rows, 2): weights as integers; scales (64): what these are to be multiplied
   /// by.
   void (*decode_integers)(const MatrixView&, int64_t tile, int64_t chunk, int16_t* panel, float* scales);
-  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]; x has `columns` per token.
-  void (*multiply_integers)(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
-                            const float* steps, int64_t tokens, float* y, int64_t y_stride);
+  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]
+  void (*multiply_integers)(const IntegerPanel&, const IntegerActivations&, float* y, int64_t y_stride);
 
   /// kRows, up to kFewTokens tokens: y[t][0..63] = the rows of a tile times x, whose chunks are in the order
   /// of the integers as they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
@@ -129,11 +159,9 @@ struct Kernels {
   /// The tables of one token's chunk, in units of *step, a power of two: (128 / group, table_bytes). x holds
   /// 128 floats, zero at outlier columns. Null where there are no lookups.
   void (*tabulate)(const MatrixView&, const float* x, uint8_t* tables, float* step);
-  /// y[t][row] += steps[t] * scale * (sum of table entries) for the rows of tiles [first, last); without the
-  /// row scales, and without level[0] when that is the only level. `tables` is (tokens, 128 / group,
-  /// table_bytes).
-  void (*look_up)(const MatrixView&, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
-                  const float* steps, int64_t tokens, float* y, int64_t y_stride);
+  /// y[t][row] += steps[t] * scale * (sum of table entries) for the rows of some tiles; without the row
+  /// scales, and without level[0] when that is the only level.
+  void (*look_up)(const MatrixView&, const LookupPass&);
 
   void (*load_floats)(const uint16_t* from, bool half, int64_t count, float* to);
   void (*store_floats)(const float* from, bool half, int64_t count, uint16_t* to);

@@ -1,6 +1,6 @@
 // AVX2, FMA and F16C.
 //
-// Lookups. A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes
+// A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes
 // become nibbles, two columns each (one column with two or three levels). Two nibbles of 64 rows cost 8
 // shuffles, 8 unpacks to words, 8 additions, 6 to split them and 6 loads. Machines start one to two shuffles
 // or unpacks per cycle, so that one level does 16 to 32 weights per cycle, more levels half of that.
@@ -57,7 +57,7 @@ STBLLM_INLINE void add_scaled(__m128i words, const float* scale, float step, flo
       y, _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(step)), _mm256_load_ps(y)));
 }
 
-// A tile's chunk for Tokens tokens, which share the extraction of the indices.
+// Looks up a tile's chunk for Tokens tokens, which share the extraction of the indices.
 template <int Tokens>
 STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t* tables, const float* scales,
                                 const float* steps, float* y, int64_t y_stride) {
@@ -81,26 +81,25 @@ STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t*
     }
 }
 
-void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
-             const float* steps, int64_t tokens, float* y, int64_t y_stride) {
+void look_up(const MatrixView& m, const LookupPass& pass) {
   constexpr int kTogether = 2;
   const int groups = kChunkColumns / m.group;
-  const int64_t block = chunk / m.chunks_per_block;
+  const int64_t block = pass.chunk / m.chunks_per_block;
   alignas(32) float scales[kTileRows];
-  for (int64_t tile = first; tile < last; ++tile) {
-    const uint8_t* codes = m.codes + (chunk * m.tiles + tile) * m.chunk_bytes;
+  for (int64_t tile = pass.first_tile; tile < pass.last_tile; ++tile) {
+    const uint8_t* codes = m.codes + (pass.chunk * m.tiles + tile) * m.chunk_bytes;
     const int64_t row = tile * kTileRows, at = block * m.tiles * kTileRows + row;
     if (m.half_scales != nullptr)
       load_floats(m.half_scales + at, true, kTileRows, scales);
     else
       for (int r = 0; r < kTileRows; ++r) scales[r] = m.factors[m.scale_codes[at + r]];
+    const auto look_up_tokens = [&]<int Tokens>(int64_t t) {
+      look_up_tile<Tokens>(codes, groups, pass.tables + t * groups * kTableBytes, scales, pass.steps + t,
+                           pass.y + t * pass.y_stride + row, pass.y_stride);
+    };
     int64_t t = 0;
-    for (; t + kTogether <= tokens; t += kTogether)
-      look_up_tile<kTogether>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t,
-                              y + t * y_stride + row, y_stride);
-    for (; t < tokens; ++t)
-      look_up_tile<1>(codes, groups, tables + t * groups * kTableBytes, scales, steps + t,
-                      y + t * y_stride + row, y_stride);
+    for (; t + kTogether <= pass.tokens; t += kTogether) look_up_tokens.template operator()<kTogether>(t);
+    for (; t < pass.tokens; ++t) look_up_tokens.template operator()<1>(t);
   }
 }
 
@@ -187,7 +186,8 @@ void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
-// Registers: 2 of a tile's rows x 6 tokens of sums, 2 of weights, 1 broadcast activation.
+// Sixteen registers: 2 times 6 of sums (rows of the tile by tokens), 2 of weights, 1 of a broadcast
+// activation.
 constexpr int kPassTokens = 6, kPassRows = 16;
 
 template <int Tokens>

@@ -1,6 +1,6 @@
-// AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI).
+// Kernels for AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI).
 //
-// Lookups. A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction; a group of codes costs,
+// A table register answers 32 (vpermw) or 64 (vpermb) rows per instruction. Looking up a group costs,
 // for 64 rows and one token, this many 512-bit instructions (Zen 4 starts two per cycle, permutations one):
 //   words of 3..5 bits   2 x (extract, vpermw, add)                                            6
 //   words of 7 bits      2 x (extract, test, 2 vpermi2w, blend, add)                          12
@@ -11,8 +11,10 @@
 // become floats and meet their scales once per 128 columns, another 20 to 30.
 
 // g++ 12 takes the "undefined" operands inside its own intrinsics for a mistake (GCC bug 105593).
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
 #include <immintrin.h>
 
@@ -240,16 +242,15 @@ STBLLM_INLINE void add_scaled(__m512i sum, __m512 scale0, __m512 scale1, float s
   _mm512_store_ps(y + 16, _mm512_fmadd_ps(odd, _mm512_mul_ps(scale1, step1), _mm512_load_ps(y + 16)));
 }
 
-// Codes pass by once per product: fetched this far ahead, which covers 100 ns at 33 GB/s, and without
-// displacing the tables.
+// Codes pass by once per product. They are fetched so many bytes ahead, which covers 100 ns at 33 GB/s,
+// without displacing the tables.
 constexpr int kPrefetchBytes = 4096;
 
-// Tiles [tile, tile + Tiles) for Tokens tokens: an index, once extracted, serves all tokens, and a table,
-// once loaded, all tiles.
+// Tiles [tile, tile + Tiles) of the pass for its first Tokens tokens: an index, once extracted, serves all
+// tokens, and a table, once loaded, all tiles.
 template <int Tokens, int Tiles, bool Prefetch, typename Form>
-STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const Strip& strip, int64_t chunk,
-                                 int64_t tile, const uint8_t* tables, const float* steps, float* y,
-                                 int64_t y_stride) {
+STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const LookupPass& pass,
+                                 const Strip& strip, int64_t tile) {
   const int groups = kChunkColumns / m.group;
   const int64_t token_bytes = groups * Form::kTableBytes;
   constexpr int kPassBytes = Tiles * Form::kGroupBytes;
@@ -260,17 +261,17 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const St
         for (int at = 0; Prefetch && at < kPassBytes; at += 64)
           _mm_prefetch(ahead + g * kPassBytes + at, _MM_HINT_NTA);
         for (int t = 0; t < Tokens; ++t) {
-          const auto table = Form::load_table(tables + t * token_bytes + g * Form::kTableBytes);
+          const auto table = Form::load_table(pass.tables + t * token_bytes + g * Form::kTableBytes);
           for (int v = 0; v < Tiles; ++v) Form::add(index[v], table, sums[t][v]);
         }
       });
-  const int64_t block = chunk / m.chunks_per_block;
+  const int64_t block = pass.chunk / m.chunks_per_block;
   for (int v = 0; v < Tiles; ++v)
     for (int half = 0; half < 2; ++half) {
       const int64_t row = (tile + v) * kTileRows + half * 32;
       const __m512 scale0 = load_scales(m, block, row), scale1 = load_scales(m, block, row + 16);
       for (int t = 0; t < Tokens; ++t)
-        add_scaled(sums[t][v][half], scale0, scale1, steps[t], y + t * y_stride + row);
+        add_scaled(sums[t][v][half], scale0, scale1, pass.steps[t], pass.y + t * pass.y_stride + row);
     }
 }
 
@@ -280,35 +281,39 @@ STBLLM_INLINE Strip strip_of(const MatrixView& m, int64_t chunk, int64_t tile) {
   return {m.codes + (chunk * m.tiles + tile) * m.chunk_bytes, tiles, 0};
 }
 
-// All tiles and tokens, in passes of at most Tokens tokens (whose tables stay in the first-level cache) and
-// Tiles tiles.
+// A pass without its first `count` tokens.
+STBLLM_INLINE LookupPass after_tokens(const LookupPass& pass, int64_t count, int64_t token_bytes) {
+  LookupPass rest = pass;
+  rest.tokens -= count;
+  rest.tables += count * token_bytes;
+  rest.steps += count;
+  rest.y += count * pass.y_stride;
+  return rest;
+}
+
+// All tiles and tokens of a pass, at most Tokens tokens (whose tables stay in the first-level cache) and
+// Tiles tiles at a time.
 template <int Tokens, int Tiles, typename Form>
-void look_up_form(const Form& form, const MatrixView& m, int64_t chunk, int64_t first, int64_t last,
-                  const uint8_t* tables, const float* steps, int64_t tokens, float* y, int64_t y_stride) {
+void look_up_form(const Form& form, const MatrixView& m, const LookupPass& pass) {
   const int64_t token_bytes = kChunkColumns / m.group * Form::kTableBytes;
   int64_t t = 0;
-  for (; t + Tokens <= tokens; t += Tokens) {
-    const uint8_t* pass_tables = tables + t * token_bytes;
-    float* pass_y = y + t * y_stride;
-    for (int64_t tile = first; tile < last; tile += m.strip_tiles) {
-      Strip strip = strip_of(m, chunk, tile);
+  for (; t + Tokens <= pass.tokens; t += Tokens) {
+    const LookupPass part = after_tokens(pass, t, token_bytes);
+    for (int64_t tile = pass.first_tile; tile < pass.last_tile; tile += m.strip_tiles) {
+      Strip strip = strip_of(m, pass.chunk, tile);
       for (; strip.first + Tiles <= strip.tiles; strip.first += Tiles)
         if (t == 0)
-          look_up_tiles<Tokens, Tiles, true>(form, m, strip, chunk, tile + strip.first, pass_tables, steps,
-                                             pass_y, y_stride);
+          look_up_tiles<Tokens, Tiles, true>(form, m, part, strip, tile + strip.first);
         else
-          look_up_tiles<Tokens, Tiles, false>(form, m, strip, chunk, tile + strip.first, pass_tables,
-                                              steps + t, pass_y, y_stride);
+          look_up_tiles<Tokens, Tiles, false>(form, m, part, strip, tile + strip.first);
       for (; strip.first < strip.tiles; ++strip.first)
-        look_up_tiles<Tokens, 1, false>(form, m, strip, chunk, tile + strip.first, pass_tables, steps + t,
-                                        pass_y, y_stride);
+        look_up_tiles<Tokens, 1, false>(form, m, part, strip, tile + strip.first);
     }
   }
   if constexpr (Tokens > 1)
-    if (t < tokens) {
+    if (t < pass.tokens) {
       constexpr int kMoreTiles = Tiles > 1 ? 2 * Tiles : 1;
-      look_up_form<Tokens / 2, kMoreTiles>(form, m, chunk, first, last, tables + t * token_bytes, steps + t,
-                                           tokens - t, y + t * y_stride, y_stride);
+      look_up_form<Tokens / 2, kMoreTiles>(form, m, after_tokens(pass, t, token_bytes));
     }
 }
 
@@ -341,10 +346,9 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
   }
 }
 
-void look_up(const MatrixView& m, int64_t chunk, int64_t first, int64_t last, const uint8_t* tables,
-             const float* steps, int64_t tokens, float* y, int64_t y_stride) {
+void look_up(const MatrixView& m, const LookupPass& pass) {
   with_form(m, [&](const auto& form, auto pass_tokens, auto pass_tiles) {
-    look_up_form<pass_tokens, pass_tiles>(form, m, chunk, first, last, tables, steps, tokens, y, y_stride);
+    look_up_form<pass_tokens, pass_tiles>(form, m, pass);
   });
 }
 
@@ -564,7 +568,7 @@ void decode(const MatrixView& m, int64_t tile, int64_t chunk, float* panel) {
   scale_symbols(m, tile, chunk, symbols, panel);
 }
 
-// Registers: 4 of a tile's rows x 6 tokens of sums, 4 of weights, 1 broadcast activation.
+// Of 32 registers: 4 times 6 of sums (rows of the tile by tokens), 4 of weights, 1 of a broadcast activation.
 constexpr int kPassTokens = 6;
 
 template <int Tokens>
@@ -590,26 +594,28 @@ STBLLM_INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
+// For the first Tokens tokens of `in`.
 template <int Tokens>
-void multiply_tokens_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
-                              const float* steps, float* y, int64_t y_stride) {
+void multiply_tokens_integers(const IntegerPanel& weights, const IntegerActivations& in, float* y,
+                              int64_t y_stride) {
   __m512i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) sums[t][v] = _mm512_setzero_si512();
-  for (int64_t c = 0; c < columns; c += 2) {
-    __m512i weights[4];
-    for (int v = 0; v < 4; ++v) weights[v] = load(panel + c * kTileRows + 32 * v);
+  for (int64_t c = 0; c < weights.columns; c += 2) {
+    __m512i pairs[4];
+    for (int v = 0; v < 4; ++v) pairs[v] = load(weights.panel + c * kTileRows + 32 * v);
     for (int t = 0; t < Tokens; ++t) {
       int32_t pair;
-      std::memcpy(&pair, x + t * columns + c, sizeof pair);
+      std::memcpy(&pair, in.x + t * weights.columns + c, sizeof pair);
       const __m512i activations = _mm512_set1_epi32(pair);
-      for (int v = 0; v < 4; ++v) sums[t][v] = add_products(sums[t][v], activations, weights[v]);
+      for (int v = 0; v < 4; ++v) sums[t][v] = add_products(sums[t][v], activations, pairs[v]);
     }
   }
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) {
       float* to = y + t * y_stride + 16 * v;
-      const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(steps[t]), _mm512_load_ps(scales + 16 * v));
+      const __m512 scaled =
+          _mm512_mul_ps(_mm512_set1_ps(in.steps[t]), _mm512_load_ps(weights.scales + 16 * v));
       _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), scaled, _mm512_loadu_ps(to)));
     }
 }
@@ -632,11 +638,11 @@ void multiply(const float* panel, int64_t columns, const float* x, int64_t token
   });
 }
 
-void multiply_integers(const int16_t* panel, const float* scales, int64_t columns, const int16_t* x,
-                       const float* steps, int64_t tokens, float* y, int64_t y_stride) {
-  in_token_passes(tokens, [&](int64_t t, auto count) {
-    multiply_tokens_integers<count>(panel, scales, columns, x + t * columns, steps + t, y + t * y_stride,
-                                    y_stride);
+void multiply_integers(const IntegerPanel& weights, const IntegerActivations& in, float* y,
+                       int64_t y_stride) {
+  in_token_passes(in.tokens, [&](int64_t t, auto count) {
+    const IntegerActivations part = {.x = in.x + t * weights.columns, .steps = in.steps + t, .tokens = count};
+    multiply_tokens_integers<count>(weights, part, y + t * y_stride, y_stride);
   });
 }
 

@@ -10,12 +10,13 @@
 #endif
 
 #include "kernels.h"
-#include "stbllm/base/lanes.h"  // always inlined
+#include "stbllm/base/bits.h"   // of it only the conversions of half precision, which are inlined always
+#include "stbllm/base/lanes.h"  // inlined always
 
 namespace stbllm::cpu {
 namespace {
 
-// --- half precision ---
+// --- activations ---
 
 inline float float_of_bits(uint32_t bits) {
   float f;
@@ -29,40 +30,10 @@ inline uint32_t bits_of_float(float f) {
   return bits;
 }
 
-inline float half_to_float(uint16_t h) {
-#ifdef __F16C__
-  return _cvtsh_ss(h);
-#else
-  // The exponent moves by multiplication, which treats subnormals like all others.
-  const float magnitude = float_of_bits(static_cast<uint32_t>(h & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t infinite = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return float_of_bits(bits_of_float(magnitude) | infinite | static_cast<uint32_t>(h & 0x8000u) << 16);
-#endif
-}
-
-inline uint16_t float_to_half(float f) {
-#ifdef __F16C__
-  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: the adder rounds to multiples of 2^-24
-    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
-  }
-  return static_cast<uint16_t>(sign | half);
-#endif
-}
-
 void load_floats(const uint16_t* from, bool half, int64_t count, float* to) {
   int64_t i = 0;
   if (!half) {
-    for (; i < count; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+    for (; i < count; ++i) to[i] = bfloat16_to_float(from[i]);
     return;
   }
 #ifdef __F16C__
@@ -75,11 +46,7 @@ void load_floats(const uint16_t* from, bool half, int64_t count, float* to) {
 void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
   int64_t i = 0;
   if (!half) {
-    for (; i < count; ++i) {
-      const uint32_t bits = bits_of_float(from[i]);
-      const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
-      to[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-    }
+    for (; i < count; ++i) to[i] = float_to_bfloat16(from[i]);
     return;
   }
 #ifdef __F16C__

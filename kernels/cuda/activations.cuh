@@ -22,8 +22,8 @@ struct TokenScale {
     exponent = exponent < 20 ? 20 : exponent;  // 0 and denormals: any factor that is finite
     up = bits_float((127 + kTarget - exponent) << 23);
     down = bits_float((127 + exponent - kTarget) << 23);
-    if (exponent == 255)
-      down = bits_float(0x7fc00000u);  // infinite or no number: NaN, also where its column is pruned
+    // A value that is infinite or no number makes the token's results NaN, also where its column is pruned.
+    if (exponent == 255) down = bits_float(0x7fc00000u);
   }
 };
 

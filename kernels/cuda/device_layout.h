@@ -11,8 +11,8 @@
 //   levels    0..2 planes like `signs`    bit b of the magnitude index of each stored value
 //   scales    levels x 2 x 8 words        fp16 pairs (tile row 2 g, 2 g + 1) per level, 128 columns and g
 //
-// *Sparse* tiles store two values of every four columns: 2:4 as it is, and every code that keeps at most two
-// of a group, with magnitude "zero" where fewer are kept. *Dense* tiles store all values, with magnitude
+// *Sparse* tiles store two values of every four columns: 2:4 as it is, and every layout that keeps at most
+// two of a group, with magnitude "zero" where fewer are kept. *Dense* tiles store all values, with magnitude
 // "zero" where none is kept. "Zero" is one more magnitude, so a tile has L or L + 1 magnitudes and
 // bits_for(that) level planes.
 //
@@ -28,7 +28,7 @@
 // fragments of m16n8k16. Their place among the tiles sees an activation of zero.
 //
 // Values are stored times 2^-scale_exponent, chosen so that the largest is near 2^13: fp16 then holds
-// log-coded scales to 11 bits whatever their range, and fp16 scales as they are.
+// scales that are codes to 11 bits whatever their range, and fp16 scales as they are.
 
 #include <cstdint>
 
@@ -88,7 +88,7 @@ struct PlaneView {
   int64_t code_row_bytes, scale_code_row_bytes;
   int salient, outliers;
   float inverse_scale;      ///< 2^-scale_exponent
-  float scale_factors[64];  ///< scale_code_factor() of every code
+  float scale_factors[64];  ///< by scale code
   const uint8_t* codes;
   const uint16_t* scales;
   const uint8_t* scale_codes;

@@ -1,4 +1,4 @@
-// The GEMM on mma.sync m16n8k16, for all other codes.
+// The GEMM on mma.sync m16n8k16, for all other layouts.
 
 #include "gemm_launch.cuh"
 

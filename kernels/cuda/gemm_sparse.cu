@@ -1,4 +1,4 @@
-// The GEMM on mma.sp m16n8k32, for codes that keep at most two of every four columns.
+// The GEMM on mma.sp m16n8k32, for layouts that keep at most two of every four columns.
 
 #include "gemm_launch.cuh"
 

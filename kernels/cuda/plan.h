@@ -11,6 +11,7 @@
 #include "device_layout.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/scale_codes.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 
 namespace stbllm::cuda {
@@ -75,7 +76,7 @@ inline Plan plan_matrix(const StructuredBinaryMatrix& matrix) {
   planes.outliers = static_cast<int>(layout.outliers);
   if (layout.scale_bits < 16)
     for (int code = 0; code < 1 << layout.scale_bits; ++code)
-      planes.scale_factors[code] = scale_code_factor(layout.scale_bits, code);
+      planes.scale_factors[code] = scale_code_factors(layout.scale_bits)[code];
 
   // Kernels count columns in int; the last block needs no padding beyond its own columns.
   const int64_t padded_block = ceil_div(layout.column_block, kScaleColumns) * kScaleColumns;

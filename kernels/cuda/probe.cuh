@@ -15,9 +15,8 @@ inline constexpr int kSparseProbes = 2 * 16 * 8 * 6 * 2;  // selector, row, four
 STBLLM_DEVICE void probe(int* mismatches, int* first) {
   const int lane = thread_index();
   constexpr uint32_t kOne = 0x3c00;  // fp16
-  const auto b_value = [](int k, int n) {
-    return static_cast<float>(1 + 8 * k + n);
-  };  // up to 256: exact in fp16
+  // Up to 256, which is exact in fp16.
+  const auto b_value = [](int k, int n) { return static_cast<float>(1 + 8 * k + n); };
   uint32_t b[4];
   for (int reg = 0; reg < 4; ++reg) {
     const Element low = b_element(lane, reg, 0), high = b_element(lane, reg, 1);

@@ -1,6 +1,6 @@
 #pragma once
-// From the planes of the file (FORMAT.md) to records (device_layout.h). Runs once per matrix; every lane of
-// every tile is one thread that decodes the group codes it needs, plainly. Twin:
+// From the planes of the file (FORMAT.md) to records (device_layout.h). This runs once per matrix; every lane
+// of every tile is one thread that decodes the codes it needs, plainly. Its slow twin is
 // StructuredBinaryMatrix::at().
 
 #include "device_layout.h"
@@ -53,8 +53,8 @@ STBLLM_DEVICE GroupContent decode_code(int keep, int group, int levels, uint64_t
   auto rank = static_cast<int64_t>((code >> keep) / weight);
 
   GroupContent content;
-  for (int p = group - 1, k = keep; k > 0;
-       --p)  // the k-th kept position is the largest p with C(p, k) <= rank
+  // The k-th kept position is the largest p with C(p, k) <= rank.
+  for (int p = group - 1, k = keep; k > 0; --p)
     if (binomial(p, k) <= rank) {
       rank -= binomial(p, k);
       weight /= static_cast<uint64_t>(levels);

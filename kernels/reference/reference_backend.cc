@@ -1,5 +1,6 @@
 // y[t][r] = sum_c x[t][c] W[r][c], in double precision over the weights of StructuredBinaryMatrix::at(), or
-// over decoded rows of integers. Slow and plain on purpose: every other backend is tested against this one.
+// over decoded rows of integers. It is slow and plain on purpose: every other backend is tested against this
+// one.
 
 #include <cstdint>
 #include <functional>
@@ -7,6 +8,7 @@
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/builtin.h"
+#include "stbllm/base/parallel.h"
 
 namespace stbllm {
 namespace {
@@ -43,17 +45,18 @@ class ReferenceBackend : public Backend {
     const auto& matrix = dynamic_cast<const ReferenceMatrix&>(prepared);
     const int64_t rows = matrix.rows, cols = matrix.cols;
     check_activations(rows, cols, x, y);
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> weights(static_cast<size_t>(cols));
-      matrix.decode_row(row, weights.data());
-      for (int64_t token = 0; token < x.tokens; ++token) {
-        double sum = 0.0;
-        for (int64_t col = 0; col < cols; ++col)
-          sum += double{weights[col]} * load_element(x, token * cols + col);
-        store_element(y, token * rows + row, static_cast<float>(sum));
+      for (int64_t row = begin; row < end; ++row) {
+        matrix.decode_row(row, weights.data());
+        for (int64_t token = 0; token < x.tokens; ++token) {
+          double sum = 0.0;
+          for (int64_t col = 0; col < cols; ++col)
+            sum += double{weights[col]} * load_element(x, token * cols + col);
+          store_element(y, token * rows + row, static_cast<float>(sum));
+        }
       }
-    }
+    });
   }
 };
 

@@ -31,7 +31,7 @@ struct AutoChoice {
 };
 
 AutoChoice choose_automatically() {
-  if (const char* forced = std::getenv("STBLLM_BACKEND"); forced != nullptr && *forced != '\0')
+  if (const std::string forced = backend_of_environment(); !forced.empty())
     return {forced, fmt::format("{} because the environment variable STBLLM_BACKEND says so", forced)};
   const std::string reason = no_cuda_reason();
   if (reason.empty()) return {"cuda", "cuda because a CUDA device is present"};
@@ -41,10 +41,15 @@ AutoChoice choose_automatically() {
 
 }  // namespace
 
+std::string backend_of_environment() {
+  const char* value = std::getenv("STBLLM_BACKEND");
+  return value == nullptr || std::string_view(value) == "auto" ? "" : value;
+}
+
 const Backend& find_backend(std::string_view name) {
   std::string chosen(name);
   if (chosen == "auto") chosen = choose_automatically().name;
-  if (chosen == "auto" || chosen == "cpu") return cpu_backend(best_cpu_isa());
+  if (chosen == "cpu") return cpu_backend(best_cpu_isa());
   if (chosen == "reference") return reference_backend();
   for (const CpuIsa isa : kCpuIsas) {
     if (chosen != cpu_backend(isa).name()) continue;
@@ -61,9 +66,10 @@ const Backend& find_backend(std::string_view name) {
     return cuda_backend();
 #endif
   }
-  fail(ErrorCode::kUsage,
-       "unknown backend '{}': expected auto, cpu, reference, cpu-generic, cpu-avx2, cpu-avx512 or cuda",
-       chosen);
+  std::string names;
+  for (const std::string_view available : available_backends()) names.append(", ").append(available);
+  fail(ErrorCode::kUsage, "unknown backend '{}'; use one that this machine can run: auto, cpu{}", chosen,
+       names);
 }
 
 std::string describe_auto_backend() { return choose_automatically().reason; }

@@ -9,6 +9,7 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/parallel.h"
 
 namespace stbllm {
 namespace {
@@ -69,6 +70,30 @@ Block encode_4(std::span<const float> weights, float extreme) {
   return best;
 }
 
+// Encodes the weights of one row; false where one of them is not finite or too large.
+bool encode_row(const QuantizedRows::Layout& layout, std::span<const float> weights, std::byte* codes,
+                std::byte* scales) {
+  for (int64_t block = 0; block < layout.column_blocks(); ++block) {
+    const int64_t first = block * QuantizedRows::kColumnBlock;
+    const auto values = weights.subspan(
+        static_cast<size_t>(first),
+        static_cast<size_t>(std::min<int64_t>(QuantizedRows::kColumnBlock, layout.cols - first)));
+    const float extreme = *std::ranges::max_element(values, {}, [](float w) { return std::abs(w); });
+    const bool finite = std::ranges::all_of(values, [](float w) { return std::isfinite(w); });
+    // The search of encode_4() multiplies the scale by up to 1.25, which must stay below fp16's 65504.
+    if (!finite || std::abs(extreme) / 8.0f > 50000.0f) return false;
+    const Block encoded = layout.bits == 8 ? encode_8(values, extreme) : encode_4(values, extreme);
+    const uint16_t half = float_to_half(encoded.scale);
+    std::memcpy(scales + 2 * block, &half, sizeof half);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int stored = layout.bits == 8 ? encoded.q[i] & 0xff : encoded.q[i] + 8;
+      write_bits(codes, (first + static_cast<int64_t>(i)) * layout.bits, layout.bits,
+                 static_cast<uint64_t>(stored));
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int64_t QuantizedRows::Layout::code_row_bytes() const { return ceil_div(cols * bits, 8); }
@@ -111,41 +136,16 @@ QuantizedRows QuantizedRows::encode(const Layout& layout, const LoadRow& load_ro
   storage->codes.resize(static_cast<size_t>(layout.rows * layout.code_row_bytes()));
   storage->scales.resize(static_cast<size_t>(2 * layout.rows * layout.column_blocks()));
 
-  const bool worth_threads = layout.rows * layout.cols > 1 << 16;
-  int64_t first_bad = layout.rows;
-#pragma omp parallel reduction(min : first_bad) if (worth_threads)
-  {
+  // A thread is worth its start from about 65536 weights on.
+  parallel_for(layout.rows, ceil_div(1 << 16, layout.cols), [&](int64_t begin, int64_t end) {
     std::vector<float> weights(static_cast<size_t>(layout.cols));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < layout.rows; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
       load_row(row, weights.data());
-      std::byte* codes = storage->codes.data() + row * layout.code_row_bytes();
-      for (int64_t block = 0; block < layout.column_blocks(); ++block) {
-        const int64_t first = block * kColumnBlock;
-        const auto values = std::span(weights).subspan(
-            static_cast<size_t>(first),
-            static_cast<size_t>(std::min<int64_t>(kColumnBlock, layout.cols - first)));
-        const float extreme = *std::ranges::max_element(values, {}, [](float w) { return std::abs(w); });
-        const bool finite = std::ranges::all_of(values, [](float w) { return std::isfinite(w); });
-        // The search goes up to scales of 1.25 times extreme / 8, which must stay below 65504, the largest
-        // fp16.
-        if (!finite || std::abs(extreme) / 8.0f > 50000.0f) {
-          first_bad = std::min(first_bad, row);
-          break;
-        }
-        const Block encoded = layout.bits == 8 ? encode_8(values, extreme) : encode_4(values, extreme);
-        const uint16_t half = float_to_half(encoded.scale);
-        std::memcpy(storage->scales.data() + 2 * (row * layout.column_blocks() + block), &half, sizeof half);
-        for (size_t i = 0; i < values.size(); ++i) {
-          const int stored = layout.bits == 8 ? encoded.q[i] & 0xff : encoded.q[i] + 8;
-          write_bits(codes, (first + static_cast<int64_t>(i)) * layout.bits, layout.bits,
-                     static_cast<uint64_t>(stored));
-        }
-      }
+      if (!encode_row(layout, weights, storage->codes.data() + row * layout.code_row_bytes(),
+                      storage->scales.data() + 2 * row * layout.column_blocks()))
+        fail(ErrorCode::kUnsupported, "{}: row {}: expected finite weights of at most 400000", what, row);
     }
-  }
-  if (first_bad < layout.rows)
-    fail(ErrorCode::kUnsupported, "{}: row {}: expected finite weights of at most 400000", what, first_bad);
+  });
   return {layout, storage->codes, storage->scales, storage, what};
 }
 

@@ -9,6 +9,8 @@
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/parallel.h"
+#include "stbllm/base/scale_codes.h"
 
 namespace stbllm {
 namespace {
@@ -253,17 +255,6 @@ GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code) {
   return symbols;
 }
 
-float scale_code_factor(int scale_bits, int code) {
-  static const auto table = [] {
-    std::array<std::array<float, 64>, 7> factors{};
-    for (int bits = 4; bits <= 6; ++bits)
-      for (int c = 0; c < 1 << bits; ++c)
-        factors[bits][c] = static_cast<float>(std::exp2(-std::ldexp(static_cast<double>(c), 2 - bits)));
-    return factors;
-  }();
-  return table[scale_bits][code];
-}
-
 StructuredBinaryMatrix::StructuredBinaryMatrix(const Layout& layout, Planes planes,
                                                std::shared_ptr<const void> owner, std::string_view what)
     : layout_(layout), planes_(planes), owner_(std::move(owner)) {
@@ -298,13 +289,12 @@ StructuredBinaryMatrix::StructuredBinaryMatrix(const Layout& layout, Planes plan
     if (!is_scale(load_half_bits(plane(Plane::kLevels), slot)))
       fail(ErrorCode::kCorrupt, "{}: plane 'levels': slot {} is not finite or is negative", what, slot);
 
-  const bool worth_threads = layout_.rows * layout_.groups() > 1 << 16;
-  int64_t first_fault = layout_.rows;
-#pragma omp parallel for schedule(static) reduction(min : first_fault) if (worth_threads)
-  for (int64_t row = 0; row < layout_.rows; ++row)
-    if (row < first_fault && !row_fault(row).empty()) first_fault = row;
-  if (first_fault < layout_.rows)
-    fail(ErrorCode::kCorrupt, "{}: row {}: {}", what, first_fault, row_fault(first_fault));
+  // A thread is worth its start from about 65536 codes on.
+  parallel_for(layout_.rows, ceil_div(1 << 16, layout_.groups()), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      if (const std::string fault = row_fault(row); !fault.empty())
+        fail(ErrorCode::kCorrupt, "{}: row {}: {}", what, row, fault);
+  });
 }
 
 std::string StructuredBinaryMatrix::row_fault(int64_t row) const {
@@ -367,7 +357,7 @@ float StructuredBinaryMatrix::scale(int64_t row, int64_t column_block, int slot)
   const auto scale_code =
       static_cast<int>(read_bits(plane(Plane::kScaleCodes).data() + row * layout_.scale_code_row_bytes(),
                                  column_block * layout_.scale_bits, layout_.scale_bits));
-  return load_half(plane(Plane::kRowScales), row) * scale_code_factor(layout_.scale_bits, scale_code) *
+  return load_half(plane(Plane::kRowScales), row) * scale_code_factors(layout_.scale_bits)[scale_code] *
          load_half(plane(Plane::kLevels), slot);
 }
 

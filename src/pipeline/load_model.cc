@@ -1,6 +1,5 @@
 #include "stbllm/pipeline/load_model.h"
 
-#include <cstdlib>
 #include <filesystem>
 
 #include "stbllm/backend/backend.h"
@@ -18,7 +17,7 @@ const Backend& choose_backend(const std::string& name) {
   if (name == "auto") log::debug("{}", describe_auto_backend());
   const Backend& chosen = find_backend(name);
   if (!chosen.on_cuda() || torch_cuda_fault().empty()) return chosen;
-  if (name != "auto" || std::getenv("STBLLM_BACKEND") != nullptr)
+  if (name != "auto" || !backend_of_environment().empty())
     fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'",
          torch_cuda_fault());
   log::warn("a CUDA device is present, but {}; the model runs on the CPU", torch_cuda_fault());

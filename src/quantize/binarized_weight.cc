@@ -51,18 +51,6 @@ void BinarizedWeight::expand_scales() {
   scales = per_block.unsqueeze(2) * level_values.view({1, 1, -1});
 }
 
-const std::array<float, 64>& scale_code_factors(int scale_bits) {
-  STBLLM_CHECK(scale_bits >= 4 && scale_bits <= 6, "scale codes of {} bits", scale_bits);
-  static const auto factors = [] {
-    std::array<std::array<float, 64>, 3> all{};
-    for (int bits = 4; bits <= 6; ++bits)
-      for (int code = 0; code < 1 << bits; ++code)
-        all[bits - 4][code] = static_cast<float>(std::exp2(-code * std::exp2(2.0 - bits)));
-    return all;
-  }();
-  return factors[scale_bits - 4];
-}
-
 namespace {
 
 /// Columns of H that are multiplied at a time: wide enough for full-speed products.

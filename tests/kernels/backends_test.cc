@@ -10,7 +10,7 @@
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/backend.h"
-#include "support/processor.h"
+#include "support/element_bytes.h"
 #include "support/random_matrix.h"
 #include "support/threads.h"
 
@@ -21,7 +21,7 @@ using test::Content;
 
 struct Buffer {
   Buffer(ElementType type, int64_t tokens, int64_t width)
-      : bytes(static_cast<size_t>(tokens * width * element_bytes(type))),
+      : bytes(static_cast<size_t>(tokens * width * test::element_bytes(type))),
         type(type),
         tokens(tokens),
         width(width) {}

@@ -12,6 +12,7 @@
 #include "../../kernels/cuda/launch.h"
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/builtin.h"
+#include "support/element_bytes.h"
 #include "support/random_matrix.h"
 
 namespace stbllm::test {
@@ -29,8 +30,8 @@ struct DeviceCase {
   }
 };
 
-/// Every code; every kernel; tails of rows, columns and tokens; extra columns; odd column blocks; coded
-/// scales.
+/// Cases of every N:M and number of levels, every kernel, tails of rows, columns and tokens, extra columns,
+/// odd column blocks and scale codes.
 inline std::vector<DeviceCase> device_cases() {
   std::vector<DeviceCase> cases;
   const auto add = [&](int64_t rows, int64_t cols, NmPattern nm, int levels, int tokens,
@@ -67,7 +68,7 @@ inline std::vector<DeviceCase> device_cases() {
   return cases;
 }
 
-/// A few cases that run every kernel and what it has besides: for tools that slow a program down a lot.
+/// A few cases that run every kernel and every branch of it, for tools that slow a program down a lot.
 inline std::vector<DeviceCase> few_device_cases() {
   std::vector<DeviceCase> cases;
   const auto add = [&](NmPattern nm, int levels, int tokens) -> Layout& {

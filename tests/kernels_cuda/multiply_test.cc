@@ -6,6 +6,7 @@
 #include <random>
 
 #include "emulated_matrix.h"
+#include "support/element_bytes.h"
 #include "support/random_matrix.h"
 
 namespace stbllm {
@@ -42,7 +43,7 @@ struct Buffer {
   ActivationView view;
 
   Buffer(ElementType type, int64_t tokens, int64_t width)
-      : words(static_cast<size_t>(tokens * width * element_bytes(type)) / 16 + 1),
+      : words(static_cast<size_t>(tokens * width * test::element_bytes(type)) / 16 + 1),
         view{words.data(), type, tokens, width} {}
 };
 
@@ -82,9 +83,10 @@ float unit_roundoff(ElementType type) {
   return type == ElementType::kFloat32 ? 0x1p-24f : type == ElementType::kFloat16 ? 0x1p-11f : 0x1p-8f;
 }
 
-// `exact`: every product and sum is exact in float32, so results must be equal to the last bit. Otherwise,
-// per result: activations and weights rounded to 11 bits (2^-12 each, real data of a narrow range), sums of n
-// terms in float32 in any order (n 2^-24), and the result rounded to its type.
+// With exact content every product and sum is exact in float32, so results must be equal to the last bit.
+// Otherwise a result may differ by what its steps round: activations and weights are rounded to 11 bits
+// (2^-12 each, for real data of a narrow range), n terms are added up in float32 in any order (n 2^-24), and
+// the result is rounded to its type.
 void expect_equal_to_at(const Case& c, Content content) {
   SCOPED_TRACE(describe(c));
   const StructuredBinaryMatrix matrix = test::random_matrix(c.layout, 11, content);
@@ -124,7 +126,7 @@ Layout layout_of(int64_t rows, int64_t cols, NmPattern nm, int levels = 1) {
   return layout;
 }
 
-TEST(CudaKernels, GemvIsExactForEveryCode) {
+TEST(CudaKernels, GemvIsExactForEveryLayout) {
   for (const int group : {4, 8, 16})
     for (int keep = 1; keep <= group; ++keep)
       for (int levels = 1; levels <= 3; ++levels)
@@ -132,7 +134,7 @@ TEST(CudaKernels, GemvIsExactForEveryCode) {
                            Content::kExact);
 }
 
-TEST(CudaKernels, GemmIsExactForEveryCode) {
+TEST(CudaKernels, GemmIsExactForEveryLayout) {
   for (const int group : {4, 8, 16})
     for (int keep = 1; keep <= group; ++keep)
       for (int levels = 1; levels <= 3; ++levels)
@@ -206,7 +208,7 @@ TEST(CudaKernels, ColumnBlocksOfAnySize) {
     }
 }
 
-TEST(CudaKernels, LogCodedScales) {
+TEST(CudaKernels, ScaleCodes) {
   for (const int bits : {4, 5, 6})
     for (const Kernel kernel : {Kernel::kGemv, Kernel::kSmallGemm}) {
       Layout layout = layout_of(20, 300, {2, 4}, 3);
@@ -238,7 +240,8 @@ TEST(CudaKernels, NoThreadRunsAheadOfABarrier) {
   }
 }
 
-// 65504 / 2^-24 and beyond: neither a huge nor a tiny token may overflow or vanish on its way through fp16.
+// fp16 reaches from 2^-24 to 65504: neither a huge nor a tiny token may overflow or vanish on its way through
+// it.
 TEST(CudaKernels, ActivationsKeepTheirRange) {
   Case c{.layout = layout_of(16, 256, {2, 4}), .tokens = 3};
   const StructuredBinaryMatrix matrix = test::random_matrix(c.layout, 3, Content::kExact);

@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -140,6 +142,16 @@ TEST(QuantizedRows, RefusesDamagedPlanes) {
   changed[2 * 3 + 1] = std::byte{0xfc};
   changed[2 * 3] = std::byte{0};
   refused(layout, codes, changed, "row 1: a scale is not finite");
+}
+
+TEST(QuantizedRows, EncodingEndsWithTheExceptionOfItsLoader) {
+  // Large enough for several threads, out of which no exception may fall.
+  const QuantizedRows::Layout layout{.rows = 512, .cols = 1024, .bits = 8};
+  const auto load = [](int64_t row, float* out) {
+    if (row >= 100) throw std::bad_alloc();
+    std::fill_n(out, 1024, 1.0f);
+  };
+  EXPECT_THROW(QuantizedRows::encode(layout, load, "rows"), std::bad_alloc);
 }
 
 }  // namespace

@@ -111,20 +111,6 @@ TEST(Layout, CodeBitsMatchThePublishedTable) {
   EXPECT_EQ(bits(14, 16, 3), 44);
 }
 
-TEST(Layout, ScaleFactorsHalveEveryFourthOfTheRange) {
-  for (int bits = 4; bits <= 6; ++bits) {
-    const int codes = 1 << bits;
-    EXPECT_EQ(scale_code_factor(bits, 0), 1.0f);
-    for (int code = 0; code < codes; ++code) {
-      const long double exact = std::exp2(-static_cast<long double>(code) / (codes / 4));
-      EXPECT_EQ(scale_code_factor(bits, code), static_cast<float>(exact)) << bits << " " << code;
-      if (code >= codes / 4) {
-        EXPECT_EQ(scale_code_factor(bits, code), scale_code_factor(bits, code - codes / 4) / 2);
-      }
-    }
-  }
-}
-
 TEST(StructuredBinaryMatrix, EveryPatternDecodesAsTheSpecificationSays) {
   uint64_t seed = 0;
   for (const int group : {4, 8, 16})

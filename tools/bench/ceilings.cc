@@ -39,8 +39,8 @@ double read_bandwidth(int threads) {
   return bytes_per_second;
 }
 
-constexpr int kChains =
-    12;  // independent sums: more than latency times throughput of any of these instructions
+// Independent sums: more than latency times throughput of any of these instructions.
+constexpr int kChains = 12;
 constexpr int kRounds = 1 << 16;
 
 // Runs one instruction on twelve independent registers over and over, with zeros: what lies in a register may

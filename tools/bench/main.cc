@@ -1,4 +1,4 @@
-// stbllm-bench: how fast this machine multiplies with packed weights and how fast it makes them.
+// stbllm-bench measures how fast this machine multiplies with packed weights and how fast it makes them.
 
 #include <fmt/format.h>
 
@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   const CLI::IsMember known_model({"smollm2", "opt-1.3b", "llama2-7b", "llama3-8b", "mistral-7b"});
   ProductOptions products;
   app.add_option("--models", products.models, "whose layers")->delimiter(',')->check(known_model);
-  app.add_option("--codes", products.codes, "N:M, with x2 or x3 levels, /fp16 scales, +salient columns")
+  app.add_option("--layouts", products.layouts, "N:M, with x2 or x3 levels, /fp16 scales, +salient columns")
       ->delimiter(',');
   app.add_option("--tokens", products.tokens, "tokens per product")->delimiter(',');
   app.add_option("--backends", products.backends, "backends by name")->delimiter(',');

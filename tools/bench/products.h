@@ -9,7 +9,7 @@ namespace stbllm::bench {
 
 struct ProductOptions {
   std::vector<std::string> models = {"llama2-7b"};
-  std::vector<std::string> codes = {
+  std::vector<std::string> layouts = {
       "1:8", "1:4", "2:8", "3:8", "2:4", "4:8", "8:8", "2:4x3", "4:8x3/fp16+salient"};
   std::vector<int64_t> tokens = {1, 4, 16, 512};
   std::vector<std::string> backends = {"cpu"};

@@ -193,7 +193,8 @@ void measure_quantizer(const QuantizerOptions& options) {
   }
   if (options.json.empty()) return;
   std::ofstream file(options.json);
-  if (!(file << report.dump(1) << '\n')) fail(ErrorCode::kWriteFailed, "cannot write {}", options.json);
+  if (!(file << report.dump(1) << '\n'))
+    fail(ErrorCode::kWriteFailed, "{}: cannot write the figures; check the path and the space", options.json);
 }
 
 }  // namespace stbllm::bench

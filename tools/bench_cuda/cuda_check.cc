@@ -77,20 +77,23 @@ constexpr Shape kShapes[] = {
     {"LLaMA-3-8B", 1024, 4096},  {"LLaMA-3-8B", 14336, 4096},  {"LLaMA-3-8B", 4096, 14336},
 };
 constexpr int kTokens[] = {1, 4, 16, 64, 128, 512, 2048, 8192};
-struct Code {
+constexpr int kMostTokens = 8192;
+struct Form {
   NmPattern nm;
   int levels;
+
+  std::string str() const { return nm.str() + (levels > 1 ? fmt::format("x{}", levels) : ""); }
 };
-constexpr Code kCodes[] = {{{2, 4}, 1}, {{2, 4}, 3}, {{4, 8}, 1}};
+constexpr Form kForms[] = {{{2, 4}, 1}, {{2, 4}, 3}, {{4, 8}, 1}};
 
 /// A matrix whose rows repeat every 64: speed does not depend on the bits, and drawing all of them takes
 /// long.
-StructuredBinaryMatrix repeated_matrix(const Shape& shape, const Code& code) {
+StructuredBinaryMatrix repeated_matrix(const Shape& shape, const Form& form) {
   Layout layout;
   layout.rows = 64;
   layout.cols = shape.cols;
-  layout.nm = code.nm;
-  layout.levels = code.levels;
+  layout.nm = form.nm;
+  layout.levels = form.levels;
   const test::OwnedPlanes some = test::random_planes(layout, 1);
   layout.rows = shape.rows;
   test::OwnedPlanes all;
@@ -112,7 +115,7 @@ class Timer {
   }
   cudaStream_t stream() const { return stream_; }
 
-  /// Microseconds per call of call(i), i = 0, 1, 2, ...
+  /// Microseconds per call of call(i), i = 0, 1, 2, ...; the median of five runs.
   double measure(bool as_graph, int calls, const std::function<void(int)>& call) {
     const auto all = [&] {
       for (int i = 0; i < calls; ++i) call(i);
@@ -181,6 +184,94 @@ void fill_random(void* data, size_t bytes) {
                           std::min(bytes - done, 2 * some.size()), cudaMemcpyHostToDevice));
 }
 
+/// cuBLAS on the timer's stream, with a workspace of its own so that calls can be recorded in a graph.
+class Cublas {
+ public:
+  explicit Cublas(cudaStream_t stream) {
+    check_cublas(cublasCreate(&handle_));
+    check_cublas(cublasSetStream(handle_, stream));
+    check_cublas(cublasSetWorkspace(handle_, workspace_.get(), kWorkspaceBytes));
+  }
+  ~Cublas() { cublasDestroy(handle_); }
+  Cublas(const Cublas&) = delete;
+  Cublas& operator=(const Cublas&) = delete;
+
+  /// y (tokens, rows) = x (tokens, cols) W^T in fp16 with sums in float32.
+  void multiply(const Shape& shape, int tokens, const Device& weights, const Device& x, const Device& y) {
+    const float one = 1.0f, zero = 0.0f;
+    check_cublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, shape.rows, tokens, shape.cols, &one,
+                              weights.get(), CUDA_R_16F, shape.cols, x.get(), CUDA_R_16F, shape.cols, &zero,
+                              y.get(), CUDA_R_16F, shape.rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  }
+
+ private:
+  static constexpr size_t kWorkspaceBytes = size_t{64} << 20;
+  Device workspace_{kWorkspaceBytes};
+  cublasHandle_t handle_;
+};
+
+/// Tokens up to which a call is bound by the weights: those are timed as graphs over enough copies.
+bool is_decoding(int tokens) { return tokens <= 16; }
+/// Copies of so many bytes that are together at least three times the L2 cache.
+int copies_of(int64_t bytes, const cudaDeviceProp& device) {
+  return static_cast<int>(std::clamp<int64_t>(3 * int64_t{device.l2CacheSize} / bytes + 1, 1, 256));
+}
+/// Calls of a run: each copy as often as the others, and at least eight; one where copies do not matter.
+int calls_of(size_t copies, int tokens) {
+  return is_decoding(tokens) ? static_cast<int>(copies * ((8 + copies - 1) / copies)) : 1;
+}
+
+/// Microseconds of the dense product, by index of kTokens.
+std::vector<double> measure_cublas(Timer& timer, Cublas& cublas, const cudaDeviceProp& device,
+                                   const Shape& shape, const Device& x, const Device& y) {
+  const int64_t bytes = 2 * int64_t{shape.rows} * shape.cols;
+  std::vector<Device> copies;
+  for (int i = 0; i < copies_of(bytes, device); ++i) {
+    copies.emplace_back(bytes);
+    fill_random(copies.back().get(), bytes);
+  }
+  std::vector<double> microseconds;
+  for (const int tokens : kTokens)
+    microseconds.push_back(timer.measure(is_decoding(tokens), calls_of(copies.size(), tokens), [&](int i) {
+      cublas.multiply(shape, tokens, copies[i % copies.size()], x, y);
+    }));
+  return microseconds;
+}
+
+struct Packed {
+  int64_t bytes;                     ///< of a prepared matrix
+  std::vector<double> microseconds;  ///< by index of kTokens
+};
+
+Packed measure_packed(Timer& timer, const cudaDeviceProp& device, const Shape& shape, const Form& form,
+                      const Device& x, const Device& y) {
+  const Backend& backend = cuda_backend();
+  const StructuredBinaryMatrix matrix = repeated_matrix(shape, form);
+  std::vector<std::unique_ptr<PreparedMatrix>> copies;
+  copies.push_back(backend.prepare(matrix));
+  Packed packed = {.bytes = copies[0]->bytes(), .microseconds = {}};
+  while (std::ssize(copies) < copies_of(packed.bytes, device)) copies.push_back(backend.prepare(matrix));
+  for (const int tokens : kTokens) {
+    const ActivationView input{x.get(), ElementType::kFloat16, tokens, shape.cols};
+    const ActivationView output{y.get(), ElementType::kFloat16, tokens, shape.rows};
+    packed.microseconds.push_back(timer.measure(
+        is_decoding(tokens), calls_of(copies.size(), tokens),
+        [&](int i) { backend.matmul(*copies[i % copies.size()], input, output, timer.stream()); }));
+  }
+  return packed;
+}
+
+void print_row(const Shape& shape, const Form& form, int tokens, int64_t bytes, double us, double cublas_us,
+               double copy_bytes_per_second) {
+  const double weights = static_cast<double>(shape.rows) * shape.cols, flops = 2.0 * weights * tokens;
+  const double bytes_per_second = static_cast<double>(bytes) / us * 1e6;
+  std::printf("%-12s %6d %6d %6d  %-6s %6.3f %10.2f %8.0f %7.1f %9.1f %11.2f %10.1f %8.2f\n", shape.model,
+              shape.rows, shape.cols, tokens, form.str().c_str(), 8.0 * static_cast<double>(bytes) / weights,
+              us, bytes_per_second * 1e-9, 100 * bytes_per_second / copy_bytes_per_second, flops / us * 1e-6,
+              cublas_us, flops / cublas_us * 1e-6, cublas_us / us);
+  std::fflush(stdout);
+}
+
 int run_bench(const char* path) {
   if (const std::string fault = cuda_fault(); !fault.empty()) throw std::runtime_error(fault);
   cudaDeviceProp device;
@@ -189,80 +280,31 @@ int run_bench(const char* path) {
   if (!json) throw std::runtime_error(fmt::format("cannot write {}", path));
 
   Timer timer;
-  cublasHandle_t cublas;
-  const Device workspace(size_t{64} << 20);
-  check_cublas(cublasCreate(&cublas));
-  check_cublas(cublasSetStream(cublas, timer.stream()));
-  check_cublas(
-      cublasSetWorkspace(cublas, workspace.get(), size_t{64} << 20));  // so that calls can be recorded
-
+  Cublas cublas(timer.stream());
   const double copy = measure_copy(timer);
   std::printf("%s, compute capability %d.%d, %d SMs, copy %.0f GB/s\n\n", device.name, device.major,
               device.minor, device.multiProcessorCount, copy * 1e-9);
   std::printf("%-12s %6s %6s %6s  %-6s %6s %10s %8s %7s %9s %11s %10s %8s\n", "model", "rows", "cols",
-              "tokens", "code", "bits", "us", "GB/s", "% copy", "TFLOP/s", "cublas us", "TFLOP/s",
+              "tokens", "layout", "bits", "us", "GB/s", "% copy", "TFLOP/s", "cublas us", "TFLOP/s",
               "speed-up");
   json << fmt::format("{{\"device\": \"{}\", \"copy_bytes_per_second\": {}, \"results\": [", device.name,
                       copy);
-
-  const Backend& backend = cuda_backend();
-  const auto copies_of = [&](int64_t bytes) {  // together at least three times the L2 cache
-    return static_cast<int>(std::clamp<int64_t>(3 * int64_t{device.l2CacheSize} / bytes + 1, 1, 256));
-  };
-  const auto calls_of = [](size_t copies) {  // each copy as often as the others, and at least eight calls
-    return static_cast<int>(copies * ((8 + copies - 1) / copies));
-  };
-  bool first = true;
+  const char* separator = "";
   for (const Shape& shape : kShapes) {
-    const int64_t weights = int64_t{shape.rows} * shape.cols, most_tokens = kTokens[std::size(kTokens) - 1];
-    const Device x(2 * most_tokens * shape.cols), y(2 * most_tokens * shape.rows);
-    fill_random(x.get(), 2 * most_tokens * shape.cols);
-    std::vector<double> dense_us;
-    {
-      std::vector<Device> dense;
-      for (int i = 0; i < copies_of(2 * weights); ++i) {
-        dense.emplace_back(2 * weights);
-        fill_random(dense.back().get(), 2 * weights);
-      }
-      for (const int tokens : kTokens) {
-        const float one = 1.0f, zero = 0.0f;
-        const auto call = [&](int i) {
-          check_cublas(cublasGemmEx(cublas, CUBLAS_OP_T, CUBLAS_OP_N, shape.rows, tokens, shape.cols, &one,
-                                    dense[i % dense.size()].get(), CUDA_R_16F, shape.cols, x.get(),
-                                    CUDA_R_16F, shape.cols, &zero, y.get(), CUDA_R_16F, shape.rows,
-                                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-        };
-        const bool decode = tokens <= 16;
-        dense_us.push_back(timer.measure(decode, decode ? calls_of(dense.size()) : 1, call));
-      }
-    }
-    for (const Code& code : kCodes) {
-      const StructuredBinaryMatrix matrix = repeated_matrix(shape, code);
-      std::vector<std::unique_ptr<PreparedMatrix>> packed;
-      packed.push_back(backend.prepare(matrix));
-      const int64_t bytes = packed[0]->bytes();
-      while (std::ssize(packed) < copies_of(bytes)) packed.push_back(backend.prepare(matrix));
+    const Device x(size_t{2} * kMostTokens * shape.cols), y(size_t{2} * kMostTokens * shape.rows);
+    fill_random(x.get(), size_t{2} * kMostTokens * shape.cols);
+    const std::vector<double> dense_us = measure_cublas(timer, cublas, device, shape, x, y);
+    for (const Form& form : kForms) {
+      const Packed packed = measure_packed(timer, device, shape, form, x, y);
       for (size_t t = 0; t < std::size(kTokens); ++t) {
-        const int tokens = kTokens[t];
-        const ActivationView input{x.get(), ElementType::kFloat16, tokens, shape.cols};
-        const ActivationView output{y.get(), ElementType::kFloat16, tokens, shape.rows};
-        const bool decode = tokens <= 16;
-        const double us = timer.measure(decode, decode ? calls_of(packed.size()) : 1, [&](int i) {
-          backend.matmul(*packed[i % packed.size()], input, output, timer.stream());
-        });
-        const double gbs = bytes / us * 1e-3, flops = 2.0 * weights * tokens;
-        const std::string name = code.nm.str() + (code.levels > 1 ? fmt::format("x{}", code.levels) : "");
-        std::printf("%-12s %6d %6d %6d  %-6s %6.3f %10.2f %8.0f %7.1f %9.1f %11.2f %10.1f %8.2f\n",
-                    shape.model, shape.rows, shape.cols, tokens, name.c_str(), 8.0 * bytes / weights, us, gbs,
-                    gbs * 1e11 / copy, flops / us * 1e-6, dense_us[t], flops / dense_us[t] * 1e-6,
-                    dense_us[t] / us);
-        std::fflush(stdout);
+        print_row(shape, form, kTokens[t], packed.bytes, packed.microseconds[t], dense_us[t], copy);
         json << fmt::format(
-            "{}\n{{\"model\": \"{}\", \"rows\": {}, \"cols\": {}, \"tokens\": {}, \"code\": \"{}\", "
-            "\"bytes\": {}, "
-            "\"microseconds\": {:.3f}, \"cublas_microseconds\": {:.3f}}}",
-            first ? "" : ",", shape.model, shape.rows, shape.cols, tokens, name, bytes, us, dense_us[t]);
-        first = false;
+            "{}\n{{\"model\": \"{}\", \"rows\": {}, \"cols\": {}, \"tokens\": {}, \"layout\": \"{}\", "
+            "\"bytes\": "
+            "{}, \"microseconds\": {:.3f}, \"cublas_microseconds\": {:.3f}}}",
+            separator, shape.model, shape.rows, shape.cols, kTokens[t], form.str(), packed.bytes,
+            packed.microseconds[t], dense_us[t]);
+        separator = ",";
       }
     }
     json.flush();
@@ -270,7 +312,6 @@ int run_bench(const char* path) {
   json << "\n]}\n";
   json.close();
   if (!json) throw std::runtime_error(fmt::format("cannot write {}", path));
-  check_cublas(cublasDestroy(cublas));
   return 0;
 }
 

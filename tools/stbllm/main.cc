@@ -48,6 +48,21 @@ void print_json(const nlohmann::json& json) { std::cout << json_text(json); }
 
 namespace {
 
+/// What ran out and what to do, for an allocation that failed.
+std::string out_of_memory_message() {
+  rlimit limit{};
+  getrlimit(RLIMIT_AS, &limit);
+  const std::string bound = limit.rlim_cur == RLIM_INFINITY
+                                ? ""
+                                : fmt::format(" under a limit of {} of address space",
+                                              human_bytes(static_cast<double>(limit.rlim_cur)));
+  return fmt::format(
+      "out of memory: the program held {} when it could get no more{}; free memory or raise the limit, or "
+      "ask for "
+      "less with fewer or shorter windows (--nsamples, --windows, --seqlen)",
+      human_bytes(static_cast<double>(peak_memory_bytes())), bound);
+}
+
 int run(int argc, char** argv) {
   keep_freed_memory();
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of its write
@@ -67,7 +82,7 @@ int run(int argc, char** argv) {
   app.footer(
       "Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 "
       "not supported, 7 text too short,\n"
-      "8 output exists, 9 cannot write, 10 verification failed, 130 interrupted.");
+      "8 output exists, 9 cannot write, 10 verification failed, 11 out of memory, 130 interrupted.");
   add_quantize(app);
   add_eval_ppl(app);
   add_inspect(app);
@@ -99,8 +114,15 @@ int main(int argc, char** argv) {
                        fmt::format("{}: {}; check the path", error.path1().string(), error.code().message()));
     return static_cast<int>(stbllm::ErrorCode::kNotFound);
   } catch (const std::bad_alloc&) {
-    stbllm::log::write(stbllm::log::Level::kError, "out of memory; use fewer or shorter windows");
+    stbllm::log::write(stbllm::log::Level::kError, stbllm::out_of_memory_message());
+    return static_cast<int>(stbllm::ErrorCode::kOutOfMemory);
   } catch (const c10::Error& error) {
+    // libtorch has no class of its own for memory of the CPU that could not be had.
+    if (std::string_view(error.what_without_backtrace()).find("can't allocate memory") !=
+        std::string_view::npos) {
+      stbllm::log::write(stbllm::log::Level::kError, stbllm::out_of_memory_message());
+      return static_cast<int>(stbllm::ErrorCode::kOutOfMemory);
+    }
     stbllm::log::write(stbllm::log::Level::kError,
                        std::string("unexpected: ") + error.what_without_backtrace());
   } catch (const std::exception& error) {

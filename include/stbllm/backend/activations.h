@@ -1,5 +1,6 @@
 #pragma once
-// Element access to activations, one at a time: for the reference and for tests.
+// Activations one element at a time, for the reference, for the few outlier columns and for tests; and the
+// check that every product begins with.
 
 #include <cstdint>
 
@@ -8,8 +9,6 @@
 #include "stbllm/base/error.h"
 
 namespace stbllm {
-
-constexpr int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
 
 inline float load_element(const ActivationView& view, int64_t index) {
   if (view.type == ElementType::kFloat32) return static_cast<const float*>(view.data)[index];

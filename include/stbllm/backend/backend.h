@@ -41,32 +41,37 @@ struct Product {
 class Backend {
  public:
   virtual ~Backend() = default;
-  virtual std::string_view name()
-      const = 0;  ///< "reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda"
-  virtual bool on_cuda() const { return false; }  ///< activations live in CUDA memory
+  /// "reference", "cpu-generic", "cpu-avx2", "cpu-avx512" or "cuda".
+  virtual std::string_view name() const = 0;
+  /// Whether activations live in CUDA memory.
+  virtual bool on_cuda() const { return false; }
+  /// The matrix in this backend's own layout.
   virtual std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const = 0;
-  /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null: this
+  /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null where this
   /// backend has no product with them.
   virtual std::unique_ptr<PreparedMatrix> prepare_rows(const QuantizedRows&) const { return nullptr; }
   /// y = x W^T. x.width == cols, y.width == rows, x.tokens == y.tokens >= 1; both types may be any
   /// ElementType. `stream` is a cudaStream_t for CUDA, ignored elsewhere.
   virtual void matmul(const PreparedMatrix& matrix, const ActivationView& x, const ActivationView& y,
                       void* stream = nullptr) const = 0;
-  /// The same for every product, whose matrices have equally many columns. One by one, unless a backend does
-  /// better.
+  /// The same for every product, whose matrices have equally many columns. They are computed one by one,
+  /// unless a backend does better.
   virtual void matmul_all(std::span<const Product> products, const ActivationView& x,
                           void* stream = nullptr) const {
     for (const Product& product : products) matmul(*product.matrix, x, product.y, stream);
   }
 };
 
-/// The backend of that name; "auto" is the fastest this machine can run, "cpu" the fastest on the CPU.
-/// Environment variable STBLLM_BACKEND overrides "auto". Never null: throws Error(kUsage) for an unknown name
-/// and Error(kUnsupported), with the reason, for one that cannot run here.
+/// The backend of that name; "auto" is the one of backend_of_environment(), else the fastest that this
+/// machine can run; "cpu" is the fastest on the CPU. Throws Error(kUsage) for an unknown name and
+/// Error(kUnsupported), with the reason, for a backend that cannot run here.
 const Backend& find_backend(std::string_view name);
-/// Why "auto" chose what it chose, in one sentence.
+/// What the environment variable STBLLM_BACKEND puts in the place of "auto"; empty where it is unset, empty
+/// or "auto".
+std::string backend_of_environment();
+/// Why "auto" chooses what it chooses, in one sentence.
 std::string describe_auto_backend();
-/// Names that find_backend accepts on this machine, the reference first.
+/// The backends that this machine can run, the reference first, then the slowest.
 std::vector<std::string_view> available_backends();
 
 }  // namespace stbllm

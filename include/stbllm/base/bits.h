@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 namespace stbllm {
 
 /// a / b, rounded up; a >= 0, b > 0.
@@ -33,31 +37,55 @@ inline void write_bits(std::byte* stream, int64_t offset, int width, uint64_t va
   }
 }
 
-/// Converts IEEE binary16 to binary32, which is exact.
-inline float half_to_float(uint16_t h) {
+// The conversions below are inlined always, because files that are compiled for different instruction sets
+// share them: of an ordinary inline function the linker keeps one copy, which could be the one for the wrong
+// machine.
+
+/// IEEE binary16 -> binary32, exact.
+inline __attribute__((always_inline)) float half_to_float(uint16_t h) {
+#ifdef __F16C__
+  return _cvtsh_ss(h);
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t magnitude = h & 0x7fffu;
-  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude < 0x400u) {  // a subnormal number is magnitude * 2^-24
+  if (magnitude >= 0x7c00u) return __builtin_bit_cast(float, sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {  // subnormal: magnitude * 2^-24
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }
-  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+  return __builtin_bit_cast(float, sign | ((magnitude << 13) + 0x38000000u));
+#endif
 }
 
-/// Rounds binary32 to the nearest binary16, ties to even; what is too large becomes infinity.
-inline uint16_t float_to_half(float f) {
-  const uint32_t bits = std::bit_cast<uint32_t>(f);
+/// binary32 -> binary16, rounds to nearest even; overflow becomes infinity, NaN stays NaN.
+inline __attribute__((always_inline)) uint16_t float_to_half(float f) {
+#ifdef __F16C__
+  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = __builtin_bit_cast(uint32_t, f);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
-  if (magnitude < 0x38800000u) {  // Below 2^-14 adding 0.5 rounds to a multiple of 2^-24.
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
+  if (magnitude < 0x38800000u) {  // below 2^-14: the float adder rounds to multiples of 2^-24
+    const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (__builtin_bit_cast(uint32_t, shifted) - 0x3f000000u));
   }
   const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+#endif
+}
+
+/// bfloat16 -> binary32, exact.
+inline __attribute__((always_inline)) float bfloat16_to_float(uint16_t b) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(b) << 16);
+}
+
+/// binary32 -> bfloat16, rounds to nearest even; NaN stays NaN.
+inline __attribute__((always_inline)) uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, f);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 /// n choose k, for n up to 16.
@@ -70,15 +98,5 @@ constexpr int64_t binomial(int n, int k) {
 
 /// The smallest number of bits that can tell `states` (>= 1) values apart.
 constexpr int bits_for(uint64_t states) { return states <= 1 ? 0 : std::bit_width(states - 1); }
-
-/// Converts bfloat16 to binary32, which is exact.
-inline float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
-
-/// Rounds binary32 to the nearest bfloat16, ties to even; NaN stays NaN.
-inline uint16_t float_to_bfloat16(float f) {
-  const uint32_t bits = std::bit_cast<uint32_t>(f);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
 }  // namespace stbllm

@@ -22,6 +22,7 @@ enum class ErrorCode : int {
   kExists = 8,         ///< the output is there already and --force was not given
   kWriteFailed = 9,    ///< a file cannot be written: the disk is full, or there is no permission
   kVerifyFailed = 10,  ///< the packed file does not reproduce the quantizer's result
+  kOutOfMemory = 11,   ///< the machine or a limit has no more memory to give
   kInterrupted = 130,  ///< Ctrl-C, or another process of a group is gone
 };
 

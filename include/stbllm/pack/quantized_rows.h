@@ -35,7 +35,8 @@ class QuantizedRows {
   QuantizedRows(const Layout& layout, std::span<const std::byte> codes, std::span<const std::byte> scales,
                 std::shared_ptr<const void> owner, std::string_view what);
 
-  /// Writes the `cols` weights of a row to `out`. Called from several threads at once.
+  /// Writes the `cols` weights of a row to `out`. Called from several threads at once; what it throws ends
+  /// encode().
   using LoadRow = std::function<void(int64_t row, float* out)>;
   /// Integers and scales with a small squared error. At 8 bits a scale follows from the largest magnitude of
   /// its columns, at 4 bits from a search. Throws Error(kUnsupported) naming `what` when a weight is not

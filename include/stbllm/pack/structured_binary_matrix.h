@@ -85,11 +85,7 @@ struct GroupSymbols {
 uint64_t encode_group(NmPattern nm, int levels, const GroupSymbols& symbols);
 GroupSymbols decode_group(NmPattern nm, int levels, uint64_t code);
 
-/// What a scale code multiplies the scale of its row by: 2^(-code * 2^(2 - scale_bits)). Neighbouring codes
-/// differ by a factor of 2^(1/4) at 4 bits and of 2^(1/16) at 6; the range is 2^4 at all of them.
-float scale_code_factor(int scale_bits, int code);
-
-/// A view of the planes of one matrix, together with what keeps them alive. It is cheap to copy.
+/// A view of the planes of one matrix plus whatever keeps them alive. Cheap to copy.
 class StructuredBinaryMatrix {
  public:
   using Planes = std::array<std::span<const std::byte>, kPlaneCount>;
@@ -105,7 +101,7 @@ class StructuredBinaryMatrix {
   std::span<const std::byte> plane(Plane plane) const { return planes_[static_cast<size_t>(plane)]; }
 
   uint64_t code(int64_t row, int64_t group) const;
-  /// The fp16 scale, or row_scale * scale_code_factor * levels[slot], multiplied left to right in float32.
+  /// fp16 scale, or row_scale * factor of the scale code * levels[slot] multiplied left to right in float32.
   float scale(int64_t row, int64_t column_block, int slot) const;
   std::span<const int32_t> salient_columns() const;
   std::span<const int32_t> outlier_columns() const;

@@ -4,9 +4,8 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
-
 #include "stbllm/base/nm_pattern.h"
+#include "stbllm/base/scale_codes.h"
 
 namespace stbllm {
 
@@ -46,10 +45,6 @@ struct BinarizedWeight {
   /// Recomputes `scales` from row_scales, scale_codes and level_values.
   void expand_scales();
 };
-
-/// What codes of 4, 5 or 6 bits multiply a row scale by, 2^(-code / 2^(scale_bits - 2)): twin of
-/// scale_code_factor() in pack/.
-const std::array<float, 64>& scale_code_factors(int scale_bits);
 
 /// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the linear's outputs. H
 /// is symmetric.
