@@ -527,8 +527,7 @@ Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x)
   if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
   if (m.form == CodeForm::kRows) return integers ? Way::kIntegers : Way::kPanels;
   if (x.tokens < kManyTokens) return Way::kLookups;
-  static const bool fast_lookups = permutes_fast();
-  if (integers && !fast_lookups) return Way::kIntegers;
+  if (integers && !permutes_fast()) return Way::kIntegers;
   // Where rows are few, making a table costs more than looking things up in it. The two met at 6 to 30 rows
   // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512).
   constexpr int64_t kRowsPerEntry = 16;

@@ -56,7 +56,7 @@ void set_level(Level level) { logger().set_level(of_spdlog(level)); }
 Level parse_level(std::string_view name) {
   if (name == "debug") return Level::kDebug;
   if (name == "info") return Level::kInfo;
-  if (name == "warning") return Level::kWarn;
+  if (name == "warning" || name == "warn") return Level::kWarn;
   if (name == "error") return Level::kError;
   if (name == "off") return Level::kOff;
   fail(ErrorCode::kUsage, "--log-level {}: expected debug, info, warning, error or off", name);

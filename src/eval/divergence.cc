@@ -67,8 +67,8 @@ Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, c
   if (reference.spec().vocab != model.spec().vocab)
     fail(ErrorCode::kMismatch, "models with vocabularies of {} and {} cannot be compared",
          reference.spec().vocab, model.spec().vocab);
-  check_windows(reference, windows);
-  check_windows(model, windows);
+  check_windows(reference.spec(), windows);
+  check_windows(model.spec(), windows);
   const at::NoGradGuard no_grad;
   const auto count = static_cast<int64_t>(windows.size());
   const auto seqlen = static_cast<int64_t>(windows.front().size());

@@ -19,33 +19,6 @@ constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 }  // namespace
 
-void check_windows(const Decoder& decoder, const Windows& windows) {
-  if (windows.empty()) fail(ErrorCode::kUsage, "evaluation needs at least one window of tokens");
-  const size_t seqlen = windows.front().size();
-  const int64_t longest = decoder.spec().max_positions;
-  if (seqlen < 2 || static_cast<int64_t>(seqlen) > longest)
-    fail(ErrorCode::kUsage, "windows of {} tokens cannot be evaluated; this model takes 2 to {}", seqlen,
-         longest);
-  const int64_t vocab = decoder.spec().vocab;
-  for (const std::vector<int32_t>& window : windows) {
-    if (window.size() != seqlen)
-      fail(ErrorCode::kUsage, "windows have {} and {} tokens; they must be equally long", seqlen,
-           window.size());
-    for (const int32_t id : window)
-      if (id < 0 || id >= vocab)
-        fail(ErrorCode::kMismatch,
-             "token id {} is not in the model's vocabulary of {}; is this its tokenizer?", id, vocab);
-  }
-}
-
-at::Tensor ids_of(std::span<const std::vector<int32_t>> windows) {
-  const auto seqlen = static_cast<int64_t>(windows.front().size());
-  at::Tensor ids = at::empty({static_cast<int64_t>(windows.size()), seqlen}, at::kInt);
-  for (size_t i = 0; i < windows.size(); ++i)
-    std::ranges::copy(windows[i], ids.data_ptr<int32_t>() + static_cast<int64_t>(i) * seqlen);
-  return ids;
-}
-
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options) {
   const int64_t bytes_per_window =
       seqlen * decoder.spec().hidden * static_cast<int64_t>(at::elementSize(decoder.dtype()));
@@ -55,30 +28,12 @@ int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const Evaluati
 
 at::Tensor final_hidden_states(const Decoder& decoder, std::span<const std::vector<int32_t>> windows,
                                const std::function<void(int64_t)>& on_block) {
-  const at::NoGradGuard no_grad;
-  const auto count = static_cast<int64_t>(windows.size());
-  const auto seqlen = static_cast<int64_t>(windows.front().size());
-  const int64_t pass = windows_per_pass(seqlen);
-  at::Tensor hidden = at::empty({count, seqlen, decoder.spec().hidden},
-                                at::TensorOptions().dtype(decoder.dtype()).device(decoder.device()));
-  // Every pass replaces its own windows, so that there is one copy of the hidden states, not two.
-  const auto replace_each_pass = [&](const auto& step) {
-    for (int64_t first = 0; first < count; first += pass) {
-      at::Tensor slice = hidden.slice(0, first, std::min(first + pass, count));
-      slice.copy_(step(slice, first));
-    }
-  };
-  replace_each_pass([&](const at::Tensor& slice, int64_t first) {
-    return decoder.embed(
-        ids_of(windows.subspan(static_cast<size_t>(first), static_cast<size_t>(slice.size(0)))));
-  });
-  const Positions positions = decoder.positions(0, seqlen);
+  HiddenStream stream(decoder, ids_of(windows), {.dtype = decoder.dtype()});
   for (int64_t index = 0; index < decoder.spec().layers; ++index) {
-    const std::shared_ptr<DecoderBlock> block = decoder.block(index);
-    replace_each_pass([&](const at::Tensor& slice, int64_t) { return block->forward(slice, positions); });
+    stream.advance(*decoder.block(index));
     if (on_block) on_block(index + 1);
   }
-  return hidden;
+  return stream.states();
 }
 
 int64_t tokens_per_head_pass(const Decoder& decoder) {
@@ -133,7 +88,7 @@ Perplexity summarize(std::vector<double> window_nll, int64_t seqlen, int64_t sco
 
 Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
                                const EvaluationOptions& options) {
-  check_windows(decoder, windows);
+  check_windows(decoder.spec(), windows);
   const double start = seconds_now();
   const auto count = static_cast<int64_t>(windows.size());
   const auto seqlen = static_cast<int64_t>(windows.front().size());

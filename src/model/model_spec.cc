@@ -34,7 +34,7 @@ Activation read_activation(const JsonFields& config, std::string_view key, Mlp m
 
 /// `fields` are those of the scaling: rope_scaling in older files, rope_parameters (which hold theta too) in
 /// newer ones.
-void read_rope_scaling(const Fields& fields, Rope& rope) {
+void read_rope_scaling(const JsonFields& fields, Rope& rope) {
   const std::string_view key = fields.has("rope_type") ? "rope_type" : "type";
   const std::string type = fields.text(key, "default");
   if (type == "default") return;
@@ -78,7 +78,7 @@ void check_attention_kinds(const JsonFields& config, bool sliding) {
 }
 
 /// Refuses what models that are derived from these classes, with code of their own, add to the forward pass.
-void check_foreign_keys(const Fields& config) {
+void check_foreign_keys(const JsonFields& config) {
   for (const std::string_view key :
        {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale",
         "residual_multiplier", "embedding_multiplier", "attention_multiplier", "scale_emb", "no_rope_layers",
@@ -90,7 +90,7 @@ void check_foreign_keys(const Fields& config) {
   }
 }
 
-void read_heads(const Fields& config, const Architecture& row, ModelSpec& spec) {
+void read_heads(const JsonFields& config, const Architecture& row, ModelSpec& spec) {
   spec.heads = config.count("num_attention_heads");
   spec.kv_heads = config.count("num_key_value_heads", spec.heads);
   if (spec.heads % spec.kv_heads != 0)
@@ -107,7 +107,7 @@ void read_heads(const Fields& config, const Architecture& row, ModelSpec& spec) 
   spec.head_dim = spec.hidden / spec.heads;
 }
 
-void read_sizes(const Fields& config, const Architecture& row, ModelSpec& spec) {
+void read_sizes(const JsonFields& config, const Architecture& row, ModelSpec& spec) {
   spec.hidden = config.count("hidden_size");
   spec.layers = config.count("num_hidden_layers");
   if (spec.layers > kMostBlocks)
@@ -122,7 +122,7 @@ void read_sizes(const Fields& config, const Architecture& row, ModelSpec& spec) 
 }
 
 /// What positions do to attention: rotation or a learned table, and which tokens see each other.
-void read_positions(const Fields& config, const Architecture& row, ModelSpec& spec) {
+void read_positions(const JsonFields& config, const Architecture& row, ModelSpec& spec) {
   if (row.position == Position::kRotary) {
     if (spec.head_dim % 2 != 0)
       fail(ErrorCode::kUnsupported, "config.json: head_dim = {} is odd, which rotary positions do not allow",
@@ -137,7 +137,7 @@ void read_positions(const Fields& config, const Architecture& row, ModelSpec& sp
   check_attention_kinds(config, spec.sliding_window > 0);
 }
 
-void read_norms(const Fields& config, const Architecture& row, ModelSpec& spec) {
+void read_norms(const JsonFields& config, const Architecture& row, ModelSpec& spec) {
   // OPT's layer norms have PyTorch's default epsilon, which its config.json does not mention.
   spec.norm_eps = row.norm == Norm::kRms ? config.positive("rms_norm_eps", 1e-6) : 1e-5;
   spec.norm_affine = config.flag("layer_norm_elementwise_affine", true);

@@ -1,10 +1,7 @@
 #include "stbllm/plan/allocate.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <numeric>
 
 #include "stbllm/base/error.h"
@@ -39,12 +36,10 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
   return result;
 }
 
-std::string Code::str() const { return levels == 1 ? nm.str() : fmt::format("{}x{}", nm.str(), levels); }
-
 void check_affordable(int64_t least, int64_t budget) {
   if (least > budget)
     fail(ErrorCode::kUsage,
-         "the target allows {} bytes for the linears, and the smallest codes take {}; raise it", budget,
+         "the target allows {} bytes for the linears, and the smallest schemes take {}; raise it", budget,
          least);
 }
 
@@ -87,16 +82,6 @@ std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& of
     total += step.bytes;
   }
   return choice;
-}
-
-std::string describe(const std::vector<Code>& codes) {
-  std::map<Code, int> counts;
-  for (const Code& code : codes) ++counts[code];
-  if (counts.size() == 1) return counts.begin()->first.str();
-  std::string text;
-  for (const auto& [code, count] : counts)
-    text += (text.empty() ? "" : ", ") + code.str() + " x " + std::to_string(count);
-  return text;
 }
 
 }  // namespace stbllm

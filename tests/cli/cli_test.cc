@@ -11,7 +11,7 @@
 
 #include "child_process.h"
 #include "stbllm/base/error.h"
-#include "stbllm/pipeline/load_model.h"
+#include "stbllm/model/load_model.h"
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/files.h"
@@ -156,26 +156,34 @@ TEST_F(Cli, PrintsNothingButTheResultWhenQuiet) {
 
 TEST_F(Cli, FieldsOfTheRecipeAreOverridden) {
   ASSERT_EQ(
-      run_program(quantize("packed", {"--recipe", "rtn", "--nm", "6:8", "--set", "column_block=64"})).status,
+      run_program(quantize("packed", {"--recipe", "rtn", "--nm", "6:8", "--set", "method.column_block=64"}))
+          .status,
       0);
   const auto ledger =
       nlohmann::json::parse(run_program({"inspect", (results_ / "packed").string(), "--json"}).out);
-  EXPECT_EQ(ledger["recipe"]["nm"], "6:8");
-  EXPECT_EQ(ledger["recipe"]["column_block"], 64);
+  EXPECT_EQ(ledger["recipe"]["model"]["nm"], "6:8");
+  EXPECT_EQ(ledger["recipe"]["method"]["column_block"], 64);
   EXPECT_EQ(ledger["density"], 0.75);
 }
 
 TEST_F(Cli, EffortDecidesWhichStagesRun) {
   const auto epochs = [&](const std::string& effort) {
-    const Outcome quantized =
-        run_program(quantize(effort, {"--effort", effort, "--set", "distill_lr=0.01", "--json"}));
+    const Outcome quantized = run_program(quantize(effort, {"--effort", effort, "--json"}));
     EXPECT_EQ(quantized.status, 0) << quantized.err;
-    const auto recipe = nlohmann::json::parse(quantized.out)["recipe"];
-    EXPECT_EQ(recipe["distill_lr"], 0.01);
-    return std::pair(recipe["tune_epochs"].get<int>(), recipe["distill_epochs"].get<int>());
+    const auto training = nlohmann::json::parse(quantized.out)["recipe"]["training"];
+    const auto of = [&](const char* stage) {
+      return training[stage].is_null() ? 0 : training[stage]["epochs"].get<int>();
+    };
+    return std::pair(of("tune"), of("distill"));
   };
   EXPECT_EQ(epochs("fast"), std::pair(0, 0));
   EXPECT_EQ(epochs("best"), std::pair(1, 1));
+  const Outcome alone = run_program(quantize("alone", {"--effort", "best", "--set", "training.tune=null",
+                                                       "--set", "training.distill.lr=0.01", "--json"}));
+  ASSERT_EQ(alone.status, 0) << alone.err;
+  const auto training = nlohmann::json::parse(alone.out)["recipe"]["training"];
+  EXPECT_TRUE(training["tune"].is_null());
+  EXPECT_EQ(training["distill"]["lr"], 0.01);
   expect_fault(quantize("x", {"--effort", "much"}), ErrorCode::kUsage, "--effort");
   expect_fault(quantize("x", {"--distill-nsamples", "4"}), ErrorCode::kUsage, "nothing is distilled");
 }
@@ -187,15 +195,15 @@ TEST_F(Cli, TargetsBoundBitsAndBytes) {
     return nlohmann::json::parse(outcome.out);
   };
   const auto bits = quantized("bits", "--target-bpw", "1.9");
-  EXPECT_EQ(bits["recipe"]["allocation"], "budget");
+  EXPECT_EQ(bits["recipe"]["model"]["allocation"], "budget");
   EXPECT_LE(bits["stored_bits"], 1.9);
   const int64_t size = bits["file_bytes"];
   const auto bytes = quantized("bytes", "--target-size", std::to_string(size));
   EXPECT_LE(bytes["file_bytes"], size);
   EXPECT_EQ(fs::file_size(results_ / "bytes"), bytes["file_bytes"].get<uintmax_t>());
   expect_fault(quantize("x", {"--target-size", "1000"}), ErrorCode::kUsage, "--target-size");
-  expect_fault(quantize("x", {"--target-bpw", "0.01"}), ErrorCode::kUsage, "smallest codes");
-  expect_fault(quantize("x", {"--target-bpw", "0.01", "--dry-run"}), ErrorCode::kUsage, "smallest codes");
+  expect_fault(quantize("x", {"--target-bpw", "0.01"}), ErrorCode::kUsage, "smallest schemes");
+  expect_fault(quantize("x", {"--target-bpw", "0.01", "--dry-run"}), ErrorCode::kUsage, "smallest schemes");
   expect_fault(quantize("x", {"--target-bpw", "1", "--target-size", "1000000"}), ErrorCode::kUsage,
                "--target");
 }
@@ -219,11 +227,13 @@ TEST_F(Cli, UsageFaults) {
   expect_fault(quantize("packed", {"--nm", "9:8"}), ErrorCode::kUsage, "9:8");
   expect_fault(quantize("packed", {"--nm", "3:5"}), ErrorCode::kUsage, "3:5");
   expect_fault(quantize("packed", {"--set", "frobnicate=1"}), ErrorCode::kUsage, "frobnicate");
-  expect_fault(quantize("packed", {"--set", "levels=many"}), ErrorCode::kUsage, "levels");
-  expect_fault(quantize("packed", {"--set", "levels=7"}), ErrorCode::kUsage, "levels");
+  expect_fault(quantize("packed", {"--set", "model.levels=many"}), ErrorCode::kUsage, "model.levels");
+  expect_fault(quantize("packed", {"--set", "model.levels=7"}), ErrorCode::kUsage, "model.levels");
   for (const char* value : {"2.7", "true", "4294967298"})  // none of them becomes a number that fits
-    expect_fault(quantize("packed", {"--set", std::string("levels=") + value}), ErrorCode::kUsage, value);
+    expect_fault(quantize("packed", {"--set", std::string("model.levels=") + value}), ErrorCode::kUsage,
+                 value);
   expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
+  expect_fault(quantize("packed", {"--set", "refit=2"}), ErrorCode::kUsage, "is now 'method.refit'");
 }
 
 TEST_F(Cli, OptionsThatDoNotGoTogether) {

@@ -14,9 +14,9 @@
 
 #include "child_process.h"
 #include "stbllm/base/error.h"
+#include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/pack/packed_file.h"
-#include "stbllm/pipeline/pack_weight.h"
-#include "stbllm/pipeline/process_group.h"
+#include "stbllm/processes/process_group.h"
 #include "support/calibration_text.h"
 #include "support/scratch_directory.h"
 #include "support/tiny_checkpoint.h"
@@ -196,7 +196,7 @@ TEST_F(Processes, MustBeStartedWithTheSameCommand) {
 }
 
 TEST_F(Processes, RefuseWhatWorksInOneOnly) {
-  for (const char* field : {"tune_epochs=1", "distill_epochs=1"})
+  for (const char* field : {"training.tune.epochs=1", "training.distill.epochs=1"})
     for (const Outcome& outcome : run(quantize("packed", {"--set", field}))) {
       EXPECT_EQ(outcome.status, code(ErrorCode::kUnsupported)) << outcome.err;
       EXPECT_THAT(outcome.err, HasSubstr("one process only"));

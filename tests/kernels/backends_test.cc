@@ -11,6 +11,7 @@
 #include "stbllm/backend/activations.h"
 #include "stbllm/backend/backend.h"
 #include "support/element_bytes.h"
+#include "support/processor.h"
 #include "support/random_matrix.h"
 #include "support/threads.h"
 

@@ -104,7 +104,7 @@ std::vector<Refusal> refusals() {
       {"SoftCap", with(llama, "attn_logit_softcapping", 50.0), unsupported, {"attn_logit_softcapping", "50"}},
       {"MissingSize", no_key("hidden_size"), corrupt, {"hidden_size", "missing"}},
       {"NegativeSize", with(llama, "num_hidden_layers", -1), corrupt, {"num_hidden_layers", "-1"}},
-      {"HugeSize", with(llama, "hidden_size", int64_t{1} << 40), corrupt, {"hidden_size", "at most"}},
+      {"HugeSize", with(llama, "hidden_size", int64_t{1} << 40), corrupt, {"hidden_size", "from 1 to"}},
       {"TooManyBlocks", with(llama, "num_hidden_layers", 1000000), corrupt, {"num_hidden_layers", "at most"}},
       {"TextForSize", with(llama, "vocab_size", "many"), corrupt, {"vocab_size", "many"}},
       {"NumberForFlag", with(llama, "attention_bias", 1), corrupt, {"attention_bias", "1"}},

@@ -167,10 +167,5 @@ TEST(AllocateByBudget, RefusesABudgetBelowTheSmallestCodes) {
   EXPECT_THROW(allocate_by_budget({{{10, 1.0}}, {{10, 1.0}}}, 19), Error);
 }
 
-TEST(Plan, IsDescribedByItsCodes) {
-  EXPECT_EQ(describe({{{4, 8}, 1}, {{4, 8}, 1}}), "4:8");
-  EXPECT_EQ(describe({{{2, 4}, 3}, {{4, 8}, 1}, {{4, 8}, 1}}), "2:4x3 x 1, 4:8 x 2");
-}
-
 }  // namespace
 }  // namespace stbllm

@@ -10,6 +10,7 @@
 #include "stbllm/quantize/nm_select.h"
 #include "stbllm/quantize/quantize_linear.h"
 #include "stbllm/quantize/tensor_search.h"
+#include "support/recipes.h"
 
 namespace stbllm {
 namespace {
@@ -33,15 +34,18 @@ Layer make_layer(int64_t rows, int64_t cols, uint64_t seed) {
   return layer;
 }
 
-Recipe lean_recipe(NmPattern nm, int levels, int scale_bits) {
-  Recipe recipe;
-  recipe.nm = nm;
-  recipe.levels = levels;
-  recipe.scale_bits = scale_bits;
-  recipe.compensate = Compensate::kColumn;
-  recipe.refit = 2;
-  recipe.descend = 2;
-  return recipe;
+LeanMethod lean_method(int scale_bits) {
+  return {.scale_bits = scale_bits,
+          .shrink = 0,
+          .outliers = {},
+          .token_weights = false,
+          .refit = 2,
+          .descend = 2};
+}
+
+BinarizedWeight quantize(const Layer& layer, NmPattern nm, int levels, int scale_bits) {
+  return quantize_linear(layer.weight, layer.stats, lean_method(scale_bits),
+                         {.scheme = {.nm = nm, .levels = levels}});
 }
 
 void expect_exactly_n_kept(const at::Tensor& symbols, NmPattern nm) {
@@ -71,8 +75,7 @@ class LeanCode : public ::testing::TestWithParam<std::tuple<NmPattern, int, int>
 TEST_P(LeanCode, KeepsExactlyNOfEveryGroup) {
   const auto [nm, levels, scale_bits] = GetParam();
   const Layer layer = make_layer(70, 171, 1);  // 171 is no multiple of 4, 8 or 128, 70 none of 64
-  const BinarizedWeight result =
-      quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  const BinarizedWeight result = quantize(layer, nm, levels, scale_bits);
   expect_exactly_n_kept(result.symbols, nm);
   EXPECT_TRUE(result.to_dense().isfinite().all().item<bool>());
   EXPECT_LE(result.symbols.abs().max().item<int>(), levels);
@@ -143,8 +146,7 @@ TEST_P(EnumerableCode, TensorsFindWhatLanesFind) {
 TEST_P(LeanCode, ScalesAreWhatTheCodingCanRepresent) {
   const auto [nm, levels, scale_bits] = GetParam();
   const Layer layer = make_layer(16, 256, 3);
-  const BinarizedWeight result =
-      quantize_linear(layer.weight, layer.stats, lean_recipe(nm, levels, scale_bits));
+  const BinarizedWeight result = quantize(layer, nm, levels, scale_bits);
   EXPECT_GT(result.scales.min().item<float>(), 0);
   if (scale_bits == 16) {
     EXPECT_TRUE(at::equal(result.scales, result.scales.to(at::kHalf).to(at::kFloat)));
@@ -256,12 +258,13 @@ TEST(InverseFactor, RaisesTheDampingOfASingularHessianAndSaysSo) {
 TEST(QuantizeLinear, GivesTheSameResultForOneAndTwoThreads) {
   const Layer layer = make_layer(130, 401, 6);
   const int before = at::get_num_threads();
-  for (const char* name : {"stbllm", "stbllm-paper", "stbllm-sub1"}) {
-    Recipe recipe = Recipe::load(name);
+  for (const char* name : {"stbllm", "stbllm-paper"}) {
+    const Method method = Recipe::load(name).method;
+    const LinearPlan plan{.scheme = {.nm = {2, 4}, .levels = 3}};
     at::set_num_threads(1);
-    const BinarizedWeight one = quantize_linear(layer.weight, layer.stats, recipe);
+    const BinarizedWeight one = quantize_linear(layer.weight, layer.stats, method, plan);
     at::set_num_threads(2);
-    const BinarizedWeight two = quantize_linear(layer.weight, layer.stats, recipe);
+    const BinarizedWeight two = quantize_linear(layer.weight, layer.stats, method, plan);
     EXPECT_TRUE(at::equal(one.symbols, two.symbols)) << name;
     EXPECT_TRUE(at::equal(one.scales, two.scales)) << name;
   }
@@ -296,29 +299,29 @@ TEST(QuantizeLinear, StoresOutlierColumnsExactly) {
   StatsAccumulator accumulator(64, false);
   layer.inputs.select(1, 17).mul_(100);
   accumulator.add(layer.inputs, false);
-  Recipe recipe = lean_recipe({2, 4}, 1, 5);
-  recipe.outlier_share = 0.2;
-  recipe.max_outliers = 2;
+  LeanMethod method = lean_method(5);
+  method.outliers = {.share = 0.2, .limit = 2};
+  const LinearPlan plan{.scheme = {.nm = {2, 4}, .levels = 1}};
   const at::Tensor weight = layer.weight.to(at::kHalf).to(at::kFloat);
-  const BinarizedWeight result = quantize_linear(weight, accumulator.finish(), recipe);
+  const BinarizedWeight result = quantize_linear(weight, accumulator.finish(), method, plan);
   ASSERT_EQ(result.outlier_columns.numel(), 1);
   EXPECT_EQ(result.outlier_columns[0].item<int>(), 17);
   EXPECT_TRUE(at::equal(result.to_dense().select(1, 17), weight.select(1, 17)));
-  expect_exactly_n_kept(result.symbols, recipe.nm);
+  expect_exactly_n_kept(result.symbols, plan.scheme.nm);
 }
 
 TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
   const Layer layer = make_layer(64, 256, 8);
-  Recipe recipe = lean_recipe({2, 4}, 1, 5);
+  LeanMethod method = lean_method(5);
   double last = 1;
   LinearReport report;
   for (const auto& [compensate, refit, descend] :
        {std::tuple(Compensate::kNone, 0, 0), std::tuple(Compensate::kColumn, 0, 0),
         std::tuple(Compensate::kColumn, 1, 0), std::tuple(Compensate::kColumn, 4, 4)}) {
-    recipe.compensate = compensate;
-    recipe.refit = refit;
-    recipe.descend = descend;
-    quantize_linear(layer.weight, layer.stats, recipe, &report);
+    method.compensate = compensate;
+    method.refit = refit;
+    method.descend = descend;
+    quantize_linear(layer.weight, layer.stats, method, {.scheme = {.nm = {2, 4}, .levels = 1}}, &report);
     EXPECT_LT(report.output_error, last);
     last = report.output_error;
   }
@@ -331,7 +334,7 @@ TEST(QuantizeLinear, ThreeOfFourInTwoLevelsBeatTwoOfFourInThree) {
   const InputStats stats{.hessian = at::eye(512), .holdout_hessian = {}, .tokens = 512};
   const auto error_of = [&](NmPattern nm, int levels) {
     LinearReport report;
-    quantize_linear(weight, stats, lean_recipe(nm, levels, 4), &report);
+    quantize_linear(weight, stats, lean_method(4), {.scheme = {.nm = nm, .levels = levels}}, &report);
     return report.output_error;
   };
   // The bound leaves room for the draw of the weights and for coded scales.
@@ -342,27 +345,21 @@ class PaperRecipe : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(PaperRecipe, KeepsExactlyNOfEveryGroupForEveryPattern) {
   const Layer layer = make_layer(24, 172, 9);
+  const int levels = test::scheme_of(Recipe::load(GetParam())).levels;
   for (const int group : {4, 8, 16})
     for (int keep = 1; keep <= group; keep += group == 16 ? 5 : 1) {
-      Recipe recipe = Recipe::load(GetParam());
-      recipe.nm = {keep, group};
-      const BinarizedWeight result = quantize_linear(layer.weight, layer.stats, recipe);
-      expect_exactly_n_kept(result.symbols, recipe.nm);
+      const Recipe recipe = test::with_scheme(GetParam(), {.nm = {keep, group}, .levels = levels});
+      const BinarizedWeight result =
+          quantize_linear(layer.weight, layer.stats, recipe.method, {.scheme = test::scheme_of(recipe)});
+      expect_exactly_n_kept(result.symbols, {keep, group});
     }
 }
 
 INSTANTIATE_TEST_SUITE_P(Recipes, PaperRecipe, ::testing::Values("rtn", "billm", "stbllm-paper"));
 
-TEST(RecipeFile, RoundTripsAndRefusesUnknownFields) {
-  for (const std::string& name : Recipe::preset_names()) {
-    const Recipe recipe = Recipe::load(name);
-    EXPECT_EQ(recipe.name, name);
-    EXPECT_EQ(Recipe::from_json(recipe.to_json()).to_json(), recipe.to_json());
-  }
-  EXPECT_THROW(Recipe::from_json({{"levles", 3}}), Error);
-  EXPECT_THROW(Recipe::from_json({{"levels", 4}}), Error);
-  EXPECT_THROW(Recipe::from_json({{"importance", "best"}}), Error);
-  EXPECT_THROW(Recipe::load("no-such-preset"), Error);
+TEST(Scheme, ManyAreDescribedByTheirCounts) {
+  EXPECT_EQ(describe({{{4, 8}, 1}, {{4, 8}, 1}}), "4:8");
+  EXPECT_EQ(describe({{{2, 4}, 3}, {{4, 8}, 1}, {{4, 8}, 1}}), "2:4x3 x 1, 4:8 x 2");
 }
 
 TEST(ImportanceScore, OfSomeColumnsIsThatOfTheWholeLayer) {
@@ -378,20 +375,40 @@ TEST(ImportanceScore, OfSomeColumnsIsThatOfTheWholeLayer) {
   }
 }
 
-TEST(QuantizeLinear, SharesTheFactorOfATapWithoutAChangeInTheResult) {
+TEST(QuantizeLinear, SharesTheMetricOfATapWithoutAChangeInTheResult) {
   const Layer layer = make_layer(40, 64, 8);
-  const Recipe first = lean_recipe({2, 4}, 3, 4), second = lean_recipe({3, 8}, 1, 4);
-  const InputStats shared = layer.stats;
-  quantize_linear(layer.weight, shared, first);
-  const CodeMetric* metric = shared.metric.get();
-  const BinarizedWeight after = quantize_linear(layer.weight, shared, second),
-                        alone = quantize_linear(layer.weight, layer.stats, second);
-  EXPECT_EQ(shared.metric.get(), metric);
+  const LeanMethod method = lean_method(4);
+  const LinearPlan first{.scheme = {.nm = {2, 4}, .levels = 3}},
+      second{.scheme = {.nm = {3, 8}, .levels = 1}};
+  LeanMetrics metrics;
+  quantize_linear(layer.weight, layer.stats, method, first, nullptr, &metrics);
+  const LeanMetricOptions options{.outliers = {}, .shrink = method.shrink, .damping = method.damping};
+  const auto* hessian = metrics.get(layer.stats, options).hessian.const_data_ptr<float>();
+  const BinarizedWeight after = quantize_linear(layer.weight, layer.stats, method, second, nullptr, &metrics),
+                        alone = quantize_linear(layer.weight, layer.stats, method, second);
+  EXPECT_EQ(metrics.get(layer.stats, options).hessian.const_data_ptr<float>(), hessian);
   EXPECT_TRUE(at::equal(after.symbols, alone.symbols));
-  Recipe other = second;
+  LeanMethod other = method;
   other.shrink = 0.5;
-  quantize_linear(layer.weight, shared, other);
-  EXPECT_NE(shared.metric.get(), metric);
+  const BinarizedWeight shrunk = quantize_linear(layer.weight, layer.stats, other, second, nullptr, &metrics);
+  EXPECT_TRUE(at::equal(shrunk.symbols, quantize_linear(layer.weight, layer.stats, other, second).symbols));
+  EXPECT_FALSE(at::equal(shrunk.symbols, alone.symbols));
+}
+
+TEST(QuantizeLinear, APlanMayAllowFewerOutlierColumnsThanTheMethod) {
+  Layer layer = make_layer(32, 64, 7);
+  StatsAccumulator accumulator(64, false);
+  for (const int64_t column : {17, 40}) layer.inputs.select(1, column).mul_(100);
+  accumulator.add(layer.inputs, false);
+  const InputStats stats = accumulator.finish();
+  LeanMethod method = lean_method(5);
+  method.outliers = {.share = 0.1, .limit = 2};
+  LinearPlan plan{.scheme = {.nm = {2, 4}, .levels = 1}};
+  for (const auto& [limit, expected] : {std::pair(0, 0), {1, 1}, {2, 2}, {9, 2}}) {
+    plan.outlier_limit = limit;
+    const BinarizedWeight result = quantize_linear(layer.weight, stats, method, plan);
+    EXPECT_EQ(result.has_outliers() ? result.outlier_columns.numel() : 0, expected);
+  }
 }
 
 }  // namespace

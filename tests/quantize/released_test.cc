@@ -12,6 +12,7 @@
 #include "stbllm/base/safetensors.h"
 #include "stbllm/quantize/nm_select.h"
 #include "stbllm/quantize/quantize_linear.h"
+#include "stbllm/recipe/recipe.h"
 
 namespace stbllm {
 namespace {
@@ -56,10 +57,10 @@ TEST_P(ReleasedArithmetic, GivesTheSameSalientColumnsThresholdsAndWeights) {
   stats.hessian = tensor("hessian");
   stats.tokens = 2;  // feature norms are checked through the mask below; here only H matters
   const at::Tensor weight = tensor("pruned_weight");  // the released code prunes in a pass of its own
-  Recipe recipe = Recipe::load("stbllm-released");
-  recipe.nm = {8, 8};  // already pruned: keep everything
+  const Method method = Recipe::load("stbllm-released").method;
+  const LinearPlan plan{.scheme = {.nm = {8, 8}, .levels = 3}};  // already pruned: keep everything
   LinearReport report;
-  const BinarizedWeight result = quantize_linear(weight, stats, recipe, &report);
+  const BinarizedWeight result = quantize_linear(weight, stats, method, plan, &report);
 
   const auto& blocks = expected_["blocks"];
   ASSERT_EQ(report.salient_count.size(), blocks.size());

@@ -16,6 +16,7 @@
 #include "stbllm/base/profile.h"
 #include "stbllm/base/reproducible.h"
 #include "stbllm/quantize/quantize_linear.h"
+#include "stbllm/recipe/recipe.h"
 #include "timing.h"
 
 namespace stbllm::bench {
@@ -103,13 +104,21 @@ nlohmann::json stage_rows(const Shape& shape, const std::string& recipe, const R
   return rows;
 }
 
+/// What every linear of the model gets, and most linears of a plan by budget.
+Scheme scheme_of(const Recipe& recipe) {
+  const auto* pattern = std::get_if<PatternAllocation>(&recipe.model.allocation);
+  return pattern != nullptr ? pattern->scheme : Scheme{.nm = {3, 8}, .levels = 1};
+}
+
 /// What a whole model costs, from the times of its linears.
 struct Derived {
   double linears = 0, statistics = 0, forwards = 0;  ///< seconds
 
   void add(const Shape& shape, const Recipe& recipe, const Rates& rates, double linear, double tap) {
     const auto count = static_cast<double>(shape.linears);
-    const int passes = recipe.allocation == Allocation::kOutlier ? 3 : 2;  // plan, statistics, outputs
+    const auto* pattern = std::get_if<PatternAllocation>(&recipe.model.allocation);
+    const bool planned = pattern != nullptr && pattern->vary == PatternAllocation::Vary::kByOutliers;
+    const int passes = planned ? 3 : 2;  // plan, statistics, outputs
     linears += count * linear;
     statistics += static_cast<double>(shape.taps) * tap;
     forwards += passes * 2 * count * static_cast<double>(shape.rows * shape.cols) * kCalibrationTokens /
@@ -157,10 +166,10 @@ void measure_quantizer(const QuantizerOptions& options) {
       const double begin = seconds_on(CLOCK_MONOTONIC);
       while (best.empty() || seconds_on(CLOCK_MONOTONIC) - begin < options.min_seconds) {
         reset_profile();
-        const InputStats stats = measure_statistics(inputs, recipe.token_weights);
+        const InputStats stats = measure_statistics(inputs, token_weights(recipe.method));
         {
           const StageTimer timer("linear");
-          quantize_linear(weight, stats, recipe);
+          quantize_linear(weight, stats, recipe.method, {.scheme = scheme_of(recipe)});
         }
         const std::vector<Stage> stages = profiled_stages();
         if (best.empty()) best = stages;

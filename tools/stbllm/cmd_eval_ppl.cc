@@ -8,7 +8,7 @@
 #include "stbllm/base/log.h"
 #include "stbllm/eval/divergence.h"
 #include "stbllm/eval/perplexity.h"
-#include "stbllm/pipeline/load_model.h"
+#include "stbllm/model/load_model.h"
 #include "stbllm/text/corpus.h"
 
 namespace stbllm {

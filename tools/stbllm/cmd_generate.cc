@@ -6,7 +6,7 @@
 #include "commands.h"
 #include "stbllm/base/error.h"
 #include "stbllm/eval/generate.h"
-#include "stbllm/pipeline/load_model.h"
+#include "stbllm/model/load_model.h"
 
 namespace stbllm {
 namespace {

@@ -4,8 +4,8 @@
 
 #include "commands.h"
 #include "stbllm/base/error.h"
+#include "stbllm/pack/ledger.h"
 #include "stbllm/pack/packed_file.h"
-#include "stbllm/pipeline/ledger.h"
 
 namespace stbllm {
 namespace {

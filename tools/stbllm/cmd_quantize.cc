@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <csignal>
+#include <optional>
 
 #include "commands.h"
 #include "stbllm/base/error.h"
@@ -13,10 +14,11 @@
 #include "stbllm/base/reproducible.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/pack/ledger.h"
 #include "stbllm/pack/packed_file.h"
-#include "stbllm/pipeline/estimate.h"
-#include "stbllm/pipeline/ledger.h"
-#include "stbllm/pipeline/quantize_model.h"
+#include "stbllm/run/estimate.h"
+#include "stbllm/run/memory.h"
+#include "stbllm/run/quantize_model.h"
 #include "stbllm/text/corpus.h"
 #include "stbllm/text/unicode.h"
 
@@ -35,8 +37,8 @@ struct Options {
   CommonOptions common;
 };
 
-/// "descend=2": the value is JSON where it parses as such, else a string.
-void set_field(nlohmann::json& recipe, const std::string& assignment) {
+/// "method.descend=2": the value is JSON where it parses as such, else a string. Returns the field's path.
+std::string assign_field(nlohmann::json& recipe, const std::string& assignment) {
   const size_t equals = assignment.find('=');
   if (equals == std::string::npos || equals == 0)
     fail(ErrorCode::kUsage, "--set {}: expected FIELD=VALUE", assignment);
@@ -44,7 +46,9 @@ void set_field(nlohmann::json& recipe, const std::string& assignment) {
     fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
   const std::string text = assignment.substr(equals + 1);
   const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  recipe[assignment.substr(0, equals)] = value.is_discarded() ? nlohmann::json(text) : value;
+  const std::string path = assignment.substr(0, equals);
+  set_field(recipe, path, value.is_discarded() ? nlohmann::json(text) : value);
+  return path;
 }
 
 /// What --effort makes of the recipe and of the calibration; what was asked for by name stays.
@@ -54,9 +58,42 @@ void apply_effort(Options& options, nlohmann::json& recipe) {
   if (options.distill_samples < 0) options.distill_samples = best && options.samples == 0 ? 480 : 0;
   if (options.samples == 0) options.samples = best ? 96 : 16;
   if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
-  if (options.effort == "default") return;
-  for (const char* epochs : {"tune_epochs", "distill_epochs"})
-    recipe[epochs] = best ? std::max(1, recipe[epochs].get<int>()) : 0;
+  nlohmann::json& training = recipe["training"];
+  if (options.effort == "fast") training = {{"tune", nullptr}, {"distill", nullptr}};
+  if (!best) return;
+  for (const char* stage : {"tune", "distill"})
+    if (training[stage].is_null()) training[stage] = nlohmann::json::object();  // with its defaults
+}
+
+/// The recipe with what the command line changes of it; what the effort decides comes into `options`.
+Recipe assemble_recipe(Options& options) {
+  if (options.target_size < 0 || !std::isfinite(options.target_bits))
+    fail(ErrorCode::kUsage, "--target-size and --target-bpw: expected numbers above 0");
+  nlohmann::json recipe = Recipe::load(options.recipe).to_json();
+  nlohmann::json& model = recipe["model"];
+  std::vector<std::string> asked_for;
+  if (!options.nm.empty()) {
+    if (model["allocation"] == "budget") model["allocation"] = "uniform";  // a budget knows no N:M
+    model["nm"] = options.nm;
+  }
+  const bool more_asked_for = options.distill_samples > 0;
+  apply_effort(options, recipe);
+  for (const std::string& assignment : options.fields) asked_for.push_back(assign_field(recipe, assignment));
+  if (options.target_size > 0) {
+    const ModelPolicy policy = Recipe::from_json(recipe, &asked_for).model;
+    options.target_bits = bits_for_file(Checkpoint::open(options.checkpoint), policy, options.target_size);
+  }
+  if (options.target_bits > 0) model.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
+  const Recipe result = Recipe::from_json(recipe, &asked_for);
+  if (!result.training.distill) {
+    if (more_asked_for)
+      fail(
+          ErrorCode::kUsage,
+          "--distill-nsamples {}: nothing is distilled; add --effort best or --set training.distill.epochs=1",
+          options.distill_samples);
+    options.distill_samples = 0;
+  }
+  return result;
 }
 
 /// Text that stands in for a calibration corpus when none was named: never the evaluation split.
@@ -142,36 +179,9 @@ void check_report(const std::filesystem::path& path, const std::filesystem::path
   std::filesystem::remove(probe);
 }
 
-void run(Options options) {
-  make_products_reproducible();
-  apply(options.common);
-  if (options.quantize.max_memory < 0 || options.target_size < 0 || !std::isfinite(options.target_bits))
-    fail(ErrorCode::kUsage, "--max-memory, --target-size and --target-bpw: expected numbers above 0");
-  options.quantize.compare_blocks = !options.report.empty();
-  nlohmann::json fields = Recipe::load(options.recipe).to_json();
-  if (!options.nm.empty()) {
-    fields["nm"] = options.nm;
-    if (fields["allocation"] == "budget")
-      fields.update({{"allocation", "uniform"}, {"target_bpw", 0}});  // which knows no N:M of its own
-  }
-  const bool more_asked_for = options.distill_samples > 0;
-  apply_effort(options, fields);
-  for (const std::string& assignment : options.fields) set_field(fields, assignment);
-  if (options.target_size > 0)
-    options.target_bits =
-        bits_for_file(Checkpoint::open(options.checkpoint), Recipe::from_json(fields), options.target_size);
-  if (options.target_bits > 0) fields.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
-  const Recipe recipe = Recipe::from_json(fields);
-  if (recipe.distill_epochs == 0) {
-    if (more_asked_for)
-      fail(ErrorCode::kUsage,
-           "--distill-nsamples {}: nothing is distilled; add --effort best or --set distill_epochs=1",
-           options.distill_samples);
-    options.distill_samples = 0;
-  }
-  const ProcessGroup group = ProcessGroup::from_environment();
-  const bool first = group.rank() == 0;  // the one that prints and writes
-  if (!first) log::set_level(log::Level::kWarn);
+/// Refuses a request that could fail later for reasons that are known now.
+void check_options(Options& options, const Recipe& recipe, const ProcessGroup& group) {
+  if (options.quantize.max_memory < 0) fail(ErrorCode::kUsage, "--max-memory: expected a number above 0");
   if (options.dry_run && group.size() > 1)
     fail(ErrorCode::kUsage, "--dry-run works in one process; leave out WORLD_SIZE");
   if (options.quantize.dense_output && !options.quantize.output.has_filename())
@@ -179,34 +189,37 @@ void run(Options options) {
   options.quantize.force |= options.dry_run;  // which overwrites nothing
   check_request(options.checkpoint, recipe, options.quantize, group);
   check_inputs(options);
-  if (first && !options.dry_run && !options.report.empty())
+  if (group.rank() == 0 && !options.dry_run && !options.report.empty())
     check_report(options.report, options.quantize.output, options.quantize.force);
-  const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
-  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+}
+
+Calibration read_calibration(const Options& options, const Checkpoint& checkpoint, const ModelSpec& spec,
+                             const Recipe& recipe) {
   const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
   const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
-  const Calibration calibration =
+  Calibration calibration =
       make_calibration(checkpoint, calib, options.samples, options.distill_samples, seqlen, options.seed);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",
             options.checkpoint, spec.layers, static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
             options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples)
                                         : std::to_string(options.samples),
             seqlen, calibration.provenance["corpus"].get<std::string>());
-  if (options.dry_run) {
-    print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
-    return;
-  }
-  const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
-  if (memory.spill)
-    log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+  return calibration;
+}
+
+/// The first signal asks the run to stop, the second one stops it at once.
+void stop_on_signals() {
   for (const int signal : {SIGINT, SIGTERM})
-    std::signal(signal, [](int again) {  // the second one stops at once
+    std::signal(signal, [](int again) {
       request_interrupt();
       std::signal(again, SIG_DFL);
     });
-  const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
-  if (!first) return;
+}
 
+/// What --json prints of a run.
+nlohmann::json summary_json(const Options& options, const Recipe& recipe, const Calibration& calibration,
+                            const QuantizeResult& result, const MemoryPlan& memory,
+                            const std::optional<Ledger>& ledger) {
   nlohmann::json json = {{"output", options.quantize.output.string()},
                          {"recipe", recipe.to_json()},
                          {"calibration", calibration.provenance},
@@ -217,35 +230,36 @@ void run(Options options) {
                          {"verified_logits", result.verified_logits}};
   if (result.distill) json["distill"] = *result.distill;
   if (options.profile) json["stages"] = stages_json(profiled_stages());
-  nlohmann::json ledger_json;
-  if (!options.quantize.dense_output) {
-    const Ledger ledger = make_ledger(PackedReader::open(options.quantize.output));
-    json["stored_bits"] = ledger.stored_bits;
-    json["file_bits"] = ledger.file_bits;
-    json["file_bytes"] = ledger.file_bytes;
-    ledger_json = to_json(ledger);
+  if (ledger) {
+    json["stored_bits"] = ledger->stored_bits;
+    json["file_bits"] = ledger->file_bits;
+    json["file_bytes"] = ledger->file_bytes;
   }
-  if (!options.report.empty()) {
-    nlohmann::json report = json;
-    report["linears"] = nlohmann::json::array();
-    for (const LinearResult& linear : result.linears)
-      report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
-    report["blocks"] = result.blocks;
-    if (!ledger_json.is_null()) report["ledger"] = ledger_json;
-    report["stages"] = stages_json(profiled_stages());
-    write_text(options.report, json_text(report));
-  }
-  if (options.common.json) {
-    print_json(json);
-    return;
-  }
+  return json;
+}
+
+/// The file behind --report: the summary with a row for each linear and block.
+void write_report(const Options& options, nlohmann::json report, const QuantizeResult& result,
+                  const std::optional<Ledger>& ledger) {
+  report["linears"] = nlohmann::json::array();
+  for (const LinearResult& linear : result.linears)
+    report["linears"].push_back(to_json(linear, /*with_seconds=*/true));
+  report["blocks"] = result.blocks;
+  if (ledger) report["ledger"] = to_json(*ledger);
+  report["stages"] = stages_json(profiled_stages());
+  write_text(options.report, json_text(report));
+}
+
+void print_summary(const Options& options, const Calibration& calibration, const QuantizeResult& result,
+                   const MemoryPlan& memory, const std::optional<Ledger>& ledger) {
   fmt::print("{}\n", options.quantize.output.string());
-  if (!options.quantize.dense_output)
+  if (ledger)
     fmt::print(
-        "  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n  nominal bits        "
-        "    {:.4f}\n  file                    {}\n",
-        json["stored_bits"].get<double>(), json["file_bits"].get<double>(), result.nominal_bits,
-        human_bytes(json["file_bytes"].get<double>()));
+        "  stored bits per weight  {:.4f} (linears, all planes)   {:.4f} (whole file)\n"
+        "  nominal bits            {:.4f}\n"
+        "  file                    {}\n",
+        ledger->stored_bits, ledger->file_bits, result.nominal_bits,
+        human_bytes(static_cast<double>(ledger->file_bytes)));
   if (result.distill)
     fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on {} windows\n",
                result.distill->divergence_before, result.distill->divergence_after,
@@ -254,6 +268,38 @@ void run(Options options) {
              human_bytes(static_cast<double>(peak_memory_bytes())),
              human_bytes(static_cast<double>(memory.peak_bytes)));
   if (options.profile) print_stages(profiled_stages(), result.seconds);
+}
+
+void run(Options options) {
+  make_products_reproducible();
+  apply(options.common);
+  options.quantize.compare_blocks = !options.report.empty();
+  const Recipe recipe = assemble_recipe(options);
+  const ProcessGroup group = ProcessGroup::from_environment();
+  const bool first = group.rank() == 0;  // the one that prints and writes
+  if (!first) log::set_level(log::Level::kWarn);
+  check_options(options, recipe, group);
+  const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
+  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+  const Calibration calibration = read_calibration(options, checkpoint, spec, recipe);
+  if (options.dry_run) {
+    print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
+    return;
+  }
+  const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
+  if (memory.spill)
+    log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+  stop_on_signals();
+  const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
+  if (!first) return;
+  std::optional<Ledger> ledger;
+  if (!options.quantize.dense_output) ledger = make_ledger(PackedReader::open(options.quantize.output));
+  const nlohmann::json json = summary_json(options, recipe, calibration, result, memory, ledger);
+  if (!options.report.empty()) write_report(options, json, result, ledger);
+  if (options.common.json)
+    print_json(json);
+  else
+    print_summary(options, calibration, result, memory, ledger);
 }
 
 }  // namespace
@@ -281,7 +327,7 @@ void add_quantize(CLI::App& app) {
                       "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
   command
       ->add_option("--target-bpw", options->target_bits,
-                   "Choose the code of each linear so that they store at most so many bits per weight, "
+                   "Choose the scheme of each linear so that they store at most so many bits per weight, "
                    "everything counted")
       ->check(CLI::PositiveNumber)
       ->excludes("--nm");
@@ -292,7 +338,7 @@ void add_quantize(CLI::App& app) {
                                  ->excludes("--target-bpw")
                                  ->excludes("--nm");
   command->add_option("--set", options->fields,
-                      "Override a field of the recipe: --set descend=2 --set shrink=0.3");
+                      "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1");
   command->add_option("--calib", options->calib,
                       "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
                       "default: the first of these two that is there");
@@ -324,7 +370,7 @@ void add_quantize(CLI::App& app) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command
       ->add_option("--device", options->quantize.device,
-                   "Where forward passes, Hessians and the searches of lean recipes run: cpu or cuda")
+                   "Where forward passes, Hessians and the searches of lean methods run: cpu or cuda")
       ->capture_default_str();
   command
       ->add_flag("--dense", options->quantize.dense_output,

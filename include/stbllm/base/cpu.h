@@ -1,11 +1,11 @@
 #pragma once
 // Choices between two correct ways that depend on the processor.
 
-#include <optional>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+
+#include <optional>
 
 namespace stbllm {
 
@@ -27,6 +27,10 @@ inline bool has_amx_bf16() {
   return (eax & kTileState) == kTileState;
 }
 #endif
+
+/// Answers that take the place of the processor's own. Tests set them (tests/support/processor.h), so that
+/// every machine tries both sides of each choice; programs leave them empty.
+inline std::optional<bool> assumed_fast_bfloat16, assumed_fast_permutations;
 
 /// Whether products of bfloat16 are faster than those of float32. AVX512-BF16 alone does not say so: where
 /// Intel's processors hide their AMX, as virtual machines do, vdpbf16ps has half the rate of AMD's and

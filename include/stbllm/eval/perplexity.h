@@ -8,11 +8,9 @@
 #include <span>
 #include <vector>
 
-#include "stbllm/model/decoder.h"
+#include "stbllm/model/hidden_stream.h"
 
 namespace stbllm {
-
-using Windows = std::vector<std::vector<int32_t>>;  ///< equally long token windows
 
 struct Perplexity {
   double mean_nll = 0;
@@ -41,19 +39,6 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
                                const EvaluationOptions& options = {});
 
 // --- the parts, shared with divergence and with the verification of a packed file ---
-
-/// Throws Error(kUsage) when windows are empty, unequal, shorter than two tokens or longer than the model's
-/// positions; Error(kMismatch) for an id beyond the vocabulary.
-void check_windows(const Decoder& decoder, const Windows& windows);
-
-/// Tokens that go through a block in one call: enough for full-speed products, few enough for small
-/// intermediates. Shorter windows are batched; a fixed number, because the shape of a product decides how it
-/// is rounded.
-inline constexpr int64_t kTokensPerPass = 2048;
-inline int64_t windows_per_pass(int64_t seqlen) { return std::max<int64_t>(1, kTokensPerPass / seqlen); }
-
-/// Token ids (windows, seqlen), int32.
-at::Tensor ids_of(std::span<const std::vector<int32_t>> windows);
 
 /// How many windows stay within the bound; a multiple of what goes through a block in one call.
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options);

@@ -1,25 +1,13 @@
 #pragma once
-// Which code each linear gets: pure functions from a few numbers per block or linear.
+// Which scheme each linear gets: pure functions from a few numbers per block or linear.
 
-#include <compare>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "stbllm/base/nm_pattern.h"
 
 namespace stbllm {
-
-/// What decides the bits of a weight's group codes.
-struct Code {
-  NmPattern nm;
-  int levels = 1;
-
-  auto operator<=>(const Code&) const = default;
-  /// "3:8", with several levels "2:4x3".
-  std::string str() const;
-};
 
 /// `norm` (STBLLM eq. for layer-wise N:M): ratio_i = a_i + (1 - a_i) R with a_i = w_i / sum w, R = N/M,
 /// rounded to N of M. weight_norms: L2 norm of all weights of each block.
@@ -30,13 +18,13 @@ std::vector<NmPattern> allocate_by_norm(NmPattern target, const std::vector<doub
 /// S_j above 6x the block's mean score.
 std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<double>& outlier_shares);
 
-/// What a linear would take and do with one of the codes.
+/// What a linear would take and do with one of the schemes.
 struct Offer {
   int64_t bytes = 0;
   double error = 0;  ///< comparable between linears
 };
 
-/// Throws Error(kUsage) where `least` bytes, those of the smallest codes, are more than `budget`.
+/// Throws Error(kUsage) where `least` bytes, those of the smallest schemes, are more than `budget`.
 void check_affordable(int64_t least, int64_t budget);
 
 /// `budget`: one of offers[i] for each linear i, such that the errors add up to little and the bytes to no
@@ -44,8 +32,5 @@ void check_affordable(int64_t least, int64_t budget);
 /// the step that saves the most error per byte and still fits: at every budget that is the end of a step the
 /// best choice there is. Throws as check_affordable() does.
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget);
-
-/// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".
-std::string describe(const std::vector<Code>& codes);
 
 }  // namespace stbllm

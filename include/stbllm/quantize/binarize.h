@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "stbllm/quantize/recipe.h"
+#include "stbllm/quantize/method.h"
 
 namespace stbllm {
 

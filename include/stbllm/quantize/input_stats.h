@@ -4,21 +4,15 @@
 #include <ATen/ATen.h>
 
 #include <functional>
-#include <memory>
 
 namespace stbllm {
 
-struct CodeMetric;
-
 /// Statistics of the inputs of one tap, shared by all linears that read it.
 struct InputStats {
-  at::Tensor hessian;  ///< (cols, cols) float32, not damped
-  at::Tensor
-      holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there are none
-  int64_t tokens = 0;   ///< T behind `hessian`
-  /// What quantize_linear made of `hessian` for the last linear; the next one of the tap mostly wants the
-  /// same.
-  mutable std::shared_ptr<const CodeMetric> metric = nullptr;
+  at::Tensor hessian;          ///< (cols, cols) float32, not damped
+  at::Tensor holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there
+                               ///< are none
+  int64_t tokens = 0;          ///< T behind `hessian`
 
   /// S_j^2 = sum_t x_tj^2, (cols).
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }

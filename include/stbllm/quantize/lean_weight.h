@@ -13,8 +13,9 @@
 #include <vector>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/nm_pattern.h"
 #include "stbllm/quantize/group_search.h"
-#include "stbllm/quantize/recipe.h"
+#include "stbllm/quantize/method.h"
 
 namespace stbllm {
 

@@ -3,7 +3,8 @@
 
 #include <ATen/ATen.h>
 
-#include "stbllm/quantize/recipe.h"
+#include "stbllm/base/nm_pattern.h"
+#include "stbllm/quantize/method.h"
 
 namespace stbllm {
 

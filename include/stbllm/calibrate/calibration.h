@@ -1,0 +1,36 @@
+#pragma once
+// The text that a run calibrates on, as windows of token ids.
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/processes/process_group.h"
+#include "stbllm/text/windows.h"
+
+namespace stbllm {
+
+struct Calibration {
+  Windows windows;            ///< equally long
+  int64_t distill_only = 0;   ///< the first so many are seen by distillation only
+  int64_t holdout = 0;        ///< the last so many are kept out of H and of training
+  nlohmann::json provenance;  ///< corpus, sha256, counts, seed: stored in the packed file and in the
+                              ///< fingerprint of a run
+
+  int64_t seqlen() const { return std::ssize(windows.front()); }
+  /// Windows behind H.
+  int64_t training() const { return std::ssize(windows) - distill_only - holdout; }
+};
+
+/// Random windows of a corpus for a checkpoint's tokenizer, which do not overlap while the text lasts. Throws
+/// Error(kTooLittleText). A share of 1/8 of the `samples` windows (none when there are fewer than 8) is held
+/// out to report errors and to judge training. `distill_samples` more are for distillation only.
+Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples,
+                             int64_t distill_samples, int64_t seqlen, uint64_t seed);
+
+/// The windows of one process: its share of those that make H and of those held out. Throws Error(kUsage)
+/// when there are too few.
+Calibration share_of(const Calibration& calibration, const ProcessGroup& group);
+
+}  // namespace stbllm

@@ -1,0 +1,52 @@
+#pragma once
+// What a quantization is asked for beside the recipe and the text.
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+
+#include "stbllm/model/model_spec.h"
+#include "stbllm/processes/process_group.h"
+#include "stbllm/recipe/recipe.h"
+
+namespace stbllm {
+
+struct QuantizeOptions {
+  /// The packed file; with `dense_output` a HuggingFace directory of dequantized weights.
+  std::filesystem::path output;
+  bool dense_output = false;
+  bool force = false;   ///< overwrite `output`, discard an unfinished run
+  bool resume = false;  ///< continue the unfinished run beside `output`
+  int64_t blocks = -1;  ///< quantize only so many blocks, the others stay dense; below 0: all
+  /// "cuda": forward passes, Hessians and what quantize_linear() does there run on the current device.
+  std::string device = "cpu";
+  bool compare_blocks = false;  ///< run the dense model beside, for QuantizeResult::blocks
+  int64_t max_memory = 0;       ///< bytes; hidden states go to a file where more would be needed. 0: no limit
+
+  int64_t quantized_blocks(const ModelSpec& spec) const {
+    return blocks < 0 ? spec.layers : std::min(blocks, spec.layers);
+  }
+};
+
+/// What the hidden states of calibration windows are kept in between blocks. Blocks compute in float32; a
+/// rounding of 2^-9 is far below what one quantized block adds.
+inline constexpr at::ScalarType kHiddenDtype = at::kBFloat16;
+
+/// Whether the dense model's hidden states go along beside the quantized one's.
+inline bool needs_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
+  return recipe.training.any() || options.compare_blocks;
+}
+
+/// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is
+/// impossible.
+at::Device calibration_device(const QuantizeOptions& options);
+
+/// Refuses what can be refused before `checkpoint`, a directory, is read: Error(kUnsupported | kUsage |
+/// kExists).
+void check_request(const std::filesystem::path& checkpoint, const Recipe& recipe,
+                   const QuantizeOptions& options, const ProcessGroup& group);
+
+}  // namespace stbllm

@@ -1,0 +1,57 @@
+#include "stbllm/model/load_model.h"
+
+#include <filesystem>
+
+#include "stbllm/backend/backend.h"
+#include "stbllm/base/error.h"
+#include "stbllm/base/log.h"
+#include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/model/torch_cuda.h"
+#include "stbllm/pack/packed_file.h"
+
+namespace stbllm {
+namespace {
+
+/// As find_backend; one on CUDA needs libtorch's half too, for all that is not a packed product.
+const Backend& choose_backend(const std::string& name) {
+  if (name == "auto") log::debug("{}", describe_auto_backend());
+  const Backend& chosen = find_backend(name);
+  if (!chosen.on_cuda() || torch_cuda_fault().empty()) return chosen;
+  if (name != "auto" || !backend_of_environment().empty())
+    fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'",
+         torch_cuda_fault());
+  log::warn("a CUDA device is present, but {}; the model runs on the CPU", torch_cuda_fault());
+  return find_backend("cpu");
+}
+
+}  // namespace
+
+LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
+                       bool keep_blocks) {
+  if (dtype != "float32" && dtype != "bfloat16")
+    fail(ErrorCode::kUsage, "dtype '{}' of activations is not known; expected float32 or bfloat16", dtype);
+  const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  if (!std::filesystem::exists(path))
+    fail(ErrorCode::kNotFound,
+         "{}: no such file or directory; expected a packed .safetensors file or a checkpoint directory",
+         path);
+  const Backend& chosen = choose_backend(backend);
+  const at::Device device = chosen.on_cuda() ? at::kCUDA : at::kCPU;
+  if (std::filesystem::is_directory(path)) {
+    const Checkpoint checkpoint = Checkpoint::open(path);
+    DecoderOptions options;
+    options.dtype = type;
+    options.device = device;
+    options.keep_blocks = keep_blocks;
+    return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path),
+            chosen.on_cuda() ? "dense on cuda" : "dense", ""};
+  }
+  const PackedReader reader = PackedReader::open(path);
+  const nlohmann::json calibration = reader.remark("calibration");
+  const auto sha256 = calibration.is_object() ? calibration.find("sha256") : calibration.end();
+  return {Decoder::from_packed(reader, chosen, type),
+          Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
+          sha256 != calibration.end() && sha256->is_string() ? sha256->get<std::string>() : ""};
+}
+
+}  // namespace stbllm

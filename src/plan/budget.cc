@@ -1,0 +1,183 @@
+#include "stbllm/plan/budget.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+
+#include "stbllm/base/bits.h"
+#include "stbllm/base/interrupt.h"
+#include "stbllm/base/log.h"
+#include "stbllm/calibrate/compare_streams.h"
+#include "stbllm/calibrate/pack_weight.h"
+#include "stbllm/calibrate/tap_stats.h"
+#include "stbllm/plan/allocate.h"
+
+namespace stbllm {
+namespace {
+
+/// What the budget chooses from: 0.5, 0.75, 0.875, 1.125, 1.375, 2 and 2.5 bits of codes per weight. They lie
+/// on the lower hull of bits and squared error on normal weights; 2:4 with three levels, say, errs over 1.3
+/// times as much as 3:4 with two.
+constexpr std::array<Scheme, 7> kSchemes = {{{.nm = {1, 8}, .levels = 1},
+                                             {.nm = {1, 4}, .levels = 1},
+                                             {.nm = {2, 8}, .levels = 1},
+                                             {.nm = {3, 8}, .levels = 1},
+                                             {.nm = {5, 8}, .levels = 1},
+                                             {.nm = {3, 4}, .levels = 2},
+                                             {.nm = {3, 4}, .levels = 3}}};
+/// The one whose block error is measured: in the middle.
+constexpr size_t kMeasuredScheme = 3;
+/// Tokens behind the plan's H; a quarter as many held-out ones judge.
+constexpr int64_t kPlanTokens = 8192;
+
+/// The windows that the plan looks at, of training and then of those held out, and how many the latter are.
+std::pair<Windows, int64_t> plan_windows(const Calibration& calibration) {
+  const Windows& all = calibration.windows;
+  const int64_t seqlen = calibration.seqlen();
+  const int64_t holdout = std::min(calibration.holdout, ceil_div(kPlanTokens / 4, seqlen));
+  const auto first = all.begin() + calibration.distill_only, first_held_out = all.end() - calibration.holdout;
+  Windows windows(first, first + std::min(calibration.training(), ceil_div(kPlanTokens, seqlen)));
+  windows.insert(windows.end(), first_held_out, first_held_out + holdout);
+  return {windows, holdout};
+}
+
+/// What a linear is offered, in the order of kSchemes, and how many of its columns are outliers.
+struct Offers {
+  std::vector<Offer> schemes;
+  int outliers = 0;
+};
+
+void broadcast(Offers& offers, const ProcessGroup& group, int root) {
+  nlohmann::json facts = {{"outliers", offers.outliers}, {"schemes", nlohmann::json::array()}};
+  for (const Offer& offer : offers.schemes) facts["schemes"].push_back({offer.bytes, offer.error});
+  group.broadcast(facts, root);
+  offers = {.schemes = {}, .outliers = facts.at("outliers")};
+  for (const auto& [bytes, error] : facts.at("schemes").get<std::vector<std::pair<int64_t, double>>>())
+    offers.schemes.push_back({bytes, error});
+}
+
+/// A block of the dense model with what its trials need.
+struct Trial {
+  DecoderBlock& block;
+  const HiddenStream inputs;  // of the windows that judge
+  at::Tensor outputs;         // of the dense block, on these
+  std::array<InputStats, kTapCount> stats;
+  std::array<LeanMetrics, kTapCount> metrics;
+
+  /// The error of the block's outputs with one linear replaced.
+  double error_with(const LinearSpec& linear, const BinarizedWeight& replacement) {
+    const auto& dense = block.dense(linear.role);
+    const at::Tensor weight = dense.weight(), bias = dense.bias();
+    const at::ScalarType products = dense.product_dtype();
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(replacement.to_dense().to(weight.device()),
+                                                                bias, products));
+    const double error = relative_hidden_error(inputs.outputs(block), outputs);
+    block.set_linear(linear.role, std::make_unique<DenseLinear>(weight, bias, products));
+    return error;
+  }
+
+  Offers offers_for(const LinearSpec& linear, const Method& method) {
+    const at::Tensor weight = block.dense(linear.role).weight();
+    const auto tap = static_cast<size_t>(linear.tap);
+    Offers offers;
+    double unit = 0;  // error of the block's outputs per relative error of the linear's
+    for (size_t s = 0; s < kSchemes.size(); ++s) {
+      LinearReport report;
+      const BinarizedWeight binarized =
+          quantize_linear(weight, stats[tap], method, {.scheme = kSchemes[s]}, &report, &metrics[tap]);
+      check_outputs(report, linear.name);
+      const double error = report.holdout_error < 0 ? report.output_error : report.holdout_error;
+      offers.schemes.push_back({.bytes = layout_bytes(layout_of(binarized)), .error = error});
+      if (s != kMeasuredScheme) continue;
+      offers.outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
+      constexpr double kSmallestError = 1e-12;  // of a linear that is represented exactly
+      unit = error_with(linear, binarized) / std::max(error, kSmallestError);
+    }
+    for (Offer& offer : offers.schemes) offer.error *= unit;
+    return offers;
+  }
+};
+
+/// Takes `stream` through the dense block.
+Trial try_block(DecoderBlock& block, HiddenStream& stream, bool token_weights) {
+  const int64_t judging = stream.holdout() > 0 ? stream.holdout() : stream.windows();  // the last so many
+  HiddenStream inputs = stream.last(judging);
+  TapStats taps(block.linears(), token_weights);
+  stream.advance(block, taps.observer());
+  return {.block = block,
+          .inputs = std::move(inputs),
+          .outputs = stream.states().narrow(0, stream.windows() - judging, judging),
+          .stats = taps.finish(),
+          .metrics = {}};
+}
+
+}  // namespace
+
+LeanMethod trial_method(const Method& method) {
+  LeanMethod trial = std::get<LeanMethod>(method);
+  trial.refit = trial.descend = 0;
+  return trial;
+}
+
+Plan plan_by_budget(const PlanRequest& request) {
+  const ModelSpec& spec = request.decoder.spec();
+  const LeanMethod method = trial_method(request.recipe.method);
+  const auto [windows, holdout] = plan_windows(request.calibration);
+  HiddenStream stream(request.decoder, ids_of(windows), {.dtype = at::kFloat, .holdout = holdout});
+  Plan plan = uniform_plan(spec, kSchemes.front());
+  std::vector<std::string> names;
+  std::vector<std::vector<Offer>> offers;
+  log::Progress progress("plan: block", request.blocks);
+  for (int64_t i = 0; i < request.blocks; ++i) {
+    const auto block = request.decoder.block(i);
+    Trial trial = try_block(*block, stream, method.token_weights);
+    const std::vector<LinearSpec> linears = block->linears();
+    const std::vector<int> owners = divide(linears, request.group.size());
+    std::vector<Offers> own(linears.size());
+    for (size_t l = 0; l < linears.size(); ++l) {
+      if (owners[l] != request.group.rank()) continue;
+      check_interrupt();
+      own[l] = trial.offers_for(linears[l], method);
+    }
+    for (size_t l = 0; l < linears.size(); ++l) {
+      broadcast(own[l], request.group, owners[l]);
+      // Behind quantized blocks more columns might pass for outliers, and exceed the budget.
+      plan.at(linears[l].name).outlier_limit = own[l].outliers;
+      names.push_back(linears[l].name);
+      offers.push_back(std::move(own[l].schemes));
+    }
+    progress.update(i + 1);
+  }
+  const auto& budget = std::get<BudgetAllocation>(request.recipe.model.allocation);
+  const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, budget, request.blocks));
+  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]).scheme = kSchemes[choice[i]];
+  return plan;
+}
+
+int64_t budget_bytes(const ModelSpec& spec, const BudgetAllocation& budget, int64_t blocks) {
+  const auto weights = static_cast<double>(spec.linear_weights() / spec.layers * blocks);
+  return static_cast<int64_t>(budget.target_bpw / 8 * weights);
+}
+
+void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
+  const auto* budget = std::get_if<BudgetAllocation>(&recipe.model.allocation);
+  if (budget == nullptr) return;
+  int64_t least = 0;
+  for (const LinearSpec& linear : spec.linears(0))
+    least += layout_bytes({.rows = linear.rows,
+                           .cols = linear.cols,
+                           .nm = kSchemes.front().nm,
+                           .levels = kSchemes.front().levels,
+                           .column_block = column_block(recipe.method),
+                           .scale_bits = scale_bits(recipe.method)});
+  check_affordable(blocks * least, budget_bytes(spec, *budget, blocks));
+}
+
+BudgetWork budget_work(const ModelSpec& spec) {
+  const auto linears = std::ssize(spec.linears(0));
+  return {.schemes_per_linear = std::ssize(kSchemes),
+          .tokens_per_block = kPlanTokens + (1 + linears) * kPlanTokens / 4};
+}
+
+}  // namespace stbllm

@@ -1,0 +1,241 @@
+#include "stbllm/run/estimate.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+#include "stbllm/base/clock.h"
+#include "stbllm/base/error.h"
+#include "stbllm/calibrate/quantize_block.h"
+#include "stbllm/calibrate/tap_stats.h"
+#include "stbllm/model/decoder.h"
+#include "stbllm/model/hidden_stream.h"
+#include "stbllm/pack/quantized_rows.h"
+#include "stbllm/pack/structured_binary_matrix.h"
+#include "stbllm/plan/budget.h"
+#include "stbllm/run/memory.h"
+#include "stbllm/run/tables.h"
+#include "stbllm/text/tokenizer.h"
+
+namespace stbllm {
+namespace {
+
+/// Windows that the measured forward pass sees: the first call of a product is slow, more are not needed.
+constexpr int64_t kMeasuredWindows = 2;
+
+/// Names, shapes, checksums and results in the header of a packed file: for a linear with all its planes, for
+/// another tensor, and for all else beside configuration and tokenizer.
+constexpr int64_t kHeaderBytesPerLinear = 1600, kHeaderBytesPerTensor = 250, kHeaderBytes = 2048;
+
+/// Per window and per weight, measured on SmolLM2-135M: a tuned epoch takes so many forward passes of its
+/// block, a distilled one so many of the model.
+constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 4.7;
+
+double seconds_of(const std::function<void()>& work) {
+  const double started = seconds_now();
+  work();
+  return seconds_now() - started;
+}
+
+int64_t tensor_bytes(const Checkpoint& checkpoint, const TensorSpec& tensor, RowCoding coding) {
+  const int64_t rows = tensor.shape[0], cols = tensor.shape.size() > 1 ? tensor.shape[1] : 1;
+  if (coding == RowCoding::kFloat16) return 2 * rows * cols;
+  if (integer_bits(coding) > 0) {
+    const QuantizedRows::Layout layout{rows, cols, integer_bits(coding)};
+    return rows * (layout.code_row_bytes() + 2 * layout.column_blocks());
+  }
+  const auto bytes = static_cast<int64_t>(checkpoint.load(tensor.name, tensor.shape).nbytes());
+  checkpoint.release(tensor.name);
+  return bytes;
+}
+
+/// Of everything but the linears' weights, as `policy` stores it. Tables that lose bits are float32 in a
+/// dense checkpoint, norms and biases where they are `trained`.
+int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, const ModelPolicy& policy,
+                           bool trained, bool dense_output) {
+  int64_t bytes = 0;
+  for (const TensorSpec& tensor : spec.other_tensors()) {
+    const RowCoding coding = row_coding(spec, policy, tensor);
+    if ((dense_output && coding != RowCoding::kKeep) || (trained && tensor.shape.size() == 1))
+      bytes += 4 * std::accumulate(tensor.shape.begin(), tensor.shape.end(), int64_t{1}, std::multiplies<>());
+    else
+      bytes += tensor_bytes(checkpoint, tensor, coding);
+  }
+  return bytes;
+}
+
+/// Measures on block 0 and extrapolates.
+class Estimator {
+ public:
+  Estimator(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+            const QuantizeOptions& options, const Decoder& decoder)
+      : checkpoint_(checkpoint),
+        calibration_(calibration),
+        recipe_(recipe),
+        options_(options),
+        spec_(decoder.spec()),
+        blocks_(options.quantized_blocks(spec_)),
+        linears_(spec_.linears(0)),
+        widest_(*std::ranges::max_element(linears_, {}, &LinearSpec::cols)),
+        windows_(std::min(kMeasuredWindows, std::ssize(calibration.windows))) {
+    measure(decoder);
+  }
+
+  Estimate estimate() const {
+    Estimate result;
+    if (!options_.dense_output) result.linear_bytes = packed_linear_bytes();
+    result.dense_bytes =
+        dense_linear_bytes() +
+        other_tensor_bytes(checkpoint_, spec_, recipe_.model, recipe_.training.any(), options_.dense_output);
+    result.exact = options_.dense_output || bytes_follow_from_layouts();
+    result.seconds = seconds();
+    return result;
+  }
+
+ private:
+  void measure(const Decoder& decoder) {
+    const auto block = decoder.block(0);
+    const HiddenStream stream(decoder, ids_of(std::span(calibration_.windows).first(windows_)), {});
+    measured_tokens_ = stream.tokens();
+    TapStats taps(linears_, token_weights(recipe_.method));
+    statistics_seconds_ = seconds_of([&] { stream.observe(*block, taps.observer()); });
+    forward_seconds_ =
+        seconds_of([&] { stream.outputs(*block).sum().item<float>(); });  // a device is done then
+    InputStats stats = taps.finish()[static_cast<size_t>(widest_.tap)];
+    if (calibration_.holdout > 0) stats.holdout_hessian = stats.hessian;  // held-out errors cost time too
+    const at::Tensor original = block->dense(widest_.role).weight();
+    const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
+    const LinearPlan plan{.scheme = pattern != nullptr ? pattern->scheme : kUsualScheme};
+    LinearReport report;
+    const BinarizedWeight weight = quantize_linear(original, stats, recipe_.method, plan, &report);
+    linear_seconds_ = report.seconds;
+    salient_share_ = weight.salient_share();
+    outliers_ = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
+    if (pattern == nullptr)
+      trial_seconds_ =
+          seconds_of([&] { quantize_linear(original, stats, trial_method(recipe_.method), plan); });
+  }
+
+  int64_t packed_linear_bytes() const {
+    const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
+    if (pattern == nullptr)
+      return budget_bytes(spec_, std::get<BudgetAllocation>(recipe_.model.allocation), blocks_);
+    int64_t bytes = 0;
+    for (const LinearSpec& linear : linears_)
+      bytes += layout_bytes({.rows = linear.rows,
+                             .cols = linear.cols,
+                             .nm = pattern->scheme.nm,
+                             .levels = pattern->scheme.levels,
+                             .column_block = column_block(recipe_.method),
+                             .scale_bits = scale_bits(recipe_.method),
+                             .salient = std::llround(salient_share_ * static_cast<double>(linear.cols)),
+                             .outliers = std::min(outliers_, linear.cols)});
+    return blocks_ * bytes;
+  }
+
+  /// Of linears that stay dense, or that become dense again.
+  int64_t dense_linear_bytes() const {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < spec_.layers; ++i)
+      for (const LinearSpec& linear : spec_.linears(i)) {
+        if (i >= blocks_)
+          bytes += tensor_bytes(checkpoint_, linear.weight(), RowCoding::kKeep);
+        else if (options_.dense_output)
+          bytes += 4 * linear.rows * linear.cols;
+      }
+    return bytes;
+  }
+
+  bool bytes_follow_from_layouts() const {
+    const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
+    if (pattern == nullptr || pattern->vary != PatternAllocation::Vary::kNot) return false;
+    const auto* lean = std::get_if<LeanMethod>(&recipe_.method);
+    return lean != nullptr ? !lean->outliers : std::get<RegionMethod>(recipe_.method).max_salient == 0;
+  }
+
+  double seconds() const {
+    const auto& [tune, distill] = recipe_.training;
+    // In units of the measured windows.
+    const double all = static_cast<double>(calibration_.windows.size()) / static_cast<double>(windows_);
+    const double calibrating =
+        all - static_cast<double>(calibration_.distill_only) / static_cast<double>(windows_);
+    const auto layers = static_cast<double>(spec_.layers), own = static_cast<double>(blocks_);
+    double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
+    if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
+    if (distill) passes += all * layers * kPassesPerDistilledEpoch * distill->epochs;
+    // In units of the measured linear.
+    const double model =
+        static_cast<double>(spec_.linear_weights()) / static_cast<double>(widest_.rows * widest_.cols);
+    double seconds = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
+                     linear_seconds_ * model * own / layers;
+    if (std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
+      const auto [schemes, tokens] = budget_work(spec_);
+      seconds +=
+          static_cast<double>(schemes) * trial_seconds_ * model +
+          layers * forward_seconds_ * static_cast<double>(tokens) / static_cast<double>(measured_tokens_);
+    }
+    return seconds;
+  }
+
+  /// What most linears of a plan by budget get.
+  static constexpr Scheme kUsualScheme{.nm = {3, 8}, .levels = 1};
+
+  const Checkpoint& checkpoint_;
+  const Calibration& calibration_;
+  const Recipe& recipe_;
+  const QuantizeOptions& options_;
+  const ModelSpec& spec_;
+  const int64_t blocks_;
+  const std::vector<LinearSpec> linears_;
+  const LinearSpec& widest_;
+  const int64_t windows_;
+  int64_t measured_tokens_ = 0, outliers_ = 0;
+  double statistics_seconds_ = 0, forward_seconds_ = 0, linear_seconds_ = 0, trial_seconds_ = 0;
+  double salient_share_ = 0;
+};
+
+}  // namespace
+
+double bits_for_file(const Checkpoint& checkpoint, const ModelPolicy& policy, int64_t file_bytes) {
+  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+  const auto as_metadata = [](const std::string& text) {
+    return static_cast<int64_t>(nlohmann::json(text).dump().size());
+  };
+  const int64_t linears = spec.layers * std::ssize(spec.linears(0));
+  const int64_t header = as_metadata(checkpoint.config().dump()) +
+                         as_metadata(Tokenizer::load(checkpoint.directory())->serialize()) +
+                         kHeaderBytesPerLinear * linears +
+                         kHeaderBytesPerTensor * std::ssize(spec.other_tensors()) + kHeaderBytes;
+  const int64_t left = file_bytes - header -
+                       other_tensor_bytes(checkpoint, spec, policy, /*trained=*/false,
+                                          /*dense_output=*/false);
+  if (left <= 0)
+    fail(ErrorCode::kUsage,
+         "--target-size {}: embedding, norms, tokenizer and header alone take {} bytes; raise it, or store "
+         "the "
+         "embedding in fewer bits",
+         file_bytes, file_bytes - left);
+  return 8.0 * static_cast<double>(left) / static_cast<double>(spec.linear_weights());
+}
+
+Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& calibration,
+                               const Recipe& recipe, const QuantizeOptions& options) {
+  const at::NoGradGuard no_grad;
+  recipe.validate();
+  const at::Device device = calibration_device(options);
+  const int64_t peak =
+      plan_memory(ModelSpec::from_checkpoint(checkpoint), calibration, recipe, options).peak_bytes;
+  const Decoder decoder =
+      Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
+  check_windows(decoder.spec(), calibration.windows);
+  check_budget(decoder.spec(), recipe, options.quantized_blocks(decoder.spec()));
+  Estimate estimate = Estimator(checkpoint, calibration, recipe, options, decoder).estimate();
+  estimate.peak_memory_bytes = peak;
+  return estimate;
+}
+
+}  // namespace stbllm

@@ -1,0 +1,77 @@
+#include "stbllm/run/options.h"
+
+#include <ATen/Context.h>
+
+#include "stbllm/base/error.h"
+#include "stbllm/model/torch_cuda.h"
+
+namespace stbllm {
+
+namespace fs = std::filesystem;
+
+at::Device calibration_device(const QuantizeOptions& options) {
+  if (options.device == "cpu") return at::kCPU;
+  if (options.device != "cuda") fail(ErrorCode::kUsage, "device '{}': expected cpu or cuda", options.device);
+  if (const std::string fault = torch_cuda_fault(); !fault.empty())
+    fail(ErrorCode::kUnsupported, "device 'cuda' cannot calibrate here: {}; or use 'cpu'", fault);
+  const int index = local_rank(), count = static_cast<int>(at::getNumGPUs());
+  if (index >= count)
+    fail(ErrorCode::kUsage, "LOCAL_RANK={}: this machine has {} CUDA devices; start one process for each",
+         index, count);
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(index)};
+}
+
+namespace {
+
+/// Throws where a part of the recipe cannot run as it is asked for.
+void check_recipe(const Recipe& recipe, const QuantizeOptions& options, const ProcessGroup& group) {
+  recipe.validate();
+  if (!has_packed_form(recipe.method) && !options.dense_output)
+    fail(ErrorCode::kUnsupported,
+         "recipe '{}' does not give N:M sparse weights and has no packed form; write a dense checkpoint with "
+         "--dense",
+         recipe.name);
+  if (!recipe.training.any()) return;
+  if (group.size() > 1)
+    fail(ErrorCode::kUnsupported,
+         "recipe '{}' tunes or distils, which works in one process only, and WORLD_SIZE is {}; start one, or "
+         "set training.tune and training.distill to null",
+         recipe.name, group.size());
+  if (calibration_device(options).is_cuda())
+    fail(ErrorCode::kUnsupported,
+         "recipe '{}' tunes or distils, which works on the CPU only; leave out --device cuda, or set "
+         "training.tune and training.distill to null",
+         recipe.name);
+}
+
+/// Throws where the output cannot or may not be written.
+void check_output(const fs::path& checkpoint, const QuantizeOptions& options) {
+  std::error_code ignored;
+  if (!fs::exists(fs::symlink_status(options.output, ignored))) return;
+  const fs::path directory =
+      options.dense_output ? options.output : fs::absolute(options.output).parent_path();
+  if (fs::equivalent(directory, checkpoint, ignored))
+    fail(ErrorCode::kUsage, "{}: this would overwrite a part of the checkpoint itself; choose another path",
+         options.output.string());
+  if (fs::is_directory(options.output) != options.dense_output)
+    fail(ErrorCode::kUsage, "{}: a {} is there, and {}; choose another path", options.output.string(),
+         options.dense_output ? "file" : "directory",
+         options.dense_output ? "--dense writes a directory" : "the packed model is one file");
+  if (!options.force)
+    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
+         options.output.string());
+}
+
+}  // namespace
+
+void check_request(const fs::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options,
+                   const ProcessGroup& group) {
+  check_recipe(recipe, options, group);
+  calibration_device(options);
+  if (!options.output.has_filename())
+    fail(ErrorCode::kUsage, "{}: the output is a file; write its name behind the directory",
+         options.output.string());
+  if (group.rank() == 0) check_output(checkpoint, options);
+}
+
+}  // namespace stbllm

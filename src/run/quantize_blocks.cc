@@ -1,0 +1,126 @@
+// The third stage. It reads the plan, takes the streams through all blocks and leaves results of linears and
+// blocks; the quantized stream is used up. The work directory keeps every finished block.
+
+#include "stages.h"
+#include "stbllm/base/interrupt.h"
+#include "stbllm/base/log.h"
+#include "stbllm/base/profile.h"
+#include "stbllm/calibrate/compare_streams.h"
+#include "stbllm/calibrate/quantize_block.h"
+#include "stbllm/train/tune.h"
+
+namespace stbllm {
+namespace {
+
+/// Operations of one block's linears over `tokens` tokens.
+double block_flops(const ModelSpec& spec, int64_t tokens) {
+  return 2.0 * static_cast<double>(spec.linear_weights() / spec.layers) * static_cast<double>(tokens);
+}
+
+double nominal_bits(const std::vector<LinearResult>& linears) {
+  double bits = 0, weights = 0;
+  for (const LinearResult& linear : linears) {
+    const double count = static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
+    bits += count * linear.scheme.nm.density() * (1 + linear.salient_share);
+    weights += count;
+  }
+  return bits / weights;
+}
+
+class BlockLoop {
+ public:
+  explicit BlockLoop(Run& run)
+      : run_(run), progress_("quantize: linear", run.blocks() * std::ssize(run.spec().linears(0))) {}
+
+  void run() {
+    // Distillation needs what leaves the dense model's last block, however few blocks are quantized.
+    const int64_t blocks = run_.recipe().training.distill ? run_.spec().layers : run_.blocks();
+    for (int64_t i = 0; i < blocks; ++i) {
+      const std::shared_ptr<DecoderBlock> block = load(i);
+      if (run_.dense) {
+        const StageTimer timer("dense pass", block_flops(run_.spec(), run_.dense->tokens()));
+        run_.dense->advance(*block);
+      }
+      if (i >= run_.blocks()) continue;
+      const QuantizedBlock quantized = finish(*block, i);
+      run_.result.linears.insert(run_.result.linears.end(), quantized.results.begin(),
+                                 quantized.results.end());
+      progress_.update(std::ssize(run_.result.linears));
+      if (i + 1 == run_.blocks() && !run_.dense) continue;  // nobody looks at the outputs
+      {
+        const StageTimer timer("outputs", block_flops(run_.spec(), run_.quantized->tokens()));
+        run_.quantized->advance(*block);
+      }
+      if (run_.dense) compare(quantized);
+    }
+  }
+
+ private:
+  std::shared_ptr<DecoderBlock> load(int64_t index) const {
+    const StageTimer timer("load");
+    return run_.decoder.block(index);
+  }
+
+  /// The quantized block, which is then in place in `block`: that of an earlier run, or a new one.
+  QuantizedBlock finish(DecoderBlock& block, int64_t index) {
+    const ProcessGroup& group = run_.request.group;
+    std::optional<QuantizedBlock> kept;
+    if (run_.work) kept = run_.work->load(index);
+    if (group.all_reduce(kept ? 1.0 : 0.0) > 0) {  // process 0 knows
+      if (!kept) kept.emplace();
+      exchange(*kept, block.linears(), std::vector<int>(block.linears().size(), 0), group);
+      install(*kept, block, run_.spec());
+      return std::move(*kept);
+    }
+    QuantizedBlock quantized = quantize(block, index);
+    if (run_.recipe().training.tune) tune(block, quantized, index);
+    if (run_.work) run_.work->save(index, quantized);
+    return quantized;
+  }
+
+  QuantizedBlock quantize(DecoderBlock& block, int64_t index) {
+    int64_t done = std::ssize(run_.result.linears);
+    const auto on_linear = [&](const LinearResult& linear) {
+      const LinearReport& report = linear.report;
+      progress_.update(++done, fmt::format("block {}  error {:.4f}", index, report.output_error));
+      check_interrupt();
+      log::debug("{}: {} error {:.5f} held out {:.5f} shrink {:.2f} damping {:g} ({} retries) {:.2f} s",
+                 linear.name, linear.scheme.str(), report.output_error, report.holdout_error, report.shrink,
+                 report.damping, report.damping_retries, report.seconds);
+    };
+    return quantize_block(block, run_.spec(), *run_.quantized, run_.recipe().method, run_.plan, on_linear,
+                          run_.request.group);
+  }
+
+  /// The targets are the dense model's own hidden states: each block also mends what came before it.
+  void tune(DecoderBlock& block, QuantizedBlock& quantized, int64_t index) {
+    const auto dense_block = run_.decoder.block(index);
+    const StageTimer timer("tune");
+    const TuneReport report = tune_block(*dense_block, run_.spec(), quantized, *run_.quantized, *run_.dense,
+                                         *run_.recipe().training.tune);
+    quantized.tune = report;
+    install(quantized, block, run_.spec());
+    log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed",
+              index, report.loss_before, report.loss_after, report.epochs, 100 * report.changed);
+  }
+
+  void compare(const QuantizedBlock& quantized) {
+    const StageTimer timer("compare");
+    run_.result.blocks.push_back(compare_streams(*run_.quantized, *run_.dense, run_.request.group));
+    run_.result.blocks.back().tune = quantized.tune;
+  }
+
+  Run& run_;
+  log::Progress progress_;
+};
+
+}  // namespace
+
+void quantize_blocks(Run& run) {
+  BlockLoop(run).run();
+  run.quantized.reset();
+  run.result.nominal_bits = nominal_bits(run.result.linears);
+  run.request.group.all_reduce(0.0);  // nobody leaves while another one still waits for a block
+}
+
+}  // namespace stbllm

@@ -1,0 +1,38 @@
+#include <ATen/ATen.h>
+
+#include "stbllm/calibrate/pack_weight.h"
+#include "stbllm/run/assemble.h"
+#include "stbllm/run/tables.h"
+#include "write_model.h"
+
+namespace stbllm {
+namespace {
+
+class PackedModelWriter : public ModelWriter {
+ public:
+  explicit PackedModelWriter(PackedWriter& file) : file_(file) {}
+  void add_linear(const std::string& name, const BinarizedWeight& weight) override {
+    file_.add_linear(name, pack_weight(weight, name));
+  }
+  void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
+    if (integer_bits(coding) > 0) {
+      const std::string matrix = name.substr(0, name.rfind('.'));  // without ".weight", as linears are named
+      file_.add_quantized_rows(matrix, encode_rows(tensor, coding, matrix));
+      return;
+    }
+    const at::Tensor stored = (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf) : tensor).contiguous();
+    file_.add_dense(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
+  }
+
+ private:
+  PackedWriter& file_;
+};
+
+}  // namespace
+
+void write_packed(PackedWriter& file, const Assembly& assembly) {
+  PackedModelWriter writer(file);
+  write_model(writer, assembly);
+}
+
+}  // namespace stbllm
