@@ -2,11 +2,13 @@
 
     python3 scripts/clang_warnings.py clang++-14 build
 
-The flags are those of compile_commands.json. Sources that use libtorch share a precompiled <ATen/ATen.h>: it takes
-most of the time of each of them otherwise. A source that passed is not compiled again before it, a header of ours
-that it includes, its flags or clang change: its list of headers, under BUILD/clang_warnings, is the mark of that.
+The flags are those of compile_commands.json. Sources with the same flags share a precompiled header of the libraries
+that most of them use, which would take most of the time otherwise. A source that passed is not compiled again before
+it, a header of ours that it includes, its flags or clang change: its list of headers, which is kept under
+BUILD/clang_warnings, is the mark of that.
 """
 
+import collections
 import concurrent.futures
 import hashlib
 import json
@@ -22,6 +24,8 @@ WARNINGS = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-fno-caret-diagnost
 # not differ between a precompiled header and those who include it, so that it is left out everywhere.
 DROPPED = {"-fpch-preprocess", "-Winvalid-pch", "-O3", "-O2", "-g", "-fPIC", "-fPIE", "-c"}
 DROPPED_WITH_VALUE = {"-o", "-include"}
+NOT_SHARED = ("-I", "-DSTBLLM", "-Wno-psabi", "-fsyntax-only")
+WORTH_A_HEADER = 3  # sources: making the header takes about as long as one of them without it
 
 
 def flags_of(command):
@@ -73,17 +77,19 @@ class Checker:
         compiler, flags = flags_of(entry["command"])
         return [self.clang, *flags, *WARNINGS, "-idirafter", self.own_headers(compiler)]
 
-    def precompile(self, command, directory):
-        """<ATen/ATen.h> for the flags of `command` that do not belong to one source or library of ours."""
-        options = [word for word in command[1:] if not word.startswith(("-I", "-D", "-Wno-psabi", "-fsyntax-only"))]
-        header = self.marks / f"{name_of(self.version, *options)}.pch"
+    def precompile(self, shared):
+        """A precompiled header for the sources that have the flags `shared` in common."""
+        header = self.marks / f"{name_of(self.version, *shared)}.pch"
         if not header.exists():
+            has = lambda flag: any(word.endswith(flag) for word in shared)
+            names = [name for name, wanted in (("ATen/ATen.h", has("torch/include")),
+                                               ("gmock/gmock.h", has("-DGTEST_HAS_PTHREAD=1")),
+                                               ("fmt/ranges.h", True), ("nlohmann/json.hpp", True)) if wanted]
             source = header.with_suffix(".h")
-            source.write_text("#include <ATen/ATen.h>\n")
-            defines = [word for word in command if word == "-DFMT_HEADER_ONLY"]
+            source.write_text("".join(f"#include <{name}>\n" for name in names))
             unfinished = header.with_suffix(".part")
-            passed, output = run([self.clang, *options, *defines, "-x", "c++-header", str(source), "-o",
-                                  str(unfinished)], directory)
+            passed, output = run([self.clang, *shared, "-fpch-instantiate-templates", "-x", "c++-header", str(source),
+                                  "-o", str(unfinished)], self.marks)
             if not passed:
                 sys.exit(output)
             unfinished.rename(header)
@@ -111,12 +117,16 @@ def main():
     ours = {entry["file"]: entry for entry in entries
             if entry["file"].endswith(".cc") and not pathlib.Path(entry["file"]).is_relative_to(build)}
     checker = Checker(clang, build)
-    commands = {}
-    for file, entry in ours.items():
-        commands[file] = checker.command(entry)
-        if any(word.endswith("torch/include") for word in commands[file]):
-            header = checker.precompile(commands[file], entry["directory"])
-            commands[file] += ["-include-pch", str(header)]
+    commands = {file: checker.command(entry) for file, entry in ours.items()}
+    sharing = collections.defaultdict(list)
+    for file, command in commands.items():
+        # The include directories and definitions of this project say nothing to the libraries' headers.
+        sharing[tuple(word for word in command[1:] if not word.startswith(NOT_SHARED))].append(file)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        worthwhile = [shared for shared, files in sharing.items() if len(files) >= WORTH_A_HEADER]
+        for shared, header in zip(worthwhile, pool.map(checker.precompile, worthwhile)):
+            for file in sharing[shared]:
+                commands[file] += ["-include-pch", str(header)]
     seen = failed = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for passed, output in pool.map(lambda file: checker.check(ours[file], commands[file]), ours):

@@ -12,8 +12,8 @@ namespace {
 
 using nlohmann::json;
 
-/// A config.json with larger numbers is damaged. Below them, products of two sizes do not overflow.
-constexpr int64_t kLargestCount = int64_t{1} << 30, kMostBlocks = 1 << 16;
+/// With more blocks than this a config.json is damaged.
+constexpr int64_t kMostBlocks = 1 << 16;
 
 std::string architecture_class(const json& config) {
   const auto it = config.find("architectures");
