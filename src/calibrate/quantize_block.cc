@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
+#include <utility>
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/profile.h"
@@ -25,12 +27,15 @@ double statistics_flops(const DecoderBlock& block, int64_t tokens) {
   return flops * static_cast<double>(tokens);
 }
 
-std::array<InputStats, kTapCount> observe(const DecoderBlock& block, const HiddenStream& stream,
-                                          bool token_weights, const ProcessGroup& group) {
-  const StageTimer timer("statistics", statistics_flops(block, stream.tokens()));
-  TapStats taps(block.linears(), token_weights);
-  stream.observe(block, taps.observer());
-  return taps.finish(group);
+bool goes_tap_by_tap(const Method& method) {
+  const auto* lean = std::get_if<LeanMethod>(&method);
+  return lean != nullptr && lean->sequential;
+}
+
+/// Whether statistics compare the inputs with the dense model's.
+bool is_asymmetric(const Method& method) {
+  const auto* lean = std::get_if<LeanMethod>(&method);
+  return lean != nullptr && lean->asymmetry > 0;
 }
 
 /// Whether a linear behind the first `done` + 1 reads what linears[done] reads.
@@ -38,6 +43,133 @@ bool read_again(const std::vector<LinearSpec>& linears, size_t done) {
   return std::any_of(linears.begin() + static_cast<int64_t>(done) + 1, linears.end(),
                      [&](const LinearSpec& later) { return later.tap == linears[done].tap; });
 }
+
+/// Takes a stream through a whole block, tap by tap or at once.
+void pass(HiddenStream& stream, const DecoderBlock& block, bool tap_by_tap) {
+  if (!tap_by_tap) return stream.advance(block);
+  for (int tap = 0; tap < kTapCount; ++tap) stream.advance_to_next_tap(block);
+  stream.finish_block(block);
+}
+
+class BlockQuantizer {
+ public:
+  BlockQuantizer(DecoderBlock& block, const BlockStreams& streams, const Method& method, const Plan& plan,
+                 const std::function<void(const LinearResult&)>& on_linear, const ProcessGroup& group)
+      : block_(block),
+        streams_(streams),
+        method_(method),
+        plan_(plan),
+        on_linear_(on_linear),
+        group_(group),
+        linears_(block.linears()),
+        taps_(linears_, token_weights(method)) {}
+
+  QuantizedBlock run() {
+    if (goes_tap_by_tap(method_))
+      run_tap_by_tap();
+    else
+      run_at_once();
+    return std::move(quantized_);
+  }
+
+ private:
+  using Stats = std::array<InputStats, kTapCount>;  // by tap; empty where no linear reads it any more
+
+  void run_at_once() {
+    Stats stats;
+    {
+      const StageTimer timer("statistics", statistics_flops(block_, streams_.quantized.tokens()));
+      streams_.quantized.observe(block_, taps_.observer());
+      stats = taps_.finish(group_);
+    }
+    quantize(linears_, stats);
+    for (const LinearSpec& linear : linears_)
+      install(quantized_.linears.at(linear.name), block_, linear.role);
+    const StageTimer timer("outputs", outputs_flops());
+    pass_block(block_, streams_, method_);
+  }
+
+  void run_tap_by_tap() {
+    const bool asymmetric = is_asymmetric(method_);
+    for (const Tap tap : kTaps) {
+      Stats stats;
+      {
+        const StageTimer timer("statistics",
+                               statistics_flops(block_, streams_.quantized.tokens()) / kTapCount);
+        if (asymmetric) streams_.dense->advance_to_next_tap(*streams_.dense_block);
+        streams_.quantized.advance_to_next_tap(
+            block_, [&](int64_t first, const at::Tensor& x, bool held_out) {
+              const at::Tensor dense =
+                  asymmetric && !held_out ? streams_.dense->read_inputs(first, x.size(0)) : at::Tensor();
+              taps_.add(tap, x, held_out, dense);
+            });
+        stats[static_cast<size_t>(tap)] = taps_.finish(tap, group_);
+      }
+      std::vector<LinearSpec> linears;
+      std::ranges::copy_if(linears_, std::back_inserter(linears),
+                           [&](const auto& l) { return l.tap == tap; });
+      quantize(linears, stats);
+      for (const LinearSpec& linear : linears)
+        install(quantized_.linears.at(linear.name), block_, linear.role);
+    }
+    const StageTimer timer("outputs", outputs_flops() / kTapCount);
+    streams_.quantized.finish_block(block_);
+    if (asymmetric)
+      streams_.dense->finish_block(*streams_.dense_block);
+    else if (streams_.dense != nullptr)
+      streams_.dense->advance(*streams_.dense_block);
+  }
+
+  double outputs_flops() const {
+    double flops = 0;
+    for (const LinearSpec& linear : linears_) flops += 2.0 * static_cast<double>(linear.rows * linear.cols);
+    return flops * static_cast<double>(streams_.quantized.tokens());
+  }
+
+  /// Quantizes some linears, of which every process ends with all; `stats` are used up.
+  void quantize(const std::vector<LinearSpec>& linears, Stats& stats) {
+    std::array<LeanMetrics, kTapCount> metrics;
+    const std::vector<int> owners = divide(linears, group_.size());
+    std::vector<LinearResult> results(linears.size());
+    for (size_t i = 0; i < linears.size(); ++i) {
+      const LinearSpec& linear = linears[i];
+      const auto tap = static_cast<size_t>(linear.tap);
+      if (owners[i] == group_.rank()) {
+        const LinearPlan& own = plan_.at(linear.name);
+        LinearResult& result = results[i] = {.name = linear.name,
+                                             .scheme = own.scheme,
+                                             .rows = linear.rows,
+                                             .cols = linear.cols,
+                                             .salient_share = 0,
+                                             .report = {}};
+        BinarizedWeight weight = quantize_linear(block_.dense(linear.role).weight(), stats[tap], method_, own,
+                                                 &result.report, &metrics[tap]);
+        check_outputs(result.report, linear.name);
+        result.salient_share = weight.salient_share();
+        quantized_.linears.emplace(linear.name, std::move(weight));
+        on_linear_(result);
+      }
+      if (!read_again(linears, i)) {
+        stats[tap] = {};
+        metrics[tap] = {};
+      }
+    }
+    exchange(quantized_.linears, results, linears, owners, group_);
+    for (size_t i = 0; i < linears.size(); ++i)
+      if (owners[i] != group_.rank()) on_linear_(results[i]);
+    std::ranges::move(results, std::back_inserter(quantized_.results));
+  }
+
+  DecoderBlock& block_;
+  const BlockStreams& streams_;
+  const Method& method_;
+  const Plan& plan_;
+  const std::function<void(const LinearResult&)>& on_linear_;
+  const ProcessGroup& group_;
+  const std::vector<LinearSpec> linears_;
+  TapStats taps_;
+  QuantizedBlock quantized_;
+};
 
 }  // namespace
 
@@ -48,46 +180,15 @@ void check_outputs(const LinearReport& report, const std::string& linear) {
          linear);
 }
 
-QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const HiddenStream& stream,
-                              const Method& method, const Plan& plan,
-                              const std::function<void(const LinearResult&)>& on_linear,
+QuantizedBlock quantize_block(DecoderBlock& block, const BlockStreams& streams, const Method& method,
+                              const Plan& plan, const std::function<void(const LinearResult&)>& on_linear,
                               const ProcessGroup& group) {
-  const std::vector<LinearSpec> linears = block.linears();
-  std::array<InputStats, kTapCount> stats = observe(block, stream, token_weights(method), group);
-  std::array<LeanMetrics, kTapCount> metrics;
-  const std::vector<int> owners = divide(linears, group.size());
-  QuantizedBlock quantized;
-  quantized.results.resize(linears.size());
-  for (size_t i = 0; i < linears.size(); ++i) {
-    if (owners[i] != group.rank()) continue;
-    const LinearSpec& linear = linears[i];
-    const LinearPlan& own = plan.at(linear.name);
-    const auto tap = static_cast<size_t>(linear.tap);
-    LinearResult& result = quantized.results[i] = {.name = linear.name,
-                                                   .scheme = own.scheme,
-                                                   .rows = linear.rows,
-                                                   .cols = linear.cols,
-                                                   .salient_share = 0,
-                                                   .report = {}};
-    const auto& dense = block.dense(linear.role);
-    BinarizedWeight weight =
-        quantize_linear(dense.weight(), stats[tap], method, own, &result.report, &metrics[tap]);
-    check_outputs(result.report, linear.name);
-    result.salient_share = weight.salient_share();
-    if (!read_again(linears, i)) {
-      stats[tap] = {};
-      metrics[tap] = {};
-    }
-    quantized.linears.emplace(linear.name, std::move(weight));
-    on_linear(result);
-  }
-  stats = {};
-  metrics = {};
-  exchange(quantized, linears, owners, group);
-  for (size_t i = 0; i < linears.size(); ++i)
-    if (owners[i] != group.rank()) on_linear(quantized.results[i]);
-  install(quantized, block, spec);
-  return quantized;
+  return BlockQuantizer(block, streams, method, plan, on_linear, group).run();
+}
+
+void pass_block(const DecoderBlock& block, const BlockStreams& streams, const Method& method) {
+  pass(streams.quantized, block, goes_tap_by_tap(method));
+  if (streams.dense != nullptr) pass(*streams.dense, *streams.dense_block, is_asymmetric(method));
 }
 
 }  // namespace stbllm

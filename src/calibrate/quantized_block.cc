@@ -48,13 +48,20 @@ std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes) {
   return owners;
 }
 
-void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears,
-              const std::vector<int>& owners, const ProcessGroup& group) {
+void exchange(std::map<std::string, BinarizedWeight>& weights, std::vector<LinearResult>& results,
+              const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
+              const ProcessGroup& group) {
   if (group.size() == 1) return;
   const StageTimer timer("exchange");
-  quantized.results.resize(linears.size());
+  results.resize(linears.size());
   for (size_t i = 0; i < linears.size(); ++i)
-    broadcast(quantized.linears[linears[i].name], quantized.results[i], group, owners[i]);
+    broadcast(weights[linears[i].name], results[i], group, owners[i]);
+}
+
+void install(const BinarizedWeight& weight, DecoderBlock& block, Role role) {
+  const DenseLinear& dense = block.dense(role);
+  block.set_linear(role, std::make_unique<DenseLinear>(weight.to_dense().to(dense.weight().device()),
+                                                       dense.bias(), dense.product_dtype()));
 }
 
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {

@@ -8,8 +8,8 @@ TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
       accumulator.emplace(linear.cols, token_weights);
 }
 
-void TapStats::add(Tap tap, const at::Tensor& inputs, bool held_out) {
-  accumulators_[static_cast<size_t>(tap)]->add(inputs, held_out);
+void TapStats::add(Tap tap, const at::Tensor& inputs, bool held_out, const at::Tensor& dense) {
+  accumulators_[static_cast<size_t>(tap)]->add(inputs, held_out, dense);
 }
 
 HiddenStream::Observer TapStats::observer() {
@@ -18,12 +18,16 @@ HiddenStream::Observer TapStats::observer() {
 
 std::array<InputStats, kTapCount> TapStats::finish(const ProcessGroup& group) {
   std::array<InputStats, kTapCount> stats;
-  for (size_t tap = 0; tap < kTapCount; ++tap) {
-    if (!accumulators_[tap]) continue;
-    if (group.size() > 1) accumulators_[tap]->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
-    stats[tap] = accumulators_[tap]->finish();
-    accumulators_[tap].reset();
-  }
+  for (const Tap tap : kTaps)
+    if (accumulators_[static_cast<size_t>(tap)]) stats[static_cast<size_t>(tap)] = finish(tap, group);
+  return stats;
+}
+
+InputStats TapStats::finish(Tap tap, const ProcessGroup& group) {
+  std::optional<StatsAccumulator>& accumulator = accumulators_[static_cast<size_t>(tap)];
+  if (group.size() > 1) accumulator->merge([&](at::Tensor& sum) { group.all_reduce(sum); });
+  const InputStats stats = accumulator->finish();
+  accumulator.reset();
   return stats;
 }
 

@@ -179,7 +179,7 @@ STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t f
         if (!step.all_visible) {
           const Lanes distance = load_lanes(state.position + (first_vector + v) * kLanes) -
                                  static_cast<float>(step.first + key + k);
-          score = (distance >= 0) & (distance < static_cast<float>(step.window)) ? score : lowest;
+          score = ((distance >= 0) & (distance < static_cast<float>(step.window))) ? score : lowest;
         }
         scores[key + k][v] = score;
         highest[v] = score > highest[v] ? score : highest[v];

@@ -160,12 +160,44 @@ at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& posi
                                  const TapObserver& observer, KeyValueCache* cache) const {
   STBLLM_CHECK(hidden.dim() == 3 && hidden.size(1) == positions.count,
                "hidden states for {} tokens, positions for {}", hidden.size(1), positions.count);
-  const auto residual = [&](const at::Tensor& x, NormRole norm, const auto& branch) {
-    return spec_.norm_first ? x + branch(normalize(norm, x)) : normalize(norm, x + branch(x));
-  };
-  const at::Tensor middle = residual(
-      hidden, NormRole::kAttn, [&](const at::Tensor& x) { return attention(x, positions, observer, cache); });
-  return residual(middle, NormRole::kMlp, [&](const at::Tensor& x) { return mlp(x, observer); });
+  BlockPass pass = begin(hidden);
+  for (const Tap tap : kTaps) {
+    observe(observer, tap, pass.input);
+    proceed(pass, tap, positions, cache);
+  }
+  return pass.hidden;
+}
+
+BlockPass DecoderBlock::begin(const at::Tensor& hidden) const {
+  return {.hidden = hidden, .input = branch_input(NormRole::kAttn, hidden)};
+}
+
+void DecoderBlock::proceed(BlockPass& pass, Tap from, const Positions& positions,
+                           KeyValueCache* cache) const {
+  switch (from) {
+    case Tap::kAttnIn:
+      pass.input = mix(pass.input, positions, cache);
+      return;
+    case Tap::kAttnOut:
+      pass.hidden = add_branch(NormRole::kAttn, pass.hidden, linear(Role::kO).forward(pass.input));
+      pass.input = branch_input(NormRole::kMlp, pass.hidden);
+      return;
+    case Tap::kMlpIn:
+      pass.input = mlp_middle(pass.input);
+      return;
+    case Tap::kMlpMid:
+      pass.hidden = add_branch(NormRole::kMlp, pass.hidden, linear(Role::kDown).forward(pass.input));
+      pass.input.reset();
+      return;
+  }
+}
+
+at::Tensor DecoderBlock::branch_input(NormRole norm, const at::Tensor& hidden) const {
+  return spec_.norm_first ? normalize(norm, hidden) : hidden;
+}
+
+at::Tensor DecoderBlock::add_branch(NormRole norm, const at::Tensor& hidden, const at::Tensor& branch) const {
+  return spec_.norm_first ? hidden + branch : normalize(norm, hidden + branch);
 }
 
 at::Tensor DecoderBlock::normalize(NormRole role, const at::Tensor& x) const {
@@ -173,9 +205,7 @@ at::Tensor DecoderBlock::normalize(NormRole role, const at::Tensor& x) const {
   return norm ? apply_norm(spec_, *norm, x) : x;
 }
 
-at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positions,
-                                   const TapObserver& observer, KeyValueCache* cache) const {
-  observe(observer, Tap::kAttnIn, x);
+at::Tensor DecoderBlock::mix(const at::Tensor& x, const Positions& positions, KeyValueCache* cache) const {
   const auto by_head = [&](const at::Tensor& y, int64_t heads) {  // -> (batch, tokens, heads, head_dim)
     return y.view({x.size(0), x.size(1), heads, spec_.head_dim});
   };
@@ -195,9 +225,7 @@ at::Tensor DecoderBlock::attention(const at::Tensor& x, const Positions& positio
                  cache->length(), positions.first);
     cache->append(index_, keys, values);
   }
-  const at::Tensor mixed = attend(queries, keys, values, positions);
-  observe(observer, Tap::kAttnOut, mixed);
-  return linear(Role::kO).forward(mixed);
+  return attend(queries, keys, values, positions);
 }
 
 at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
@@ -218,24 +246,13 @@ at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::
   return mixed.transpose(1, 2).reshape({queries.size(0), queries.size(2), spec_.heads * spec_.head_dim});
 }
 
-at::Tensor DecoderBlock::mlp(const at::Tensor& x, const TapObserver& observer) const {
-  observe(observer, Tap::kMlpIn, x);
-  at::Tensor middle;
-  switch (spec_.architecture->mlp) {
-    case Mlp::kGated: {
-      const std::array inputs = {&linear(Role::kGate), &linear(Role::kUp)};
-      const std::vector<at::Tensor> gate_up = forward_all(inputs, x);
-      middle = spec_.activation == Activation::kSilu && can_fuse(gate_up[0])
-                   ? silu_multiply(gate_up[0], gate_up[1])
-                   : activate(gate_up[0], spec_.activation) * gate_up[1];
-      break;
-    }
-    case Mlp::kPlain:
-      middle = activate(linear(Role::kUp).forward(x), spec_.activation);
-      break;
-  }
-  observe(observer, Tap::kMlpMid, middle);
-  return linear(Role::kDown).forward(middle);
+at::Tensor DecoderBlock::mlp_middle(const at::Tensor& x) const {
+  if (spec_.architecture->mlp == Mlp::kPlain) return activate(linear(Role::kUp).forward(x), spec_.activation);
+  const std::array inputs = {&linear(Role::kGate), &linear(Role::kUp)};
+  const std::vector<at::Tensor> gate_up = forward_all(inputs, x);
+  return spec_.activation == Activation::kSilu && can_fuse(gate_up[0])
+             ? silu_multiply(gate_up[0], gate_up[1])
+             : activate(gate_up[0], spec_.activation) * gate_up[1];
 }
 
 }  // namespace stbllm

@@ -44,11 +44,15 @@ HiddenStream::HiddenStream(const Decoder& decoder, at::Tensor ids, const StreamO
       positions_(decoder.positions(0, ids_.size(1))),
       compute_dtype_(decoder.dtype()),
       device_(decoder.device()) {
-  const std::array<int64_t, 3> sizes = {windows(), seqlen(), decoder.spec().hidden};
-  states_ = options.spill_directory.empty()
-                ? at::empty(sizes, at::TensorOptions().dtype(options.dtype).device(device_))
-                : spilled_tensor(sizes, options.dtype, options.spill_directory);
+  states_ = make_states(windows(), decoder.spec().hidden);
   embed(decoder);
+}
+
+at::Tensor HiddenStream::make_states(int64_t windows, int64_t width) const {
+  const std::array<int64_t, 3> sizes = {windows, seqlen(), width};
+  return options_.spill_directory.empty()
+             ? at::empty(sizes, at::TensorOptions().dtype(options_.dtype).device(device_))
+             : spilled_tensor(sizes, options_.dtype, options_.spill_directory);
 }
 
 HiddenStream::HiddenStream(const HiddenStream& from, int64_t last)
@@ -62,6 +66,16 @@ HiddenStream::HiddenStream(const HiddenStream& from, int64_t last)
                       /*copy=*/true)) {}
 
 HiddenStream HiddenStream::last(int64_t count) const { return {*this, count}; }
+
+HiddenStream HiddenStream::copy() const {
+  HiddenStream result = *this;
+  result.states_ = make_states(windows(), states_.size(-1));
+  for (int64_t w = 0; w < windows(); ++w) {
+    write(result.states_, w, states_.narrow(0, w, 1));
+    release_spilled(states_.narrow(0, w, 1));
+  }
+  return result;
+}
 
 template <typename Visit>
 void HiddenStream::for_each_pass(int64_t first, const Visit& visit) const {
@@ -78,7 +92,7 @@ void HiddenStream::for_each_pass(int64_t first, const Visit& visit) const {
 void HiddenStream::embed(const Decoder& decoder) {
   const at::NoGradGuard no_grad;
   for_each_pass(0, [&](int64_t first, int64_t count, bool) {
-    write(first, decoder.embed(ids_.narrow(0, first, count)));
+    write(states_, first, decoder.embed(ids_.narrow(0, first, count)));
   });
 }
 
@@ -88,8 +102,45 @@ void HiddenStream::advance(const DecoderBlock& block, const Observer& observer) 
     TapObserver watch;
     if (observer && first >= extra())
       watch = [&](Tap tap, const at::Tensor& inputs) { observer(tap, inputs, held_out); };
-    write(first, block.forward(read(first, count), positions_, watch));
+    write(states_, first, block.forward(read(first, count), positions_, watch));
   });
+}
+
+void HiddenStream::advance_to_next_tap(const DecoderBlock& block, const TapWindows& observer) {
+  const at::NoGradGuard no_grad;
+  STBLLM_CHECK(taps_reached_ < kTapCount, "all taps of block {} were reached", block.index());
+  at::Tensor reached;
+  for_each_pass(extra(), [&](int64_t first, int64_t count, bool held_out) {
+    BlockPass pass;
+    if (taps_reached_ == 0) {
+      pass = block.begin(read(first, count));
+    } else {
+      pass = {.hidden = read(first, count), .input = read_inputs(first - extra(), count)};
+      block.proceed(pass, kTaps[taps_reached_ - 1], positions_);
+      if (kTaps[taps_reached_] == Tap::kMlpIn) write(states_, first, pass.hidden);
+    }
+    if (observer) observer(first - extra(), pass.input, held_out);
+    if (!reached.defined()) reached = make_states(windows() - extra(), pass.input.size(-1));
+    write(reached, first - extra(), pass.input);
+  });
+  inputs_ = reached;
+  ++taps_reached_;
+}
+
+void HiddenStream::finish_block(const DecoderBlock& block) {
+  const at::NoGradGuard no_grad;
+  STBLLM_CHECK(taps_reached_ == kTapCount, "{} taps of block {} were reached", taps_reached_, block.index());
+  for_each_pass(0, [&](int64_t first, int64_t count, bool) {
+    if (first < extra()) {
+      write(states_, first, block.forward(read(first, count), positions_));
+      return;
+    }
+    BlockPass pass{.hidden = read(first, count), .input = read_inputs(first - extra(), count)};
+    block.proceed(pass, Tap::kMlpMid, positions_);
+    write(states_, first, pass.hidden);
+  });
+  inputs_.reset();
+  taps_reached_ = 0;
 }
 
 void HiddenStream::observe(const DecoderBlock& block, const Observer& observer) const {
@@ -109,16 +160,22 @@ at::Tensor HiddenStream::outputs(const DecoderBlock& block) const {
   return result;
 }
 
-at::Tensor HiddenStream::read(int64_t first, int64_t count) const {
-  const at::Tensor part = states_.narrow(0, first, count);
+at::Tensor HiddenStream::read(int64_t first, int64_t count) const { return read(states_, first, count); }
+
+at::Tensor HiddenStream::read_inputs(int64_t first, int64_t count) const {
+  return read(inputs_, first, count);
+}
+
+at::Tensor HiddenStream::read(const at::Tensor& from, int64_t first, int64_t count) const {
+  const at::Tensor part = from.narrow(0, first, count);
   at::Tensor copy = part.to(device_, compute_dtype_);
   if (!copy.is_alias_of(part)) release_spilled(part);
   return copy;
 }
 
-void HiddenStream::write(int64_t first, const at::Tensor& states) {
-  at::Tensor part = states_.narrow(0, first, states.size(0));
-  part.copy_(states);
+void HiddenStream::write(const at::Tensor& to, int64_t first, const at::Tensor& values) {
+  const at::Tensor part = to.narrow(0, first, values.size(0));
+  part.copy_(values);
   release_spilled(part);
 }
 

@@ -104,8 +104,10 @@ ProcessGroup ProcessGroup::from_environment() {
     }
   }();
   group.gloo_ = Gloo::guarded([&] {
-    return std::make_unique<Gloo>(c10::make_intrusive<c10d::ProcessGroupGloo>(
-        store, group.rank_, group.size_, c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout)));
+    auto gloo = std::make_unique<Gloo>();
+    gloo->backend = c10::make_intrusive<c10d::ProcessGroupGloo>(
+        store, group.rank_, group.size_, c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout));
+    return gloo;
   });
   return group;
 }

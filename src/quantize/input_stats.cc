@@ -18,56 +18,70 @@ at::Tensor mirrored(const at::Tensor& sum, double factor) {
 }  // namespace
 
 StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
-    : sum_(at::zeros({cols, cols}, at::kFloat)), token_weights_(token_weights) {}
+    : cols_(cols), token_weights_(token_weights) {}
 
-void StatsAccumulator::add(const at::Tensor& inputs, bool holdout) {
-  at::Tensor x = inputs.to(at::kFloat);
+void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const at::Tensor& dense) {
+  at::Tensor x = inputs.to(at::kFloat), weight;  // weight: the square root of w
   if (token_weights_) {
-    const at::Tensor norm = x.norm(2, -1).clamp_min(1e-12);  // (..., tokens of a window)
+    constexpr double kSmallestNorm = 1e-12;
+    const at::Tensor norm = x.norm(2, -1).clamp_min(kSmallestNorm);  // (..., tokens of a window)
     // Of each window alone, so that a window counts the same whatever the batch around it.
     const at::Tensor median = std::get<0>(norm.median(-1, /*keepdim=*/true));
-    x = x * (3 * median / norm).clamp_max(1.0).sqrt().unsqueeze(-1);
+    weight = (3 * median / norm).clamp_max(1.0).sqrt().unsqueeze(-1);
   }
-  x = x.reshape({-1, x.size(-1)});
-  const int64_t tokens = x.size(0);
-  if (tokens_ + holdout_tokens_ == 0) sum_ = sum_.to(x.device());
-  if (holdout && !holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);
-  at::Tensor& sum = holdout ? holdout_sum_ : sum_;
+  const auto weighted = [&](const at::Tensor& values) {
+    return (weight.defined() ? values * weight : values).reshape({-1, cols_});
+  };
+  STBLLM_CHECK(!holdout || !dense.defined(), "held-out inputs are not compared with the dense model's");
+  const at::Tensor difference = dense.defined() ? weighted(dense.to(at::kFloat) - x) : at::Tensor();
+  x = weighted(x);
+  Sum& sums = holdout ? held_out_ : seen_;
+  const auto start = [&](at::Tensor& sum) {
+    if (!sum.defined()) sum = at::zeros({cols_, cols_}, x.options());
+  };
+  start(sums.squares);
   // H is symmetric: panels of columns on and above the diagonal are enough.
-  const int64_t cols = x.size(1);
-  for (int64_t first = 0; first < cols; first += kPanel) {
-    const int64_t width = std::min(kPanel, cols - first);
-    sum.narrow(0, first, width)
-        .narrow(1, first, cols - first)
-        .addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols - first));
+  for (int64_t first = 0; first < cols_; first += kPanel) {
+    const int64_t width = std::min(kPanel, cols_ - first);
+    sums.squares.narrow(0, first, width)
+        .narrow(1, first, cols_ - first)
+        .addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols_ - first));
   }
-  (holdout ? holdout_tokens_ : tokens_) += tokens;
+  if (difference.defined()) {
+    start(cross_);
+    cross_.addmm_(difference.t(), x);
+  }
+  sums.tokens += x.size(0);
 }
 
 void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
-  at::Tensor tokens = at::tensor({tokens_, holdout_tokens_}, at::kLong);
+  // Held-out windows may all be elsewhere, but those behind H are in every process.
+  at::Tensor tokens = at::tensor({seen_.tokens, held_out_.tokens}, at::kLong);
   add_up(tokens);
-  tokens_ = tokens[0].item<int64_t>();
-  holdout_tokens_ = tokens[1].item<int64_t>();
+  seen_.tokens = tokens[0].item<int64_t>();
+  held_out_.tokens = tokens[1].item<int64_t>();
+  STBLLM_CHECK(seen_.squares.defined(), "no calibration token was seen");
   const auto add_in_host_memory = [&](at::Tensor& sum) {
-    const at::Device device = sum.device();
-    sum = sum.cpu();
+    const at::Device device = seen_.squares.device();
+    sum = sum.defined() ? sum.cpu() : at::zeros({cols_, cols_}, at::kFloat);
     add_up(sum);
     sum = sum.to(device);
   };
-  add_in_host_memory(sum_);
-  if (holdout_tokens_ == 0) return;
-  if (!holdout_sum_.defined()) holdout_sum_ = at::zeros_like(sum_);  // held-out windows are elsewhere
-  add_in_host_memory(holdout_sum_);
+  add_in_host_memory(seen_.squares);
+  if (cross_.defined()) add_in_host_memory(cross_);
+  if (held_out_.tokens > 0) add_in_host_memory(held_out_.squares);
 }
 
 InputStats StatsAccumulator::finish() {
-  STBLLM_CHECK(tokens_ > 0, "no calibration token was seen");
+  STBLLM_CHECK(seen_.tokens > 0, "no calibration token was seen");
   InputStats stats;
-  stats.hessian = mirrored(sum_, 2.0 / static_cast<double>(tokens_));
-  if (holdout_tokens_ > 0)
-    stats.holdout_hessian = mirrored(holdout_sum_, 2.0 / static_cast<double>(holdout_tokens_));
-  stats.tokens = tokens_;
+  const double factor = 2.0 / static_cast<double>(seen_.tokens);
+  stats.hessian = mirrored(seen_.squares, factor);
+  if (cross_.defined()) stats.cross = cross_.mul_(factor);
+  stats.tokens = seen_.tokens;
+  if (held_out_.tokens > 0)
+    stats.holdout_hessian = mirrored(held_out_.squares, 2.0 / static_cast<double>(held_out_.tokens));
+  *this = StatsAccumulator(cols_, token_weights_);
   return stats;
 }
 

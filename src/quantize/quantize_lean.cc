@@ -76,6 +76,22 @@ BinarizedWeight finish(const LeanWeight& lean) {
   return result;
 }
 
+/// W* = W + a W C H^-1 with the H of the metric, outlier columns included, in host memory. Everything is
+/// transposed.
+///
+/// The share a is fixed. The one that is best for a linear by itself, on held-out windows, is 0.9 in the
+/// median of SmolLM2-135M, but what all linears overfit adds up: with 7168 tokens it gave 309 where 0.75 gave
+/// 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`; 360 without).
+at::Tensor asymmetric_target(const at::Tensor& weight_t, const InputStats& stats, const LeanMethod& method) {
+  if (!stats.cross.defined() || method.asymmetry == 0) return weight_t;
+  const StageTimer timer("target");
+  at::Tensor hessian = stats.hessian * (1 - method.shrink);
+  hessian.diagonal().copy_(stats.hessian.diagonal());
+  const at::Tensor upper = inverse_factor(hessian, method.damping).upper;  // H^-1 = U^T U
+  const at::Tensor gradient = stats.cross.t().mm(weight_t.to(hessian.device()));
+  return weight_t + method.asymmetry * upper.t().mm(upper.mm(gradient)).cpu();
+}
+
 /// Stores the columns of the original weights beside the codes.
 void store_outliers(BinarizedWeight& result, const at::Tensor& weight_t,
                     const std::vector<int64_t>& outliers) {
@@ -93,8 +109,9 @@ void store_outliers(BinarizedWeight& result, const at::Tensor& weight_t,
 BinarizedWeight quantize_lean(const at::Tensor& weight_t, const InputStats& stats, const LeanMethod& method,
                               const LinearPlan& plan, LinearReport& report, LeanMetrics& metrics) {
   const LeanMetric& metric = metrics.get(stats, metric_options(method, plan));
-  BinarizedWeight result = finish(optimize(weight_t, metric, method, plan.scheme));
-  store_outliers(result, weight_t, metric.outliers);
+  const at::Tensor target = asymmetric_target(weight_t, stats, method);
+  BinarizedWeight result = finish(optimize(target, metric, method, plan.scheme));
+  store_outliers(result, target, metric.outliers);
   report.shrink = method.shrink;
   if (metric.factor) {
     report.damping = metric.factor->damping;

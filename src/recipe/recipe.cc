@@ -51,6 +51,8 @@ void visit_fields(LeanMethod& method, const auto& visit) {
   if (method.compensate != Compensate::kNone) visit("damping", method.damping);
   visit("shrink", method.shrink);
   visit("outliers", method.outliers);
+  visit("sequential", method.sequential);
+  visit("asymmetry", method.asymmetry);
   visit("token_weights", method.token_weights);
   visit("refit", method.refit);
   visit("descend", method.descend);
@@ -186,7 +188,7 @@ class ObjectReader {
 
   template <typename Part>
   void read_fields(Part& part) {
-    visit_fields(part, [this](const char* name, auto& field) { read(name, field); });
+    visit_fields(part, [this](const char* name, auto& field) { this->read(name, field); });
   }
 
   void refuse_others() const {
@@ -277,6 +279,9 @@ void validate(const LeanMethod& method) {
   require(method.shrink >= 0 && method.shrink < 1, "method.shrink", "at least 0 and less than 1");
   require(method.damping >= 0 && method.damping <= 1, "method.damping",
           "a share of the mean diagonal between 0 and 1");
+  require(method.asymmetry >= 0 && method.asymmetry <= 1, "method.asymmetry", "a share between 0 and 1");
+  require(method.sequential || method.asymmetry == 0, "method.asymmetry",
+          "0 unless method.sequential is true");
   require(method.refit >= 0, "method.refit", "a count >= 0");
   require(method.descend >= 0, "method.descend", "a count >= 0");
   if (!method.outliers) return;

@@ -113,14 +113,33 @@ class MemoryModel {
            mask;
   }
 
-  int64_t quantizing() const {
-    const int64_t hessians = on_host_ ? std::accumulate(tap_bytes_.begin(), tap_bytes_.end(), int64_t{0}) : 0;
-    return tables() + streams() + dense_block() + quantized_block() + hessians + std::max(workspace_, pass());
+  const LeanMethod* sequential() const {
+    const auto* lean = std::get_if<LeanMethod>(&recipe_.method);
+    return lean != nullptr && lean->sequential ? lean : nullptr;
   }
-  /// The quantized block and the one in training.
+  /// Those of all taps, or, where they are taken tap by tap, of one, with what compares it with the dense
+  /// model's.
+  int64_t hessians() const {
+    if (!on_host_) return 0;
+    if (sequential() == nullptr) return std::accumulate(tap_bytes_.begin(), tap_bytes_.end(), int64_t{0});
+    return *std::ranges::max_element(tap_bytes_) * (sequential()->asymmetry > 0 ? 2 : 1);
+  }
+  /// What lies between the taps of a block: the inputs of two neighbouring taps, of each stream that goes tap
+  /// by tap.
+  int64_t tap_inputs() const {
+    if (sequential() == nullptr || !in_memory_) return 0;
+    const int64_t streams = sequential()->asymmetry > 0 ? 2 : 1;
+    return streams * stream_bytes(calibrating_) / spec_.hidden * (spec_.hidden + spec_.ffn);
+  }
+  int64_t quantizing() const {
+    const int64_t blocks = needs_dense_stream(recipe_, options_) ? 2 : 1;
+    return tables() + streams() + tap_inputs() + blocks * dense_block() + quantized_block() + hessians() +
+           std::max(workspace_, pass());
+  }
+  /// The quantized block and the one in training, with a copy of its inputs.
   int64_t tuning(const TrainingStage& stage) const {
-    return tables() + streams() + 2 * dense_block() + quantized_block() + trained_block(stage) +
-           2 * kept_pass();
+    return tables() + streams() + (in_memory_ ? stream_bytes(calibrating_) : 0) + 2 * dense_block() +
+           quantized_block() + trained_block(stage) + 2 * kept_pass();
   }
   int64_t distilling(const TrainingStage& stage) const {
     const int64_t heads =

@@ -36,22 +36,15 @@ class BlockLoop {
     // Distillation needs what leaves the dense model's last block, however few blocks are quantized.
     const int64_t blocks = run_.recipe().training.distill ? run_.spec().layers : run_.blocks();
     for (int64_t i = 0; i < blocks; ++i) {
-      const std::shared_ptr<DecoderBlock> block = load(i);
-      if (run_.dense) {
-        const StageTimer timer("dense pass", block_flops(run_.spec(), run_.dense->tokens()));
-        run_.dense->advance(*block);
+      if (i >= run_.blocks()) {
+        run_.dense->advance(*load(i));
+        continue;
       }
-      if (i >= run_.blocks()) continue;
-      const QuantizedBlock quantized = finish(*block, i);
+      const QuantizedBlock quantized = finish(i);
       run_.result.linears.insert(run_.result.linears.end(), quantized.results.begin(),
                                  quantized.results.end());
       progress_.update(std::ssize(run_.result.linears));
-      if (i + 1 == run_.blocks() && !run_.dense) continue;  // nobody looks at the outputs
-      {
-        const StageTimer timer("outputs", block_flops(run_.spec(), run_.quantized->tokens()));
-        run_.quantized->advance(*block);
-      }
-      if (run_.dense) compare(quantized);
+      if (compares_blocks(run_.recipe(), run_.request.options)) compare(quantized);
     }
   }
 
@@ -61,24 +54,42 @@ class BlockLoop {
     return run_.decoder.block(index);
   }
 
-  /// The quantized block, which is then in place in `block`: that of an earlier run, or a new one.
-  QuantizedBlock finish(DecoderBlock& block, int64_t index) {
+  /// The quantized block, that of an earlier run or a new one. The streams are then behind it.
+  QuantizedBlock finish(int64_t index) {
+    const std::shared_ptr<DecoderBlock> block = load(index), dense_block = run_.dense ? load(index) : nullptr;
+    const BlockStreams streams{.quantized = *run_.quantized,
+                               .dense = run_.dense ? &*run_.dense : nullptr,
+                               .dense_block = dense_block.get()};
     const ProcessGroup& group = run_.request.group;
     std::optional<QuantizedBlock> kept;
     if (run_.work) kept = run_.work->load(index);
     if (group.all_reduce(kept ? 1.0 : 0.0) > 0) {  // process 0 knows
       if (!kept) kept.emplace();
-      exchange(*kept, block.linears(), std::vector<int>(block.linears().size(), 0), group);
-      install(*kept, block, run_.spec());
+      exchange(kept->linears, kept->results, block->linears(), std::vector<int>(block->linears().size(), 0),
+               group);
+      install(*kept, *block, run_.spec());
+      pass(*block, streams);
       return std::move(*kept);
     }
-    QuantizedBlock quantized = quantize(block, index);
-    if (run_.recipe().training.tune) tune(block, quantized, index);
+    std::optional<HiddenStream> inputs;  // in front of the block, which tuning needs
+    if (run_.recipe().training.tune) inputs.emplace(run_.quantized->copy());
+    QuantizedBlock quantized = quantize(*block, streams, index);
+    if (inputs) {
+      tune(*dense_block, *inputs, quantized, index);
+      install(quantized, *block, run_.spec());
+      *run_.quantized = std::move(*inputs);
+      pass(*block, {.quantized = *run_.quantized});
+    }
     if (run_.work) run_.work->save(index, quantized);
     return quantized;
   }
 
-  QuantizedBlock quantize(DecoderBlock& block, int64_t index) {
+  void pass(const DecoderBlock& block, const BlockStreams& streams) const {
+    const StageTimer timer("outputs", block_flops(run_.spec(), run_.quantized->tokens()));
+    pass_block(block, streams, run_.recipe().method);
+  }
+
+  QuantizedBlock quantize(DecoderBlock& block, const BlockStreams& streams, int64_t index) {
     int64_t done = std::ssize(run_.result.linears);
     const auto on_linear = [&](const LinearResult& linear) {
       const LinearReport& report = linear.report;
@@ -88,18 +99,16 @@ class BlockLoop {
                  linear.name, linear.scheme.str(), report.output_error, report.holdout_error, report.shrink,
                  report.damping, report.damping_retries, report.seconds);
     };
-    return quantize_block(block, run_.spec(), *run_.quantized, run_.recipe().method, run_.plan, on_linear,
-                          run_.request.group);
+    return quantize_block(block, streams, run_.recipe().method, run_.plan, on_linear, run_.request.group);
   }
 
-  /// The targets are the dense model's own hidden states: each block also mends what came before it.
-  void tune(DecoderBlock& block, QuantizedBlock& quantized, int64_t index) {
-    const auto dense_block = run_.decoder.block(index);
+  /// The targets are the dense model's own hidden states: each block also mends what came before it. The
+  /// dense block is used up.
+  void tune(DecoderBlock& dense_block, const HiddenStream& inputs, QuantizedBlock& quantized, int64_t index) {
     const StageTimer timer("tune");
-    const TuneReport report = tune_block(*dense_block, run_.spec(), quantized, *run_.quantized, *run_.dense,
-                                         *run_.recipe().training.tune);
+    const TuneReport report =
+        tune_block(dense_block, run_.spec(), quantized, inputs, *run_.dense, *run_.recipe().training.tune);
     quantized.tune = report;
-    install(quantized, block, run_.spec());
     log::info("block {}: reconstruction loss {:.5f} -> {:.5f} in {} epochs, {:.1f} % of symbols changed",
               index, report.loss_before, report.loss_after, report.epochs, 100 * report.changed);
   }

@@ -331,7 +331,7 @@ TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
 TEST(QuantizeLinear, ThreeOfFourInTwoLevelsBeatTwoOfFourInThree) {
   at::manual_seed(10);
   const at::Tensor weight = at::randn({64, 512});
-  const InputStats stats{.hessian = at::eye(512), .holdout_hessian = {}, .tokens = 512};
+  const InputStats stats{.hessian = at::eye(512), .holdout_hessian = {}, .cross = {}, .tokens = 512};
   const auto error_of = [&](NmPattern nm, int levels) {
     LinearReport report;
     quantize_linear(weight, stats, lean_method(4), {.scheme = {.nm = nm, .levels = levels}}, &report);
@@ -409,6 +409,42 @@ TEST(QuantizeLinear, APlanMayAllowFewerOutlierColumnsThanTheMethod) {
     const BinarizedWeight result = quantize_linear(layer.weight, stats, method, plan);
     EXPECT_EQ(result.has_outliers() ? result.outlier_columns.numel() : 0, expected);
   }
+}
+
+/// Where inputs differ from the dense model's, weights that make up for it bring outputs closer to the dense
+/// ones.
+TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
+  at::manual_seed(21);
+  const int64_t rows = 48, cols = 64, tokens = 4000;
+  const at::Tensor weight = at::randn({rows, cols}) * 0.05;
+  const at::Tensor mix = at::randn({cols, cols}) / std::sqrt(static_cast<double>(cols)) + at::eye(cols);
+  const at::Tensor dense = at::randn({tokens, cols}).mm(mix);
+  // Half of each input is lost, and noise comes in its place, as behind quantized layers.
+  const at::Tensor inputs = 0.5 * dense + 0.3 * at::randn({tokens, cols});
+  StatsAccumulator accumulator(cols, false);
+  accumulator.add(inputs, /*holdout=*/false, dense);
+  const InputStats stats = accumulator.finish();
+  std::vector<double> errors;
+  for (const double asymmetry : {0.0, 0.5, 1.0}) {
+    LeanMethod method = lean_method(4);
+    method.asymmetry = asymmetry;
+    const BinarizedWeight result =
+        quantize_linear(weight, stats, method, {.scheme = {.nm = {3, 4}, .levels = 2}});
+    errors.push_back((inputs.mm(result.to_dense().t()) - dense.mm(weight.t())).norm().item<double>());
+  }
+  EXPECT_LT(errors[1], 0.9 * errors[0]);
+  EXPECT_LT(errors[2], errors[1]);
+}
+
+TEST(StatsAccumulator, SumsUpWhatSeparatesInputsFromTheDenseModels) {
+  at::manual_seed(22);
+  const at::Tensor inputs = at::randn({3, 20, 8}), dense = at::randn({3, 20, 8});
+  StatsAccumulator accumulator(8, /*token_weights=*/false);
+  for (int64_t w = 0; w < 2; ++w) accumulator.add(inputs[w], /*holdout=*/false, dense[w]);
+  accumulator.add(inputs[2], /*holdout=*/true);
+  const at::Tensor x = inputs.narrow(0, 0, 2).reshape({-1, 8}), d = dense.narrow(0, 0, 2).reshape({-1, 8});
+  // Float32 sums of 40 terms.
+  EXPECT_TRUE(at::allclose(accumulator.finish().cross, (d - x).t().mm(x) * (2.0 / 40), 1e-5, 1e-5));
 }
 
 }  // namespace

@@ -56,14 +56,13 @@ Distilled run(const test::TinyModel& model, const Recipe& recipe, int interrupti
                                                    kWindows, 0, kSeqlen, /*seed=*/0);
   Distilled result;
   HiddenStream stream(student, ids_of(calibration.windows), {.holdout = kHoldout});
-  HiddenStream dense_stream = stream.last(kWindows);  // a copy of all
+  HiddenStream dense_stream = stream.copy();
   const Plan plan = uniform_plan(spec, test::scheme_of(recipe));
   for (int64_t i = 0; i < spec.layers; ++i) {
-    const auto block = student.block(i);
-    dense_stream.advance(*block);
-    result.blocks.push_back(
-        quantize_block(*block, spec, stream, recipe.method, plan, [](const LinearResult&) {}));
-    stream.advance(*block);
+    const auto block = student.block(i), dense_block = teacher.block(i);
+    result.blocks.push_back(quantize_block(
+        *block, {.quantized = stream, .dense = &dense_stream, .dense_block = dense_block.get()},
+        recipe.method, plan, [](const LinearResult&) {}));
   }
   const WorkDirectory work(scratch / "packed", {}, /*resume=*/false, /*force=*/false);
   const std::vector<QuantizedBlock> quantized = result.blocks;

@@ -15,13 +15,24 @@ namespace stbllm {
 /// What the plan decides for each linear, by full name.
 using Plan = std::map<std::string, LinearPlan>;
 
-/// Quantizes every linear of `block` on the inputs that `stream` makes, and replaces it by the dense form of
-/// the result; the stream stays. `on_linear` is called after each. Several processes bring windows of their
-/// own, share the work and end with the same block.
-QuantizedBlock quantize_block(DecoderBlock& block, const ModelSpec& spec, const HiddenStream& stream,
-                              const Method& method, const Plan& plan,
-                              const std::function<void(const LinearResult&)>& on_linear,
+/// The hidden states in front of a block.
+struct BlockStreams {
+  HiddenStream& quantized;        ///< behind quantized blocks
+  HiddenStream* dense = nullptr;  ///< the dense model's, of the same windows; null where it does not go along
+  DecoderBlock* dense_block = nullptr;  ///< the same block, which stays dense; needed by asymmetric methods
+};
+
+/// Quantizes every linear of `block` on the inputs that the quantized stream makes, and replaces it by the
+/// dense form of the result; `on_linear` is called after each. Sequential methods go from tap to tap, so that
+/// a linear sees what the quantized ones in front of it make. Both streams are then behind the block. Several
+/// processes bring windows of their own, share the work and end with the same block.
+QuantizedBlock quantize_block(DecoderBlock& block, const BlockStreams& streams, const Method& method,
+                              const Plan& plan, const std::function<void(const LinearResult&)>& on_linear,
                               const ProcessGroup& group = {});
+
+/// Takes the streams through a block whose linears are in place already, with the very roundings of
+/// quantize_block().
+void pass_block(const DecoderBlock& block, const BlockStreams& streams, const Method& method);
 
 /// Throws Error(kCorrupt) where the outputs of a linear were not finite.
 void check_outputs(const LinearReport& report, const std::string& linear);

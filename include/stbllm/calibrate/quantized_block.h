@@ -21,6 +21,8 @@ struct QuantizedBlock {
   std::optional<TuneReport> tune;     ///< where the block was tuned
 };
 
+/// Puts one linear's quantized weight into `block`; its bias stays.
+void install(const BinarizedWeight& weight, DecoderBlock& block, Role role);
 /// Puts a quantized block's weights, norms and biases into `block`.
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec);
 /// Puts those of `tensors` that belong to the norm called `name` there.
@@ -29,9 +31,10 @@ void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm
 /// Which of `processes` quantizes which linear: each in turn, the largest first, goes to the one with the
 /// least to do.
 std::vector<int> divide(const std::vector<LinearSpec>& linears, int processes);
-/// Gives every process the quantized linears; owners[i] is the one that has linears[i]. Does not know of what
-/// training changes.
-void exchange(QuantizedBlock& quantized, const std::vector<LinearSpec>& linears,
-              const std::vector<int>& owners, const ProcessGroup& group);
+/// Gives every process the quantized linears and their results, in the order of `linears`; owners[i] is the
+/// one that has linears[i].
+void exchange(std::map<std::string, BinarizedWeight>& weights, std::vector<LinearResult>& results,
+              const std::vector<LinearSpec>& linears, const std::vector<int>& owners,
+              const ProcessGroup& group);
 
 }  // namespace stbllm

@@ -14,12 +14,13 @@ namespace stbllm {
 class TapStats {
  public:
   TapStats(const std::vector<LinearSpec>& linears, bool token_weights);
-  /// inputs: (windows, seqlen, cols of the tap).
-  void add(Tap tap, const at::Tensor& inputs, bool held_out);
+  /// inputs: (windows, seqlen, cols of the tap); `dense` as in StatsAccumulator::add().
+  void add(Tap tap, const at::Tensor& inputs, bool held_out, const at::Tensor& dense = {});
   /// The same as what a HiddenStream calls.
   HiddenStream::Observer observer();
   /// Summed up over the processes of `group`. Once; the sums are given away.
   std::array<InputStats, kTapCount> finish(const ProcessGroup& group = {});
+  InputStats finish(Tap tap, const ProcessGroup& group);
 
  private:
   std::array<std::optional<StatsAccumulator>, kTapCount> accumulators_;

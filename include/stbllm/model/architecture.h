@@ -17,6 +17,8 @@ enum class Tap {
   kMlpMid,   ///< down reads it
 };
 inline constexpr int kTapCount = 4;
+/// In the order of the forward pass.
+inline constexpr Tap kTaps[kTapCount] = {Tap::kAttnIn, Tap::kAttnOut, Tap::kMlpIn, Tap::kMlpMid};
 
 /// What a linear does in its block. A plain MLP has kUp and kDown (OPT's fc1 and fc2) and no kGate.
 enum class Role { kQ, kK, kV, kO, kGate, kUp, kDown };

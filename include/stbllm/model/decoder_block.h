@@ -76,6 +76,12 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
 /// pass.
 using TapObserver = std::function<void(Tap, const at::Tensor& input)>;
 
+/// A forward pass that has stopped at a tap.
+struct BlockPass {
+  at::Tensor hidden;  ///< (batch, tokens, hidden): what the next branch is added to
+  at::Tensor input;   ///< (batch, tokens, cols): of the tap; undefined behind the last one
+};
+
 class DecoderBlock {
  public:
   /// Linears and the weights of norms are set one by one; forward needs all of them. `spec` is copied.
@@ -85,6 +91,12 @@ class DecoderBlock {
   /// positions.first == cache->length(); the caller advances the cache after the last block.
   at::Tensor forward(const at::Tensor& hidden, const Positions& positions, const TapObserver& observer = {},
                      KeyValueCache* cache = nullptr) const;
+
+  /// The same from tap to tap, so that linears can be replaced in between: begin() stops at the first tap,
+  /// and proceed() goes on from `from`, where the pass stands, to the next one. Behind Tap::kMlpMid `hidden`
+  /// is what leaves the block.
+  BlockPass begin(const at::Tensor& hidden) const;
+  void proceed(BlockPass& pass, Tap from, const Positions& positions, KeyValueCache* cache = nullptr) const;
 
   int64_t index() const { return index_; }
   const std::vector<LinearSpec>& linears() const { return linear_specs_; }
@@ -98,13 +110,18 @@ class DecoderBlock {
   NormWeights& norm(NormRole role);
 
  private:
-  at::Tensor attention(const at::Tensor& x, const Positions& positions, const TapObserver& observer,
-                       KeyValueCache* cache) const;
+  /// What the attention branch reads (batch, tokens, hidden) -> what its output projection reads.
+  at::Tensor mix(const at::Tensor& x, const Positions& positions, KeyValueCache* cache) const;
   /// Softmax attention: queries, keys and values (batch, heads or kv_heads, tokens, head_dim) -> (batch,
   /// tokens, heads * head_dim).
   at::Tensor attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                     const Positions& positions) const;
-  at::Tensor mlp(const at::Tensor& x, const TapObserver& observer) const;
+  /// What the MLP reads -> what its down projection reads (batch, tokens, ffn).
+  at::Tensor mlp_middle(const at::Tensor& x) const;
+  /// What a branch reads of the hidden states, and the hidden states with its result: the norm stands in
+  /// front of the branch or behind the sum.
+  at::Tensor branch_input(NormRole norm, const at::Tensor& hidden) const;
+  at::Tensor add_branch(NormRole norm, const at::Tensor& hidden, const at::Tensor& branch) const;
   /// x through the block's norm of this role, or x itself where there is none.
   at::Tensor normalize(NormRole role, const at::Tensor& x) const;
 

@@ -53,8 +53,21 @@ class HiddenStream {
   void advance(const DecoderBlock& block, const Observer& observer = {});
   /// Shows what the taps of `block` see of the windows that are not extra; the states stay.
   void observe(const DecoderBlock& block, const Observer& observer) const;
+  /// Goes through `block` from tap to tap, so that its linears can be replaced in between: the first call
+  /// stops at the first tap, each further one at the next, and finish_block() puts the outputs in place of
+  /// the states. The observer sees the inputs of the tap that is reached; between the calls they live where
+  /// the states live. Extra windows go through the block as a whole when it is finished.
+  using TapWindows = std::function<void(int64_t first, const at::Tensor& inputs, bool held_out)>;
+  void advance_to_next_tap(const DecoderBlock& block, const TapWindows& observer = {});
+  void finish_block(const DecoderBlock& block);
+  /// The inputs (count, seqlen, cols) of the tap where the stream stands, of windows from `first` on that are
+  /// not extra, in the dtype that blocks compute in.
+  at::Tensor read_inputs(int64_t first, int64_t count) const;
+
   /// What `block` makes of all windows, float32 (windows, seqlen, hidden); the states stay.
   at::Tensor outputs(const DecoderBlock& block) const;
+  /// A copy of all windows, in memory or in a file as these are.
+  HiddenStream copy() const;
   /// A copy of the last `count` windows as a stream of its own, in memory.
   HiddenStream last(int64_t count) const;
 
@@ -77,7 +90,9 @@ class HiddenStream {
   /// on.
   template <typename Visit>
   void for_each_pass(int64_t first, const Visit& visit) const;
-  void write(int64_t first, const at::Tensor& states);
+  at::Tensor make_states(int64_t windows, int64_t width) const;
+  at::Tensor read(const at::Tensor& from, int64_t first, int64_t count) const;
+  static void write(const at::Tensor& to, int64_t first, const at::Tensor& values);
 
   at::Tensor ids_;
   StreamOptions options_;
@@ -85,6 +100,10 @@ class HiddenStream {
   at::ScalarType compute_dtype_;
   at::Device device_;
   at::Tensor states_;
+  // Inside a block: the number of taps that were reached, and the inputs of the last one, of windows that are
+  // not extra.
+  int taps_reached_ = 0;
+  at::Tensor inputs_;
 };
 
 }  // namespace stbllm

@@ -1,5 +1,6 @@
 #pragma once
-// What a linear layer needs to know about its inputs: H = (2/T) sum_t w_t x_t x_t^T.
+// What a linear layer needs to know about its inputs: H = (2/T) sum_t w_t x_t x_t^T, and where they come from
+// quantized layers, how far they are from the dense model's: C = (2/T) sum_t w_t (d_t - x_t) x_t^T.
 
 #include <ATen/ATen.h>
 
@@ -12,7 +13,8 @@ struct InputStats {
   at::Tensor hessian;          ///< (cols, cols) float32, not damped
   at::Tensor holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there
                                ///< are none
-  int64_t tokens = 0;          ///< T behind `hessian`
+  at::Tensor cross;    ///< C, (cols, cols) float32; undefined where the dense model's inputs d are not known
+  int64_t tokens = 0;  ///< T behind `hessian`
 
   /// S_j^2 = sum_t x_tj^2, (cols).
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
@@ -25,8 +27,9 @@ class StatsAccumulator {
   /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
   StatsAccumulator(int64_t cols, bool token_weights);
   /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their
-  /// own.
-  void add(const at::Tensor& inputs, bool holdout);
+  /// own. `dense`: the dense model's inputs for the same tokens, in every call that is not held out or in
+  /// none.
+  void add(const at::Tensor& inputs, bool holdout, const at::Tensor& dense = {});
   /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor in host memory
   /// by its sum over all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
@@ -34,8 +37,14 @@ class StatsAccumulator {
   InputStats finish();
 
  private:
-  at::Tensor sum_, holdout_sum_;
-  int64_t tokens_ = 0, holdout_tokens_ = 0;
+  /// x x^T, on and above the diagonal.
+  struct Sum {
+    at::Tensor squares;
+    int64_t tokens = 0;
+  };
+  Sum seen_, held_out_;
+  at::Tensor cross_;  // (d - x) x^T over the tokens of seen_
+  int64_t cols_;
   bool token_weights_;
 };
 

@@ -33,6 +33,13 @@ struct LeanMethod {
   double damping = 0.01;  ///< share of mean(diag H) added to the diagonal, for the Cholesky factor alone
   double shrink = 0.1;    ///< s in H' = (1 - s) H + s diag(H), in [0, 1)
   std::optional<OutlierColumns> outliers = OutlierColumns{};  ///< unset: every column is coded
+  /// Whether the inputs of a linear are those that the already quantized linears of its block make, instead
+  /// of those of the block's dense linears: statistics are taken tap by tap.
+  bool sequential = true;
+  /// a in the target W* = W + a W C H^-1, which makes up for the difference between the quantized model's
+  /// inputs and the dense model's, in [0, 1]; 0: the target is W. (GPTAQ's and Qronos' asymmetric
+  /// calibration.)
+  double asymmetry = 0.5;
   bool token_weights = true;  ///< w_t = min(1, 3 median ||x|| / ||x_t||) on the tokens behind H
   int refit = 3;    ///< least squares for all scales in the metric of H: after the first codes and after so
                     ///< many sweeps of `descend`; 0: never

@@ -35,9 +35,15 @@ struct QuantizeOptions {
 /// rounding of 2^-9 is far below what one quantized block adds.
 inline constexpr at::ScalarType kHiddenDtype = at::kBFloat16;
 
+/// Whether hidden states behind each block are compared with the dense model's.
+inline bool compares_blocks(const Recipe& recipe, const QuantizeOptions& options) {
+  return recipe.training.any() || options.compare_blocks;
+}
+
 /// Whether the dense model's hidden states go along beside the quantized one's.
 inline bool needs_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
-  return recipe.training.any() || options.compare_blocks;
+  const auto* lean = std::get_if<LeanMethod>(&recipe.method);
+  return compares_blocks(recipe, options) || (lean != nullptr && lean->asymmetry > 0);
 }
 
 /// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is
