@@ -67,6 +67,92 @@ STBLLM_CLONES void push_error(const float* upper, int64_t stride, int width, int
     }
 }
 
+/// One column block of kTileRows rows on its way through the search. A row is a lane.
+class TileEncoder {
+ public:
+  TileEncoder(const LeanWeight& lean, const std::vector<ColumnGroup>& groups, int width)
+      : lean_(lean), groups_(groups), width_(width), storage_(2 * width + 2 * kMostColumns) {
+    weights_ = reinterpret_cast<float(*)[kTileRows]>(storage_.data());
+    error_ = weights_ + width;
+    target_ = error_ + width;
+    values_ = target_ + kMostColumns;
+  }
+
+  /// weights: (cols of the block, rows) from the tile's first row on, of which it has `lanes`.
+  void load(const float* weights, int64_t rows, int lanes) {
+    lanes_ = lanes;
+    load_tile(weights, rows, width_, lanes, weights_);
+  }
+
+  /// Fits the scale of the block to its current weights: codes and scale in turn, without feedback, from the
+  /// mean kept magnitude.
+  void fit_scale(float mean_level) {
+    float top[kTileRows] = {}, bottom[kTileRows];
+    int kept = 0;
+    for (const ColumnGroup& group : groups_) {
+      add_largest(weights_ + group.first, group.width, lean_.nm.keep, top);
+      kept += std::min(lean_.nm.keep, group.width);
+    }
+    for (int lane = 0; lane < kTileRows; ++lane)
+      scale[lane] = std::max(top[lane] / (static_cast<float>(kept) * mean_level), kSmallestScale);
+    for (int search = 1; search < kEncodeSearches; ++search) {
+      std::fill_n(top, kTileRows, 0.f);
+      std::fill_n(bottom, kTileRows, 0.f);
+      for (const ColumnGroup& group : groups_) {
+        choose(group);
+        add_dot(values_, target_, group.width, top);
+        apply_matrix(group.metric_f.data(), values_, group.width, target_);
+        add_dot(values_, target_, group.width, bottom);
+      }
+      for (int lane = 0; lane < lanes_; ++lane)
+        if (bottom[lane] > 0 && top[lane] > 0)
+          scale[lane] = std::max(scale[lane] * (top[lane] / bottom[lane]), kSmallestScale);
+    }
+  }
+
+  /// Chooses the codes of all groups for good. `upper`: U from the block's first row and column on, whose
+  /// rows are `stride` apart; null pushes no error into later groups. symbols, errors: (cols of the block,
+  /// rows) from the tile's first row on.
+  void encode(const float* upper, int64_t stride, int8_t* symbols, float* errors, int64_t rows) {
+    for (const ColumnGroup& group : groups_) {
+      choose(group);
+      subtract(weights_ + group.first, values_, group.width, target_);
+      apply_matrix(group.transposed.data(), target_, group.width, error_ + group.first);
+      if (upper != nullptr)
+        push_error(upper + group.first * stride, stride, group.width, group.first + group.width, width_,
+                   error_ + group.first, weights_);
+      store_tile(chosen_, group.width, lanes_, symbols + group.first * rows, rows);
+    }
+    store_tile(error_, width_, lanes_, errors, rows);
+  }
+
+  alignas(64) float scale[kTileRows];  ///< by lane
+
+ private:
+  static constexpr int kMostColumns = 16;  // of a group
+
+  /// The best code of a group at the current scale: fills chosen_ and its values, and target_ with A w.
+  void choose(const ColumnGroup& group) {
+    apply_matrix(group.metric_f.data(), weights_ + group.first, group.width, target_);
+    if (group.table) {
+      best_codes(*group.table, target_, scale, group.width, chosen_);
+    } else {
+      for (int c = 0; c < group.width; ++c) std::fill_n(chosen_[c], kTileRows, int8_t{0});
+      improve_codes_locally(lean_.nm, lean_.level_values, group.metric.data(), target_, scale, group.width,
+                            lanes_, chosen_);
+    }
+    dequantize(chosen_, lean_.level_values, scale, group.width, values_);
+  }
+
+  const LeanWeight& lean_;
+  const std::vector<ColumnGroup>& groups_;
+  const int width_;
+  int lanes_ = 0;
+  std::vector<std::array<float, kTileRows>> storage_;
+  float (*weights_)[kTileRows], (*error_)[kTileRows], (*target_)[kTileRows], (*values_)[kTileRows];
+  int8_t chosen_[kMostColumns][kTileRows];
+};
+
 }  // namespace
 
 void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compensate) {
@@ -75,7 +161,6 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
   const int levels = static_cast<int>(lean.level_values.size());
   const GroupCodebooks codebooks(lean.nm, levels, cols);
   at::Tensor work = lean.target.clone();
-  const float* u = compensate == Compensate::kNone ? nullptr : upper.const_data_ptr<float>();
   const float mean_level =
       std::accumulate(lean.level_values.begin(), lean.level_values.end(), 0.f) / static_cast<float>(levels);
 
@@ -83,72 +168,23 @@ void encode_columns(LeanWeight& lean, const at::Tensor& upper, Compensate compen
     const BlockColumns block(lean, b);
     const int64_t start = block.start, rest = block.rest;
     const int width = static_cast<int>(block.width);
-    const std::vector<ColumnGroup> groups = groups_by_factor(
-        lean, codebooks, block, u == nullptr ? at::Tensor() : block.host_part(upper), compensate);
+    const at::Tensor factor = compensate == Compensate::kNone ? at::Tensor() : block.host_part(upper);
+    const std::vector<ColumnGroup> groups = groups_by_factor(lean, codebooks, block, factor, compensate);
+    const float* feedback =
+        compensate == Compensate::kColumn ? upper.const_data_ptr<float>() + start * stride + start : nullptr;
     at::Tensor errors = at::zeros({width, rows}, at::kFloat);
-    float* w = work.data_ptr<float>() + start * rows;
+    const float* weights = work.const_data_ptr<float>() + start * rows;
     int8_t* symbols = lean.symbols.data_ptr<int8_t>() + start * rows;
+    float* error = errors.data_ptr<float>();
     at::parallel_for(0, ceil_div(rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
-      std::vector<std::array<float, kTileRows>> storage(2 * width + 32);
-      auto* weights = reinterpret_cast<float(*)[kTileRows]>(storage.data());
-      auto *error = weights + width, *target = error + width, *values = target + 16;
-      int8_t chosen[16][kTileRows];
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first_row = t * kTileRows;
-        const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first_row));
-        load_tile(w + first_row, rows, width, lanes, weights);
-
-        const auto choose = [&](size_t g, const float* scale) {  // fills target, chosen and values
-          const ColumnGroup& group = groups[g];
-          apply_matrix(group.metric_f.data(), weights + group.first, group.width, target);
-          if (group.table) {
-            best_codes(*group.table, target, scale, group.width, chosen);
-          } else {
-            for (int c = 0; c < group.width; ++c) std::fill_n(chosen[c], kTileRows, int8_t{0});
-            improve_codes_locally(lean.nm, lean.level_values, group.metric.data(), target, scale, group.width,
-                                  lanes, chosen);
-          }
-          dequantize(chosen, lean.level_values, scale, group.width, values);
-        };
-
-        // The block's scale on its current weights: codes and scale in turn, without feedback, from the mean
-        // kept magnitude.
-        alignas(64) float scale[kTileRows], top[kTileRows] = {}, bottom[kTileRows];
-        int kept = 0;
-        for (const ColumnGroup& group : groups) {
-          add_largest(weights + group.first, group.width, lean.nm.keep, top);
-          kept += std::min(lean.nm.keep, group.width);
-        }
-        for (int lane = 0; lane < kTileRows; ++lane)
-          scale[lane] = std::max(top[lane] / (static_cast<float>(kept) * mean_level), kSmallestScale);
-        for (int search = 1; search < kEncodeSearches; ++search) {
-          std::fill_n(top, kTileRows, 0.f);
-          std::fill_n(bottom, kTileRows, 0.f);
-          for (size_t g = 0; g < groups.size(); ++g) {
-            const ColumnGroup& group = groups[g];
-            choose(g, scale);
-            add_dot(values, target, group.width, top);
-            apply_matrix(group.metric_f.data(), values, group.width, target);
-            add_dot(values, target, group.width, bottom);
-          }
-          for (int lane = 0; lane < lanes; ++lane)
-            if (bottom[lane] > 0 && top[lane] > 0)
-              scale[lane] = std::max(scale[lane] * (top[lane] / bottom[lane]), kSmallestScale);
-        }
+      TileEncoder tile(lean, groups, width);
+      for (int64_t first = begin * kTileRows; first < std::min(end * kTileRows, rows); first += kTileRows) {
+        const int lanes = static_cast<int>(std::min<int64_t>(kTileRows, rows - first));
+        tile.load(weights + first, rows, lanes);
+        tile.fit_scale(mean_level);
         for (int lane = 0; lane < lanes; ++lane)
-          scale[lane] = lean.set_scale(b, first_row + lane, scale[lane]);
-
-        for (size_t g = 0; g < groups.size(); ++g) {
-          const ColumnGroup& group = groups[g];
-          choose(g, scale);
-          subtract(weights + group.first, values, group.width, target);
-          apply_matrix(group.transposed.data(), target, group.width, error + group.first);
-          if (compensate == Compensate::kColumn)
-            push_error(u + (start + group.first) * stride + start, stride, group.width,
-                       group.first + group.width, width, error + group.first, weights);
-          store_tile(chosen, group.width, lanes, symbols + group.first * rows + first_row, rows);
-        }
-        store_tile(error, width, lanes, errors.data_ptr<float>() + first_row, rows);
+          tile.scale[lane] = lean.set_scale(b, first + lane, tile.scale[lane]);
+        tile.encode(feedback, stride, symbols + first, error + first, rows);
       }
     });
     if (compensate != Compensate::kNone && rest > 0) {

@@ -81,7 +81,7 @@ BinarizedWeight finish(const LeanWeight& lean) {
 ///
 /// The share a is fixed. The one that is best for a linear by itself, on held-out windows, is 0.9 in the
 /// median of SmolLM2-135M, but what all linears overfit adds up: with 7168 tokens it gave 309 where 0.75 gave
-/// 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`; 360 without).
+/// 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`).
 at::Tensor asymmetric_target(const at::Tensor& weight_t, const InputStats& stats, const LeanMethod& method) {
   if (!stats.cross.defined() || method.asymmetry == 0) return weight_t;
   const StageTimer timer("target");

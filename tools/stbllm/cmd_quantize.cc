@@ -302,6 +302,82 @@ void run(Options options) {
     print_summary(options, calibration, result, memory, ledger);
 }
 
+void add_recipe_options(CLI::App& command, Options& options) {
+  std::string names;
+  for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
+  command
+      .add_option("--recipe", options.recipe,
+                  "A preset (" + names + ") or a .json file like those in configs/")
+      ->capture_default_str();
+  command.add_option("--nm", options.nm,
+                     "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
+  command
+      .add_option("--target-bpw", options.target_bits,
+                  "Choose the scheme of each linear so that they store at most so many bits per weight, "
+                  "everything counted")
+      ->check(CLI::PositiveNumber)
+      ->excludes("--nm");
+  command
+      .add_option("--target-size", options.target_size,
+                  "The same for a file of at most so many bytes (90M, 2G)")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->excludes("--target-bpw")
+      ->excludes("--nm");
+  command.add_option("--set", options.fields,
+                     "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1");
+}
+
+void add_calibration_options(CLI::App& command, Options& options) {
+  command.add_option("--calib", options.calib,
+                     "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
+                     "default: the first of these two that is there");
+  command
+      .add_option("--effort", options.effort,
+                  "fast: linear algebra alone; default: what the recipe says; best: also tune and distil "
+                  "(--dry-run predicts the minutes)")
+      ->check(CLI::IsMember({"fast", "default", "best"}))
+      ->capture_default_str();
+  command.add_option("--nsamples", options.samples, "Calibration windows; default 16, best effort 96")
+      ->check(CLI::PositiveNumber);
+  command
+      .add_option("--distill-nsamples", options.distill_samples,
+                  "Windows beside those that only distillation sees; default 480 for best effort without "
+                  "--nsamples, else 0")
+      ->check(CLI::NonNegativeNumber);
+  command
+      .add_option("--seqlen", options.seqlen,
+                  "Tokens per window, at most the model's positions; default 2048, best effort 512")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--seed", options.seed, "Of the windows' places")->capture_default_str();
+}
+
+void add_run_options(CLI::App& command, Options& options) {
+  command.add_option("--blocks", options.quantize.blocks, "Quantize only the first K decoder blocks")
+      ->check(CLI::PositiveNumber)
+      ->excludes("--target-size");
+  command
+      .add_option(
+          "--max-memory", options.quantize.max_memory,
+          "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+  command
+      .add_option("--device", options.quantize.device,
+                  "Where forward passes, Hessians and the searches of lean methods run: cpu or cuda")
+      ->capture_default_str();
+  command
+      .add_flag("--dense", options.quantize.dense_output,
+                "Write a HuggingFace directory of dequantized weights instead")
+      ->excludes("--target-size");
+  command.add_flag("--force", options.quantize.force, "Overwrite the output, discard an unfinished run");
+  command.add_flag("--resume", options.quantize.resume, "Continue an unfinished run");
+  command.add_option(
+      "--report", options.report,
+      "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");
+  command.add_flag("--profile", options.profile, "Also print the seconds of each stage");
+  command.add_flag("--dry-run", options.dry_run,
+                   "Print bytes of the result, peak memory and minutes; write nothing");
+}
+
 }  // namespace
 
 void add_quantize(CLI::App& app) {
@@ -317,73 +393,9 @@ void add_quantize(CLI::App& app) {
       ->required();
   command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")
       ->required();
-  std::string names;
-  for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
-  command
-      ->add_option("--recipe", options->recipe,
-                   "A preset (" + names + ") or a .json file like those in configs/")
-      ->capture_default_str();
-  command->add_option("--nm", options->nm,
-                      "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
-  command
-      ->add_option("--target-bpw", options->target_bits,
-                   "Choose the scheme of each linear so that they store at most so many bits per weight, "
-                   "everything counted")
-      ->check(CLI::PositiveNumber)
-      ->excludes("--nm");
-  CLI::Option* target_size = command
-                                 ->add_option("--target-size", options->target_size,
-                                              "The same for a file of at most so many bytes (90M, 2G)")
-                                 ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-                                 ->excludes("--target-bpw")
-                                 ->excludes("--nm");
-  command->add_option("--set", options->fields,
-                      "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1");
-  command->add_option("--calib", options->calib,
-                      "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
-                      "default: the first of these two that is there");
-  command
-      ->add_option("--effort", options->effort,
-                   "fast: linear algebra alone; default: what the recipe says; best: also tune and distil "
-                   "(--dry-run predicts the minutes)")
-      ->check(CLI::IsMember({"fast", "default", "best"}))
-      ->capture_default_str();
-  command->add_option("--nsamples", options->samples, "Calibration windows; default 16, best effort 96")
-      ->check(CLI::PositiveNumber);
-  command
-      ->add_option("--distill-nsamples", options->distill_samples,
-                   "Windows beside those that only distillation sees; default 480 for best effort without "
-                   "--nsamples, else 0")
-      ->check(CLI::NonNegativeNumber);
-  command
-      ->add_option("--seqlen", options->seqlen,
-                   "Tokens per window, at most the model's positions; default 2048, best effort 512")
-      ->check(CLI::PositiveNumber);
-  command->add_option("--seed", options->seed, "Of the windows' places")->capture_default_str();
-  command->add_option("--blocks", options->quantize.blocks, "Quantize only the first K decoder blocks")
-      ->check(CLI::PositiveNumber)
-      ->excludes(target_size);
-  command
-      ->add_option(
-          "--max-memory", options->quantize.max_memory,
-          "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
-  command
-      ->add_option("--device", options->quantize.device,
-                   "Where forward passes, Hessians and the searches of lean methods run: cpu or cuda")
-      ->capture_default_str();
-  command
-      ->add_flag("--dense", options->quantize.dense_output,
-                 "Write a HuggingFace directory of dequantized weights instead")
-      ->excludes(target_size);
-  command->add_flag("--force", options->quantize.force, "Overwrite the output, discard an unfinished run");
-  command->add_flag("--resume", options->quantize.resume, "Continue an unfinished run");
-  command->add_option(
-      "--report", options->report,
-      "Also write a JSON report with a row per linear and block; 'stbllm report' makes a page of it");
-  command->add_flag("--profile", options->profile, "Also print the seconds of each stage");
-  command->add_flag("--dry-run", options->dry_run,
-                    "Print bytes of the result, peak memory and minutes; write nothing");
+  add_recipe_options(*command, *options);
+  add_calibration_options(*command, *options);
+  add_run_options(*command, *options);
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }
