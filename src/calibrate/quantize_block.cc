@@ -15,27 +15,22 @@
 namespace stbllm {
 namespace {
 
-/// The forward pass through the linears, and one x x^T per tap.
-double statistics_flops(const DecoderBlock& block, int64_t tokens) {
+/// Operations of the linears of a block.
+double linear_flops(const DecoderBlock& block, int64_t tokens) {
   double flops = 0;
-  std::array<double, kTapCount> tap_cols{};
-  for (const LinearSpec& linear : block.linears()) {
+  for (const LinearSpec& linear : block.linears())
     flops += 2.0 * static_cast<double>(linear.rows * linear.cols);
-    tap_cols[static_cast<size_t>(linear.tap)] = static_cast<double>(linear.cols);
-  }
-  for (const double cols : tap_cols) flops += 2 * cols * cols;
   return flops * static_cast<double>(tokens);
 }
 
-bool goes_tap_by_tap(const Method& method) {
-  const auto* lean = std::get_if<LeanMethod>(&method);
-  return lean != nullptr && lean->sequential;
-}
-
-/// Whether statistics compare the inputs with the dense model's.
-bool is_asymmetric(const Method& method) {
-  const auto* lean = std::get_if<LeanMethod>(&method);
-  return lean != nullptr && lean->asymmetry > 0;
+/// The forward pass through the linears, and one x x^T per tap.
+double statistics_flops(const DecoderBlock& block, int64_t tokens) {
+  std::array<double, kTapCount> tap_cols{};
+  for (const LinearSpec& linear : block.linears())
+    tap_cols[static_cast<size_t>(linear.tap)] = static_cast<double>(linear.cols);
+  double flops = 0;
+  for (const double cols : tap_cols) flops += 2 * cols * cols;
+  return flops * static_cast<double>(tokens) + linear_flops(block, tokens);
 }
 
 /// Whether a linear behind the first `done` + 1 reads what linears[done] reads.
@@ -65,7 +60,7 @@ class BlockQuantizer {
         taps_(linears_, token_weights(method)) {}
 
   QuantizedBlock run() {
-    if (goes_tap_by_tap(method_))
+    if (is_sequential(method_))
       run_tap_by_tap();
     else
       run_at_once();
@@ -85,7 +80,6 @@ class BlockQuantizer {
     quantize(linears_, stats);
     for (const LinearSpec& linear : linears_)
       install(quantized_.linears.at(linear.name), block_, linear.role);
-    const StageTimer timer("outputs", outputs_flops());
     pass_block(block_, streams_, method_);
   }
 
@@ -112,18 +106,12 @@ class BlockQuantizer {
       for (const LinearSpec& linear : linears)
         install(quantized_.linears.at(linear.name), block_, linear.role);
     }
-    const StageTimer timer("outputs", outputs_flops() / kTapCount);
+    const StageTimer timer("outputs", linear_flops(block_, streams_.quantized.tokens()) / kTapCount);
     streams_.quantized.finish_block(block_);
     if (asymmetric)
       streams_.dense->finish_block(*streams_.dense_block);
     else if (streams_.dense != nullptr)
       streams_.dense->advance(*streams_.dense_block);
-  }
-
-  double outputs_flops() const {
-    double flops = 0;
-    for (const LinearSpec& linear : linears_) flops += 2.0 * static_cast<double>(linear.rows * linear.cols);
-    return flops * static_cast<double>(streams_.quantized.tokens());
   }
 
   /// Quantizes some linears, of which every process ends with all; `stats` are used up.
@@ -187,7 +175,8 @@ QuantizedBlock quantize_block(DecoderBlock& block, const BlockStreams& streams, 
 }
 
 void pass_block(const DecoderBlock& block, const BlockStreams& streams, const Method& method) {
-  pass(streams.quantized, block, goes_tap_by_tap(method));
+  const StageTimer timer("outputs", linear_flops(block, streams.quantized.tokens()));
+  pass(streams.quantized, block, is_sequential(method));
   if (streams.dense != nullptr) pass(*streams.dense, *streams.dense_block, is_asymmetric(method));
 }
 

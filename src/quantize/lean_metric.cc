@@ -30,6 +30,12 @@ at::Tensor shrink_hessian(const at::Tensor& hessian, double s) {
   return h;
 }
 
+InverseFactor timed_factor(const at::Tensor& hessian, double damping) {
+  // A Cholesky and the inverse of a triangle.
+  const StageTimer timer("factor", 2. / 3 * std::pow(static_cast<double>(hessian.size(0)), 3));
+  return inverse_factor(hessian, damping);
+}
+
 }  // namespace
 
 const LeanMetric& LeanMetrics::get(const InputStats& stats, const LeanMetricOptions& options) {
@@ -38,16 +44,15 @@ const LeanMetric& LeanMetrics::get(const InputStats& stats, const LeanMetricOpti
   metric_ = {};  // There are never two of them in memory.
   metric_.outliers = find_outliers(stats.hessian, options.outliers);
   metric_.hessian = shrink_hessian(stats.hessian, options.shrink);
+  if (options.target_damping && (!metric_.outliers.empty() || options.target_damping != options.damping))
+    metric_.target_factor = timed_factor(metric_.hessian, *options.target_damping);
   if (!metric_.outliers.empty()) {
     const at::Tensor columns = at::tensor(metric_.outliers, at::kLong).to(metric_.hessian.device());
     metric_.hessian.index_fill_(0, columns, 0);
     metric_.hessian.index_fill_(1, columns, 0);
   }
-  if (options.damping) {
-    // A Cholesky and the inverse of a triangle.
-    const StageTimer timer("factor", 2. / 3 * std::pow(static_cast<double>(stats.hessian.size(0)), 3));
-    metric_.factor = inverse_factor(metric_.hessian, *options.damping);
-  }
+  if (options.damping) metric_.factor = timed_factor(metric_.hessian, *options.damping);
+  if (options.target_damping && !metric_.target_factor) metric_.target_factor = metric_.factor;
   options_ = options;
   return metric_;
 }

@@ -19,11 +19,13 @@ double search_flops(const LeanWeight& lean, int levels) {
 }
 
 /// The limit on outlier columns is the smaller of the method's and the plan's.
-LeanMetricOptions metric_options(const LeanMethod& method, const LinearPlan& plan) {
-  LeanMetricOptions options{.outliers = method.outliers, .shrink = method.shrink, .damping = {}};
+LeanMetricOptions metric_options(const InputStats& stats, const LeanMethod& method, const LinearPlan& plan) {
+  LeanMetricOptions options{
+      .outliers = method.outliers, .shrink = method.shrink, .damping = {}, .target_damping = {}};
   if (options.outliers && plan.outlier_limit)
     options.outliers->limit = std::min(options.outliers->limit, *plan.outlier_limit);
   if (method.compensate != Compensate::kNone) options.damping = method.damping;
+  if (stats.cross.defined() && method.asymmetry > 0) options.target_damping = method.damping;
   return options;
 }
 
@@ -82,13 +84,12 @@ BinarizedWeight finish(const LeanWeight& lean) {
 /// The share a is fixed. The one that is best for a linear by itself, on held-out windows, is 0.9 in the
 /// median of SmolLM2-135M, but what all linears overfit adds up: with 7168 tokens it gave 309 where 0.75 gave
 /// 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`).
-at::Tensor asymmetric_target(const at::Tensor& weight_t, const InputStats& stats, const LeanMethod& method) {
-  if (!stats.cross.defined() || method.asymmetry == 0) return weight_t;
+at::Tensor asymmetric_target(const at::Tensor& weight_t, const InputStats& stats, const LeanMetric& metric,
+                             const LeanMethod& method) {
+  if (!metric.target_factor) return weight_t;
   const StageTimer timer("target");
-  at::Tensor hessian = stats.hessian * (1 - method.shrink);
-  hessian.diagonal().copy_(stats.hessian.diagonal());
-  const at::Tensor upper = inverse_factor(hessian, method.damping).upper;  // H^-1 = U^T U
-  const at::Tensor gradient = stats.cross.t().mm(weight_t.to(hessian.device()));
+  const at::Tensor& upper = metric.target_factor->upper;  // H^-1 = U^T U
+  const at::Tensor gradient = stats.cross.t().mm(weight_t.to(upper.device()));
   return weight_t + method.asymmetry * upper.t().mm(upper.mm(gradient)).cpu();
 }
 
@@ -108,8 +109,8 @@ void store_outliers(BinarizedWeight& result, const at::Tensor& weight_t,
 
 BinarizedWeight quantize_lean(const at::Tensor& weight_t, const InputStats& stats, const LeanMethod& method,
                               const LinearPlan& plan, LinearReport& report, LeanMetrics& metrics) {
-  const LeanMetric& metric = metrics.get(stats, metric_options(method, plan));
-  const at::Tensor target = asymmetric_target(weight_t, stats, method);
+  const LeanMetric& metric = metrics.get(stats, metric_options(stats, method, plan));
+  const at::Tensor target = asymmetric_target(weight_t, stats, metric, method);
   BinarizedWeight result = finish(optimize(target, metric, method, plan.scheme));
   store_outliers(result, target, metric.outliers);
   report.shrink = method.shrink;

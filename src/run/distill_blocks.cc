@@ -10,7 +10,8 @@ namespace stbllm {
 void distill_blocks(Run& run) {
   if (!run.recipe().training.distill || run.blocks() == 0) return;
   const StageTimer timer("distill");
-  const nlohmann::json inputs = {{"recipe", run.recipe().to_json()}, {"calibration", run.share.provenance}};
+  const nlohmann::json inputs = {{"recipe", run.recipe().to_json()},
+                                 {"calibration", run.request.calibration.provenance}};
   run.distilled.resize(run.blocks());
   run.result.distill = run.work->load_distilled(run.distilled, inputs);
   if (run.result.distill) return;

@@ -109,7 +109,7 @@ class Estimator {
     if (calibration_.holdout > 0) stats.holdout_hessian = stats.hessian;  // held-out errors cost time too
     const at::Tensor original = block->dense(widest_.role).weight();
     const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
-    const LinearPlan plan{.scheme = pattern != nullptr ? pattern->scheme : kUsualScheme};
+    const LinearPlan plan{.scheme = usual_scheme(recipe_.model.allocation)};
     LinearReport report;
     const BinarizedWeight weight = quantize_linear(original, stats, recipe_.method, plan, &report);
     linear_seconds_ = report.seconds;
@@ -180,9 +180,6 @@ class Estimator {
     }
     return seconds;
   }
-
-  /// What most linears of a plan by budget get.
-  static constexpr Scheme kUsualScheme{.nm = {3, 8}, .levels = 1};
 
   const Checkpoint& checkpoint_;
   const Calibration& calibration_;

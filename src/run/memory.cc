@@ -113,22 +113,19 @@ class MemoryModel {
            mask;
   }
 
-  const LeanMethod* sequential() const {
-    const auto* lean = std::get_if<LeanMethod>(&recipe_.method);
-    return lean != nullptr && lean->sequential ? lean : nullptr;
-  }
   /// Those of all taps, or, where they are taken tap by tap, of one, with what compares it with the dense
   /// model's.
   int64_t hessians() const {
     if (!on_host_) return 0;
-    if (sequential() == nullptr) return std::accumulate(tap_bytes_.begin(), tap_bytes_.end(), int64_t{0});
-    return *std::ranges::max_element(tap_bytes_) * (sequential()->asymmetry > 0 ? 2 : 1);
+    if (!is_sequential(recipe_.method))
+      return std::accumulate(tap_bytes_.begin(), tap_bytes_.end(), int64_t{0});
+    return *std::ranges::max_element(tap_bytes_) * (is_asymmetric(recipe_.method) ? 2 : 1);
   }
   /// What lies between the taps of a block: the inputs of two neighbouring taps, of each stream that goes tap
   /// by tap.
   int64_t tap_inputs() const {
-    if (sequential() == nullptr || !in_memory_) return 0;
-    const int64_t streams = sequential()->asymmetry > 0 ? 2 : 1;
+    if (!is_sequential(recipe_.method) || !in_memory_) return 0;
+    const int64_t streams = is_asymmetric(recipe_.method) ? 2 : 1;
     return streams * stream_bytes(calibrating_) / spec_.hidden * (spec_.hidden + spec_.ffn);
   }
   int64_t quantizing() const {

@@ -25,7 +25,7 @@ std::unique_ptr<WorkDirectory> open_work_directory(const Request& request, const
 Run open_run(const Request& request) {
   const auto& [checkpoint, calibration, recipe, options, group] = request;
   check_request(checkpoint.directory(), recipe, options, group);
-  Calibration share = share_of(calibration, group);
+  const Calibration share = share_of(calibration, group);
   const at::Device device = calibration_device(options);
   StreamOptions stream{.dtype = kHiddenDtype, .holdout = share.holdout};
   if (plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill)
@@ -50,7 +50,6 @@ Run open_run(const Request& request) {
   store_tables(decoder, recipe.model);
   HiddenStream quantized(decoder, ids_of(windows.subspan(share.distill_only)), stream);
   return {.request = request,
-          .share = std::move(share),
           .decoder = std::move(decoder),
           .work = std::move(work),
           .dense = std::move(dense),

@@ -12,11 +12,6 @@
 namespace stbllm {
 namespace {
 
-/// Operations of one block's linears over `tokens` tokens.
-double block_flops(const ModelSpec& spec, int64_t tokens) {
-  return 2.0 * static_cast<double>(spec.linear_weights() / spec.layers) * static_cast<double>(tokens);
-}
-
 double nominal_bits(const std::vector<LinearResult>& linears) {
   double bits = 0, weights = 0;
   for (const LinearResult& linear : linears) {
@@ -68,7 +63,7 @@ class BlockLoop {
       exchange(kept->linears, kept->results, block->linears(), std::vector<int>(block->linears().size(), 0),
                group);
       install(*kept, *block, run_.spec());
-      pass(*block, streams);
+      pass_block(*block, streams, run_.recipe().method);
       return std::move(*kept);
     }
     std::optional<HiddenStream> inputs;  // in front of the block, which tuning needs
@@ -78,15 +73,10 @@ class BlockLoop {
       tune(*dense_block, *inputs, quantized, index);
       install(quantized, *block, run_.spec());
       *run_.quantized = std::move(*inputs);
-      pass(*block, {.quantized = *run_.quantized});
+      pass_block(*block, {.quantized = *run_.quantized}, run_.recipe().method);
     }
     if (run_.work) run_.work->save(index, quantized);
     return quantized;
-  }
-
-  void pass(const DecoderBlock& block, const BlockStreams& streams) const {
-    const StageTimer timer("outputs", block_flops(run_.spec(), run_.quantized->tokens()));
-    pass_block(block, streams, run_.recipe().method);
   }
 
   QuantizedBlock quantize(DecoderBlock& block, const BlockStreams& streams, int64_t index) {

@@ -26,7 +26,6 @@ struct Request {
 
 struct Run {
   const Request request;
-  const Calibration share;              ///< with the windows of this process
   Decoder decoder;                      ///< yields dense blocks; its tables become those of the packed file
   std::unique_ptr<WorkDirectory> work;  ///< of process 0
   std::optional<HiddenStream>

@@ -382,7 +382,8 @@ TEST(QuantizeLinear, SharesTheMetricOfATapWithoutAChangeInTheResult) {
       second{.scheme = {.nm = {3, 8}, .levels = 1}};
   LeanMetrics metrics;
   quantize_linear(layer.weight, layer.stats, method, first, nullptr, &metrics);
-  const LeanMetricOptions options{.outliers = {}, .shrink = method.shrink, .damping = method.damping};
+  const LeanMetricOptions options{
+      .outliers = {}, .shrink = method.shrink, .damping = method.damping, .target_damping = {}};
   const auto* hessian = metrics.get(layer.stats, options).hessian.const_data_ptr<float>();
   const BinarizedWeight after = quantize_linear(layer.weight, layer.stats, method, second, nullptr, &metrics),
                         alone = quantize_linear(layer.weight, layer.stats, method, second);

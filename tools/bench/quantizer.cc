@@ -104,12 +104,6 @@ nlohmann::json stage_rows(const Shape& shape, const std::string& recipe, const R
   return rows;
 }
 
-/// What every linear of the model gets, and most linears of a plan by budget.
-Scheme scheme_of(const Recipe& recipe) {
-  const auto* pattern = std::get_if<PatternAllocation>(&recipe.model.allocation);
-  return pattern != nullptr ? pattern->scheme : Scheme{.nm = {3, 8}, .levels = 1};
-}
-
 /// What a whole model costs, from the times of its linears.
 struct Derived {
   double linears = 0, statistics = 0, forwards = 0;  ///< seconds
@@ -169,7 +163,7 @@ void measure_quantizer(const QuantizerOptions& options) {
         const InputStats stats = measure_statistics(inputs, token_weights(recipe.method));
         {
           const StageTimer timer("linear");
-          quantize_linear(weight, stats, recipe.method, {.scheme = scheme_of(recipe)});
+          quantize_linear(weight, stats, recipe.method, {.scheme = usual_scheme(recipe.model.allocation)});
         }
         const std::vector<Stage> stages = profiled_stages();
         if (best.empty()) best = stages;

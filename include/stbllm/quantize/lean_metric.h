@@ -17,15 +17,17 @@ namespace stbllm {
 struct LeanMetricOptions {
   std::optional<OutlierColumns> outliers;
   double shrink = 0;
-  std::optional<double> damping;  ///< unset: no factor is made
+  std::optional<double> damping;         ///< of `factor`; unset: it is not made
+  std::optional<double> target_damping;  ///< of `target_factor`; unset: it is not made
 
   bool operator==(const LeanMetricOptions&) const = default;
 };
 
 struct LeanMetric {
-  std::vector<int64_t> outliers;        ///< columns to be stored exactly, ascending
-  at::Tensor hessian;                   ///< (cols, cols), on the device of the statistics
-  std::optional<InverseFactor> factor;  ///< of `hessian`
+  std::vector<int64_t> outliers;               ///< columns to be stored exactly, ascending
+  at::Tensor hessian;                          ///< (cols, cols), on the device of the statistics
+  std::optional<InverseFactor> factor;         ///< of `hessian`
+  std::optional<InverseFactor> target_factor;  ///< of the same H with the outlier columns in it
 };
 
 /// The metrics of one tap. The last one is kept, since the next linear of the tap mostly wants the same.

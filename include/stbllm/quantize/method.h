@@ -94,6 +94,16 @@ inline int scale_bits(const Method& method) {
   const auto* lean = std::get_if<LeanMethod>(&method);
   return lean != nullptr ? lean->scale_bits : 16;
 }
+/// Whether statistics are taken tap by tap.
+inline bool is_sequential(const Method& method) {
+  const auto* lean = std::get_if<LeanMethod>(&method);
+  return lean != nullptr && lean->sequential;
+}
+/// Whether inputs are compared with the dense model's.
+inline bool is_asymmetric(const Method& method) {
+  const auto* lean = std::get_if<LeanMethod>(&method);
+  return lean != nullptr && lean->asymmetry > 0;
+}
 /// Whether the tokens behind H are weighted.
 inline bool token_weights(const Method& method) {
   const auto* lean = std::get_if<LeanMethod>(&method);

@@ -28,6 +28,12 @@ struct BudgetAllocation {
 
 using Allocation = std::variant<PatternAllocation, BudgetAllocation>;
 
+/// The scheme of most linears: the one of a pattern, and what a budget near one bit gives most of them.
+inline Scheme usual_scheme(const Allocation& allocation) {
+  const auto* pattern = std::get_if<PatternAllocation>(&allocation);
+  return pattern != nullptr ? pattern->scheme : Scheme{.nm = {3, 8}, .levels = 1};
+}
+
 /// How a table of rows (embedding, head) is stored.
 enum class RowCoding { kKeep, kFloat16, kInt8, kInt4 };
 

@@ -42,8 +42,7 @@ inline bool compares_blocks(const Recipe& recipe, const QuantizeOptions& options
 
 /// Whether the dense model's hidden states go along beside the quantized one's.
 inline bool needs_dense_stream(const Recipe& recipe, const QuantizeOptions& options) {
-  const auto* lean = std::get_if<LeanMethod>(&recipe.method);
-  return compares_blocks(recipe, options) || (lean != nullptr && lean->asymmetry > 0);
+  return compares_blocks(recipe, options) || is_asymmetric(recipe.method);
 }
 
 /// Where `options` wants forward passes to run. Throws Error(kUnsupported), with the reason, where that is
