@@ -93,9 +93,7 @@ class BlockQuantizer {
         if (asymmetric) streams_.dense->advance_to_next_tap(*streams_.dense_block);
         streams_.quantized.advance_to_next_tap(
             block_, [&](int64_t first, const at::Tensor& x, bool held_out) {
-              const at::Tensor dense =
-                  asymmetric && !held_out ? streams_.dense->read_inputs(first, x.size(0)) : at::Tensor();
-              taps_.add(tap, x, held_out, dense);
+              taps_.add(tap, x, held_out, asymmetric && !held_out ? drift_at(tap, first, x) : Drift{});
             });
         stats[static_cast<size_t>(tap)] = taps_.finish(tap, group_);
       }
@@ -112,6 +110,16 @@ class BlockQuantizer {
       streams_.dense->finish_block(*streams_.dense_block);
     else if (streams_.dense != nullptr)
       streams_.dense->advance(*streams_.dense_block);
+  }
+
+  /// How far the quantized stream is from the dense one where both stand, of windows from `first` on with
+  /// inputs x.
+  Drift drift_at(Tap tap, int64_t first, const at::Tensor& x) const {
+    const int64_t count = x.size(0);
+    Drift drift{.inputs = streams_.dense->read_inputs(first, count) - x, .hidden = {}};
+    if (adds_to_hidden(tap))
+      drift.hidden = streams_.dense->read_hidden(first, count) - streams_.quantized.read_hidden(first, count);
+    return drift;
   }
 
   /// Quantizes some linears, of which every process ends with all; `stats` are used up.

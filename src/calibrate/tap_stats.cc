@@ -8,8 +8,8 @@ TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
       accumulator.emplace(linear.cols, token_weights);
 }
 
-void TapStats::add(Tap tap, const at::Tensor& inputs, bool held_out, const at::Tensor& dense) {
-  accumulators_[static_cast<size_t>(tap)]->add(inputs, held_out, dense);
+void TapStats::add(Tap tap, const at::Tensor& inputs, bool held_out, const Drift& drift) {
+  accumulators_[static_cast<size_t>(tap)]->add(inputs, held_out, drift);
 }
 
 HiddenStream::Observer TapStats::observer() {

@@ -20,7 +20,7 @@ at::Tensor mirrored(const at::Tensor& sum, double factor) {
 StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
     : cols_(cols), token_weights_(token_weights) {}
 
-void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const at::Tensor& dense) {
+void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const Drift& drift) {
   at::Tensor x = inputs.to(at::kFloat), weight;  // weight: the square root of w
   if (token_weights_) {
     constexpr double kSmallestNorm = 1e-12;
@@ -30,16 +30,14 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const at::Ten
     weight = (3 * median / norm).clamp_max(1.0).sqrt().unsqueeze(-1);
   }
   const auto weighted = [&](const at::Tensor& values) {
-    return (weight.defined() ? values * weight : values).reshape({-1, cols_});
+    return (weight.defined() ? values * weight : values).reshape({-1, values.size(-1)});
   };
-  STBLLM_CHECK(!holdout || !dense.defined(), "held-out inputs are not compared with the dense model's");
-  const at::Tensor difference = dense.defined() ? weighted(dense.to(at::kFloat) - x) : at::Tensor();
   x = weighted(x);
   Sum& sums = holdout ? held_out_ : seen_;
-  const auto start = [&](at::Tensor& sum) {
-    if (!sum.defined()) sum = at::zeros({cols_, cols_}, x.options());
+  const auto start = [&](at::Tensor& sum, int64_t rows) {
+    if (!sum.defined()) sum = at::zeros({rows, cols_}, x.options());
   };
-  start(sums.squares);
+  start(sums.squares, cols_);
   // H is symmetric: panels of columns on and above the diagonal are enough.
   for (int64_t first = 0; first < cols_; first += kPanel) {
     const int64_t width = std::min(kPanel, cols_ - first);
@@ -47,10 +45,14 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const at::Ten
         .narrow(1, first, cols_ - first)
         .addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols_ - first));
   }
-  if (difference.defined()) {
-    start(cross_);
-    cross_.addmm_(difference.t(), x);
-  }
+  const auto add_drift = [&](at::Tensor& sum, const at::Tensor& difference) {
+    if (!difference.defined()) return;
+    STBLLM_CHECK(!holdout, "held-out inputs are not compared with the dense model's");
+    start(sum, difference.size(-1));
+    sum.addmm_(weighted(difference.to(at::kFloat)).t(), x);
+  };
+  add_drift(input_drift_, drift.inputs);
+  add_drift(hidden_drift_, drift.hidden);
   sums.tokens += x.size(0);
 }
 
@@ -68,7 +70,8 @@ void StatsAccumulator::merge(const std::function<void(at::Tensor&)>& add_up) {
     sum = sum.to(device);
   };
   add_in_host_memory(seen_.squares);
-  if (cross_.defined()) add_in_host_memory(cross_);
+  for (at::Tensor* drift : {&input_drift_, &hidden_drift_})
+    if (drift->defined()) add_in_host_memory(*drift);
   if (held_out_.tokens > 0) add_in_host_memory(held_out_.squares);
 }
 
@@ -77,7 +80,8 @@ InputStats StatsAccumulator::finish() {
   InputStats stats;
   const double factor = 2.0 / static_cast<double>(seen_.tokens);
   stats.hessian = mirrored(seen_.squares, factor);
-  if (cross_.defined()) stats.cross = cross_.mul_(factor);
+  if (input_drift_.defined()) stats.input_drift = input_drift_.mul_(factor);
+  if (hidden_drift_.defined()) stats.hidden_drift = hidden_drift_.mul_(factor);
   stats.tokens = seen_.tokens;
   if (held_out_.tokens > 0)
     stats.holdout_hessian = mirrored(held_out_.squares, 2.0 / static_cast<double>(held_out_.tokens));

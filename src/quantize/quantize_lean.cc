@@ -25,7 +25,7 @@ LeanMetricOptions metric_options(const InputStats& stats, const LeanMethod& meth
   if (options.outliers && plan.outlier_limit)
     options.outliers->limit = std::min(options.outliers->limit, *plan.outlier_limit);
   if (method.compensate != Compensate::kNone) options.damping = method.damping;
-  if (stats.cross.defined() && method.asymmetry > 0) options.target_damping = method.damping;
+  if (stats.input_drift.defined()) options.target_damping = method.damping;
   return options;
 }
 
@@ -78,19 +78,20 @@ BinarizedWeight finish(const LeanWeight& lean) {
   return result;
 }
 
-/// W* = W + a W C H^-1 with the H of the metric, outlier columns included, in host memory. Everything is
-/// transposed.
+/// W* = W + (a W C + b R) H^-1 with the H of the metric, outlier columns included, in host memory. Everything
+/// is transposed.
 ///
-/// The share a is fixed. The one that is best for a linear by itself, on held-out windows, is 0.9 in the
-/// median of SmolLM2-135M, but what all linears overfit adds up: with 7168 tokens it gave 309 where 0.75 gave
-/// 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`).
+/// The shares a and b are fixed. The a that is best for a linear by itself, on held-out windows, is 0.9 in
+/// the median of SmolLM2-135M, but what all linears overfit adds up: with 7168 tokens it gave 309 where 0.75
+/// gave 235 and 0.5 gave 207 (perplexity on Wikitext-2 by `stbllm`, b = 0).
 at::Tensor asymmetric_target(const at::Tensor& weight_t, const InputStats& stats, const LeanMetric& metric,
                              const LeanMethod& method) {
   if (!metric.target_factor) return weight_t;
   const StageTimer timer("target");
   const at::Tensor& upper = metric.target_factor->upper;  // H^-1 = U^T U
-  const at::Tensor gradient = stats.cross.t().mm(weight_t.to(upper.device()));
-  return weight_t + method.asymmetry * upper.t().mm(upper.mm(gradient)).cpu();
+  at::Tensor gradient = stats.input_drift.t().mm(weight_t.to(upper.device())).mul_(method.asymmetry);
+  if (stats.hidden_drift.defined()) gradient.add_(stats.hidden_drift.t(), method.residual);
+  return weight_t + upper.t().mm(upper.mm(gradient)).cpu();
 }
 
 /// Stores the columns of the original weights beside the codes.

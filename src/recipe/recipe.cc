@@ -53,6 +53,7 @@ void visit_fields(LeanMethod& method, const auto& visit) {
   visit("outliers", method.outliers);
   visit("sequential", method.sequential);
   visit("asymmetry", method.asymmetry);
+  visit("residual", method.residual);
   visit("token_weights", method.token_weights);
   visit("refit", method.refit);
   visit("descend", method.descend);
@@ -280,8 +281,10 @@ void validate(const LeanMethod& method) {
   require(method.damping >= 0 && method.damping <= 1, "method.damping",
           "a share of the mean diagonal between 0 and 1");
   require(method.asymmetry >= 0 && method.asymmetry <= 1, "method.asymmetry", "a share between 0 and 1");
+  require(method.residual >= 0 && method.residual <= 1, "method.residual", "a share between 0 and 1");
   require(method.sequential || method.asymmetry == 0, "method.asymmetry",
           "0 unless method.sequential is true");
+  require(method.sequential || method.residual == 0, "method.residual", "0 unless method.sequential is true");
   require(method.refit >= 0, "method.refit", "a count >= 0");
   require(method.descend >= 0, "method.descend", "a count >= 0");
   if (!method.outliers) return;

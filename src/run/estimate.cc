@@ -102,7 +102,7 @@ class Estimator {
     const HiddenStream stream(decoder, ids_of(std::span(calibration_.windows).first(windows_)), {});
     measured_tokens_ = stream.tokens();
     TapStats taps(linears_, token_weights(recipe_.method));
-    statistics_seconds_ = seconds_of([&] { stream.observe(*block, taps.observer()); });
+    statistics_seconds_ = seconds_of([&] { stream.observe(*block, observer_of(taps)); });
     forward_seconds_ =
         seconds_of([&] { stream.outputs(*block).sum().item<float>(); });  // a device is done then
     InputStats stats = taps.finish()[static_cast<size_t>(widest_.tap)];
@@ -118,6 +118,17 @@ class Estimator {
     if (pattern == nullptr)
       trial_seconds_ =
           seconds_of([&] { quantize_linear(original, stats, trial_method(recipe_.method), plan); });
+  }
+
+  /// Stands in for the dense model where the method compares with it: the work does not depend on values.
+  HiddenStream::Observer observer_of(TapStats& taps) const {
+    if (!is_asymmetric(recipe_.method)) return taps.observer();
+    return [&](Tap tap, const at::Tensor& inputs, bool held_out) {
+      Drift drift{.inputs = inputs, .hidden = {}};
+      if (adds_to_hidden(tap))
+        drift.hidden = at::ones({inputs.size(0), inputs.size(1), spec_.hidden}, inputs.options());
+      taps.add(tap, inputs, held_out, drift);
+    };
   }
 
   int64_t packed_linear_bytes() const {

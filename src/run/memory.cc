@@ -57,7 +57,11 @@ class MemoryModel {
     for (const LinearSpec& linear : spec.linears(0)) {
       const int64_t count = linear.rows * linear.cols, square = linear.cols * linear.cols;
       weights_ += count;
-      tap_bytes_[static_cast<size_t>(linear.tap)] = kFloatBytes * square * (calibration.holdout > 0 ? 2 : 1);
+      const int64_t drift = is_asymmetric(recipe.method)
+                                ? square + (adds_to_hidden(linear.tap) ? spec.hidden * linear.cols : 0)
+                                : 0;
+      tap_bytes_[static_cast<size_t>(linear.tap)] =
+          kFloatBytes * (square * (calibration.holdout > 0 ? 2 : 1) + drift);
       // On the host a Cholesky in float64 with what goes in, and H shrunk; of a device's at most H and U. For
       // each weight targets, gradients and dense values.
       constexpr int64_t kHostBytes = 28, kDeviceBytes = 8, kWeightBytes = 64;
@@ -113,13 +117,12 @@ class MemoryModel {
            mask;
   }
 
-  /// Those of all taps, or, where they are taken tap by tap, of one, with what compares it with the dense
-  /// model's.
-  int64_t hessians() const {
+  /// The statistics of all taps or, where they are taken tap by tap, of one.
+  int64_t statistics() const {
     if (!on_host_) return 0;
     if (!is_sequential(recipe_.method))
       return std::accumulate(tap_bytes_.begin(), tap_bytes_.end(), int64_t{0});
-    return *std::ranges::max_element(tap_bytes_) * (is_asymmetric(recipe_.method) ? 2 : 1);
+    return *std::ranges::max_element(tap_bytes_);
   }
   /// What lies between the taps of a block: the inputs of two neighbouring taps, of each stream that goes tap
   /// by tap.
@@ -130,7 +133,7 @@ class MemoryModel {
   }
   int64_t quantizing() const {
     const int64_t blocks = needs_dense_stream(recipe_, options_) ? 2 : 1;
-    return tables() + streams() + tap_inputs() + blocks * dense_block() + quantized_block() + hessians() +
+    return tables() + streams() + tap_inputs() + blocks * dense_block() + quantized_block() + statistics() +
            std::max(workspace_, pass());
   }
   /// The quantized block and the one in training, with a copy of its inputs.

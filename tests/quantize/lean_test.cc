@@ -331,7 +331,8 @@ TEST(QuantizeLinear, EachStepLowersTheErrorOfAReplicatedLayer) {
 TEST(QuantizeLinear, ThreeOfFourInTwoLevelsBeatTwoOfFourInThree) {
   at::manual_seed(10);
   const at::Tensor weight = at::randn({64, 512});
-  const InputStats stats{.hessian = at::eye(512), .holdout_hessian = {}, .cross = {}, .tokens = 512};
+  const InputStats stats{
+      .hessian = at::eye(512), .holdout_hessian = {}, .input_drift = {}, .hidden_drift = {}, .tokens = 512};
   const auto error_of = [&](NmPattern nm, int levels) {
     LinearReport report;
     quantize_linear(weight, stats, lean_method(4), {.scheme = {.nm = nm, .levels = levels}}, &report);
@@ -423,7 +424,7 @@ TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
   // Half of each input is lost, and noise comes in its place, as behind quantized layers.
   const at::Tensor inputs = 0.5 * dense + 0.3 * at::randn({tokens, cols});
   StatsAccumulator accumulator(cols, false);
-  accumulator.add(inputs, /*holdout=*/false, dense);
+  accumulator.add(inputs, /*holdout=*/false, {.inputs = dense - inputs, .hidden = {}});
   const InputStats stats = accumulator.finish();
   std::vector<double> errors;
   for (const double asymmetry : {0.0, 0.5, 1.0}) {
@@ -437,15 +438,46 @@ TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
   EXPECT_LT(errors[2], errors[1]);
 }
 
-TEST(StatsAccumulator, SumsUpWhatSeparatesInputsFromTheDenseModels) {
+/// Where hidden states have lost something that can be told from a linear's inputs, weights that make up for
+/// it bring the sum of both closer to the dense model's.
+TEST(QuantizeLinear, AResidualTargetMendsTheHiddenStatesThatOutputsAreAddedTo) {
+  at::manual_seed(23);
+  const int64_t rows = 48, cols = 64, tokens = 4000;
+  const at::Tensor weight = at::randn({rows, cols}) * 0.05, inputs = at::randn({tokens, cols});
+  const at::Tensor lost = inputs.mm(at::randn({cols, rows}) * 0.05) + 0.1 * at::randn({tokens, rows});
+  StatsAccumulator accumulator(cols, false);
+  accumulator.add(inputs, /*holdout=*/false, {.inputs = at::zeros_like(inputs), .hidden = lost});
+  const InputStats stats = accumulator.finish();
+  std::vector<double> errors;
+  for (const double residual : {0.0, 0.5, 1.0}) {
+    LeanMethod method = lean_method(4);
+    method.residual = residual;
+    const BinarizedWeight result =
+        quantize_linear(weight, stats, method, {.scheme = {.nm = {3, 4}, .levels = 2}});
+    errors.push_back((inputs.mm((result.to_dense() - weight).t()) - lost).norm().item<double>() /
+                     lost.norm().item<double>());
+  }
+  // Half of what the inputs tell leaves half of the loss, and the codes' own error on top.
+  EXPECT_LT(errors[1], 0.8 * errors[0]);
+  EXPECT_LT(errors[2], 0.8 * errors[1]);
+}
+
+TEST(StatsAccumulator, SumsUpWhatSeparatesTheQuantizedModelFromTheDenseOne) {
   at::manual_seed(22);
-  const at::Tensor inputs = at::randn({3, 20, 8}), dense = at::randn({3, 20, 8});
+  const at::Tensor inputs = at::randn({3, 20, 8}), dense = at::randn({3, 20, 8}),
+                   hidden = at::randn({3, 20, 5});
   StatsAccumulator accumulator(8, /*token_weights=*/false);
-  for (int64_t w = 0; w < 2; ++w) accumulator.add(inputs[w], /*holdout=*/false, dense[w]);
+  for (int64_t w = 0; w < 2; ++w)
+    accumulator.add(inputs[w], /*holdout=*/false, {.inputs = dense[w] - inputs[w], .hidden = hidden[w]});
   accumulator.add(inputs[2], /*holdout=*/true);
-  const at::Tensor x = inputs.narrow(0, 0, 2).reshape({-1, 8}), d = dense.narrow(0, 0, 2).reshape({-1, 8});
+  const InputStats stats = accumulator.finish();
+  const auto seen = [](const at::Tensor& values) {
+    return values.narrow(0, 0, 2).reshape({-1, values.size(-1)});
+  };
   // Float32 sums of 40 terms.
-  EXPECT_TRUE(at::allclose(accumulator.finish().cross, (d - x).t().mm(x) * (2.0 / 40), 1e-5, 1e-5));
+  EXPECT_TRUE(
+      at::allclose(stats.input_drift, seen(dense - inputs).t().mm(seen(inputs)) * (2.0 / 40), 1e-5, 1e-5));
+  EXPECT_TRUE(at::allclose(stats.hidden_drift, seen(hidden).t().mm(seen(inputs)) * (2.0 / 40), 1e-5, 1e-5));
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ Recipe tuned_recipe(const std::string& preset, int epochs = kEpochs) {
   recipe.training.tune->epochs = epochs;
   // The plain start leaves something to learn, even on so few windows of a tiny model.
   test::lean_of(recipe).sequential = false;
-  test::lean_of(recipe).asymmetry = 0;
+  test::lean_of(recipe).asymmetry = test::lean_of(recipe).residual = 0;
   return recipe;
 }
 

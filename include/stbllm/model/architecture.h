@@ -16,6 +16,8 @@ enum class Tap {
   kMlpIn,    ///< gate, up read it
   kMlpMid,   ///< down reads it
 };
+/// Whether what the linears of a tap put out is added to the hidden states.
+inline constexpr bool adds_to_hidden(Tap tap) { return tap == Tap::kAttnOut || tap == Tap::kMlpMid; }
 inline constexpr int kTapCount = 4;
 /// In the order of the forward pass.
 inline constexpr Tap kTaps[kTapCount] = {Tap::kAttnIn, Tap::kAttnOut, Tap::kMlpIn, Tap::kMlpMid};

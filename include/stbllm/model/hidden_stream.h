@@ -63,6 +63,8 @@ class HiddenStream {
   /// The inputs (count, seqlen, cols) of the tap where the stream stands, of windows from `first` on that are
   /// not extra, in the dtype that blocks compute in.
   at::Tensor read_inputs(int64_t first, int64_t count) const;
+  /// The hidden states (count, seqlen, hidden) of the same windows that the branch of this tap is added to.
+  at::Tensor read_hidden(int64_t first, int64_t count) const { return read(extra() + first, count); }
 
   /// What `block` makes of all windows, float32 (windows, seqlen, hidden); the states stay.
   at::Tensor outputs(const DecoderBlock& block) const;

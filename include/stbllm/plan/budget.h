@@ -8,7 +8,8 @@ namespace stbllm {
 /// Spends the target on the first `blocks` blocks: it offers each linear a few schemes, quantized without
 /// refit and descent on what a few of the windows give it in the dense model. The error of an offer is that
 /// of its block's outputs, relative to each token's norm, with that linear alone replaced: measured for one
-/// scheme, scaled by the relative output errors of the others. Processes divide the linears.
+/// scheme, scaled by the relative output errors of the others; late blocks count more. Processes divide the
+/// linears.
 Plan plan_by_budget(const PlanRequest& request);
 
 /// Throws Error(kUsage) where the budget of `recipe` could not even pay for the smallest scheme of every

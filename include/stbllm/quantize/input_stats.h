@@ -1,6 +1,6 @@
 #pragma once
 // What a linear layer needs to know about its inputs: H = (2/T) sum_t w_t x_t x_t^T, and where they come from
-// quantized layers, how far they are from the dense model's: C = (2/T) sum_t w_t (d_t - x_t) x_t^T.
+// quantized layers, what separates them from the dense model.
 
 #include <ATen/ATen.h>
 
@@ -13,11 +13,22 @@ struct InputStats {
   at::Tensor hessian;          ///< (cols, cols) float32, not damped
   at::Tensor holdout_hessian;  ///< the same over windows that `hessian` has not seen; undefined when there
                                ///< are none
-  at::Tensor cross;    ///< C, (cols, cols) float32; undefined where the dense model's inputs d are not known
+  /// C = (2/T) sum_t w_t (d_t - x_t) x_t^T, (cols, cols) float32, d the dense model's inputs; undefined where
+  /// these are not known.
+  at::Tensor input_drift;
+  /// R = (2/T) sum_t w_t (e_t - h_t) x_t^T, (hidden, cols) float32, where the outputs are added to hidden
+  /// states: h are those of the quantized model and e of the dense one. Else undefined.
+  at::Tensor hidden_drift;
   int64_t tokens = 0;  ///< T behind `hessian`
 
   /// S_j^2 = sum_t x_tj^2, (cols).
   at::Tensor feature_norm_sq() const { return hessian.diagonal() * (static_cast<double>(tokens) / 2); }
+};
+
+/// What the dense model has for the same tokens, minus what the quantized one has.
+struct Drift {
+  at::Tensor inputs;  ///< d - x, (..., tokens of a window, cols); undefined where d is not known
+  at::Tensor hidden;  ///< e - h, (..., tokens of a window, hidden); undefined where nothing is added to h
 };
 
 /// Sums up x x^T over batches of inputs, on their device. The order of calls and the device decide the
@@ -27,9 +38,8 @@ class StatsAccumulator {
   /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
   StatsAccumulator(int64_t cols, bool token_weights);
   /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their
-  /// own. `dense`: the dense model's inputs for the same tokens, in every call that is not held out or in
-  /// none.
-  void add(const at::Tensor& inputs, bool holdout, const at::Tensor& dense = {});
+  /// own. `drift` comes with every call that is not held out or with none.
+  void add(const at::Tensor& inputs, bool holdout, const Drift& drift = {});
   /// Takes in what the accumulators of other processes have seen: `add_up` replaces a tensor in host memory
   /// by its sum over all processes.
   void merge(const std::function<void(at::Tensor&)>& add_up);
@@ -43,7 +53,7 @@ class StatsAccumulator {
     int64_t tokens = 0;
   };
   Sum seen_, held_out_;
-  at::Tensor cross_;  // (d - x) x^T over the tokens of seen_
+  at::Tensor input_drift_, hidden_drift_;  // times x^T, over the tokens of seen_
   int64_t cols_;
   bool token_weights_;
 };

@@ -36,10 +36,12 @@ struct LeanMethod {
   /// Whether the inputs of a linear are those that the already quantized linears of its block make, instead
   /// of those of the block's dense linears: statistics are taken tap by tap.
   bool sequential = true;
-  /// a in the target W* = W + a W C H^-1, which makes up for the difference between the quantized model's
-  /// inputs and the dense model's, in [0, 1]; 0: the target is W. (GPTAQ's and Qronos' asymmetric
-  /// calibration.)
+  /// a in the target W* = W + (a W C + b R) H^-1, in [0, 1]. C makes up for the difference between the
+  /// quantized model's inputs and the dense model's (GPTAQ's and Qronos' asymmetric calibration).
   double asymmetry = 0.5;
+  /// b, in [0, 1]. R makes up for the difference that the hidden states have already where the outputs of a
+  /// linear are added to them, so that a block also mends what the blocks before it have lost.
+  double residual = 0.5;
   bool token_weights = true;  ///< w_t = min(1, 3 median ||x|| / ||x_t||) on the tokens behind H
   int refit = 3;    ///< least squares for all scales in the metric of H: after the first codes and after so
                     ///< many sweeps of `descend`; 0: never
@@ -102,7 +104,7 @@ inline bool is_sequential(const Method& method) {
 /// Whether inputs are compared with the dense model's.
 inline bool is_asymmetric(const Method& method) {
   const auto* lean = std::get_if<LeanMethod>(&method);
-  return lean != nullptr && lean->asymmetry > 0;
+  return lean != nullptr && (lean->asymmetry > 0 || lean->residual > 0);
 }
 /// Whether the tokens behind H are weighted.
 inline bool token_weights(const Method& method) {
