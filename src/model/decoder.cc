@@ -1,7 +1,6 @@
 #include "stbllm/model/decoder.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <fmt/ranges.h>
 
 #include <cmath>
@@ -56,7 +55,7 @@ class PackedTensors {
 
   /// A view of the mapped file where the tensor is dense.
   at::Tensor load(const TensorSpec& spec) const {
-    if (const QuantizedRows* rows = find_rows(spec)) return decode(*rows);
+    if (const QuantizedRows* rows = find_rows(spec)) return dense_rows(*rows);
     if (!packed_.has_dense(spec.name))
       fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path_,
            spec.name);
@@ -71,16 +70,6 @@ class PackedTensors {
     if (found != spec.shape)
       fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but the configuration asks for [{}]", path_,
            spec.name, fmt::join(found, ", "), fmt::join(spec.shape, ", "));
-  }
-
-  static at::Tensor decode(const QuantizedRows& matrix) {
-    const auto& [rows, cols, bits] = matrix.layout();
-    const at::Tensor dense = at::empty({rows, cols}, at::kFloat);
-    float* out = dense.data_ptr<float>();
-    at::parallel_for(0, rows, /*grain_size=*/64, [&, cols = cols](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) matrix.decode_row(row, out + row * cols);
-    });
-    return dense;
   }
 
   const PackedReader& packed_;

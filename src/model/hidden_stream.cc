@@ -8,6 +8,7 @@
 
 #include "spill.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 
 namespace stbllm {
 
@@ -83,6 +84,7 @@ void HiddenStream::for_each_pass(int64_t first, const Visit& visit) const {
   // Extra, training and held-out windows go apart, so that none depends on how many the others are.
   for (const int64_t end : {extra(), windows() - holdout(), windows()})
     while (first < end) {
+      check_interrupt();
       const int64_t count = std::min(step, end - first);
       visit(first, count, /*held_out=*/first >= windows() - holdout());
       first += count;

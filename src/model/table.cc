@@ -1,6 +1,7 @@
 #include "stbllm/model/table.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <vector>
 
@@ -8,6 +9,17 @@
 #include "stbllm/model/linear.h"
 
 namespace stbllm {
+
+at::Tensor dense_rows(const QuantizedRows& rows) {
+  const auto& [count, cols, bits] = rows.layout();
+  at::Tensor dense = at::empty({count, cols}, at::kFloat);
+  constexpr int64_t kRowsPerTask = 64;
+  float* out = dense.data_ptr<float>();
+  at::parallel_for(0, count, kRowsPerTask, [&, cols = cols](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) rows.decode_row(row, out + row * cols);
+  });
+  return dense;
+}
 
 at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
   if (dense_.defined()) return at::embedding(dense_, ids);

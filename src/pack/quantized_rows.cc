@@ -70,6 +70,20 @@ Block encode_4(std::span<const float> weights, float extreme) {
   return best;
 }
 
+void write_integer(const QuantizedRows::Layout& layout, int q, int64_t col, std::byte* row) {
+  const int stored = layout.bits == 8 ? q & 0xff : q + 8;
+  write_bits(row, col * layout.bits, layout.bits, static_cast<uint64_t>(stored));
+}
+
+// The planes of one matrix.
+struct Storage {
+  std::vector<std::byte> codes, scales;
+
+  explicit Storage(const QuantizedRows::Layout& layout)
+      : codes(static_cast<size_t>(layout.rows * layout.code_row_bytes())),
+        scales(static_cast<size_t>(2 * layout.rows * layout.column_blocks())) {}
+};
+
 // Encodes the weights of one row; false where one of them is not finite or too large.
 bool encode_row(const QuantizedRows::Layout& layout, std::span<const float> weights, std::byte* codes,
                 std::byte* scales) {
@@ -85,11 +99,8 @@ bool encode_row(const QuantizedRows::Layout& layout, std::span<const float> weig
     const Block encoded = layout.bits == 8 ? encode_8(values, extreme) : encode_4(values, extreme);
     const uint16_t half = float_to_half(encoded.scale);
     std::memcpy(scales + 2 * block, &half, sizeof half);
-    for (size_t i = 0; i < values.size(); ++i) {
-      const int stored = layout.bits == 8 ? encoded.q[i] & 0xff : encoded.q[i] + 8;
-      write_bits(codes, (first + static_cast<int64_t>(i)) * layout.bits, layout.bits,
-                 static_cast<uint64_t>(stored));
-    }
+    for (size_t i = 0; i < values.size(); ++i)
+      write_integer(layout, encoded.q[i], first + static_cast<int64_t>(i), codes);
   }
   return true;
 }
@@ -129,13 +140,7 @@ QuantizedRows::QuantizedRows(const Layout& layout, std::span<const std::byte> co
 
 QuantizedRows QuantizedRows::encode(const Layout& layout, const LoadRow& load_row, std::string_view what) {
   layout.validate(what);
-  struct Storage {
-    std::vector<std::byte> codes, scales;
-  };
-  auto storage = std::make_shared<Storage>();
-  storage->codes.resize(static_cast<size_t>(layout.rows * layout.code_row_bytes()));
-  storage->scales.resize(static_cast<size_t>(2 * layout.rows * layout.column_blocks()));
-
+  const auto storage = std::make_shared<Storage>(layout);
   // A thread is worth its start from about 65536 weights on.
   parallel_for(layout.rows, ceil_div(1 << 16, layout.cols), [&](int64_t begin, int64_t end) {
     std::vector<float> weights(static_cast<size_t>(layout.cols));
@@ -146,6 +151,21 @@ QuantizedRows QuantizedRows::encode(const Layout& layout, const LoadRow& load_ro
         fail(ErrorCode::kUnsupported, "{}: row {}: expected finite weights of at most 400000", what, row);
     }
   });
+  return {layout, storage->codes, storage->scales, storage, what};
+}
+
+QuantizedRows QuantizedRows::pack(const Layout& layout, std::span<const int8_t> integers,
+                                  std::span<const uint16_t> scales, std::string_view what) {
+  layout.validate(what);
+  const auto storage = std::make_shared<Storage>(layout);
+  STBLLM_CHECK(
+      std::ssize(integers) == layout.rows * layout.cols && scales.size_bytes() == storage->scales.size(),
+      "{}: {} integers and {} scales", what, integers.size(), scales.size());
+  for (int64_t row = 0; row < layout.rows; ++row)
+    for (int64_t col = 0; col < layout.cols; ++col)
+      write_integer(layout, integers[row * layout.cols + col], col,
+                    storage->codes.data() + row * layout.code_row_bytes());
+  std::memcpy(storage->scales.data(), scales.data(), scales.size_bytes());
   return {layout, storage->codes, storage->scales, storage, what};
 }
 

@@ -5,7 +5,6 @@
 #include <array>
 #include <cmath>
 
-#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/plan/allocate.h"
 #include "stbllm/plan/budget.h"
@@ -42,7 +41,6 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, HiddenStream& s
   std::vector<double> shares;
   log::Progress progress("scores for the outlier allocation: block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
-    check_interrupt();
     const auto block = decoder.block(i);
     std::array<at::Tensor, kTapCount> norm_sq;
     stream.advance(*block, [&](Tap tap, const at::Tensor& inputs, bool) {

@@ -1,6 +1,7 @@
 // The lean method: every code chosen by exhaustive search in the metric of H, scales fitted afterwards.
 
 #include "methods.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/quantize/lean_weight.h"
 
 namespace stbllm {
@@ -52,6 +53,7 @@ LeanWeight optimize(const at::Tensor& weight_t, const LeanMetric& metric, const 
   });
   if (method.refit > 0) timed("refit", 0, [&] { refit(lean); });
   for (int sweep = 0; sweep < method.descend; ++sweep) {
+    check_interrupt();
     const double changed = timed("descend", one_search, [&] { return descend(lean); });
     // After the first sweep levels hardly move.
     if (sweep < method.refit) timed("refit", 0, [&] { refit(lean, /*with_levels=*/sweep == 0); });

@@ -10,6 +10,7 @@
 
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
+#include "stbllm/calibrate/head_hessian.h"
 #include "stbllm/calibrate/quantize_block.h"
 #include "stbllm/calibrate/tap_stats.h"
 #include "stbllm/model/decoder.h"
@@ -178,6 +179,9 @@ class Estimator {
     double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
     if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
     if (distill) passes += all * layers * kPassesPerDistilledEpoch * distill->epochs;
+    const double measured = static_cast<double>(measured_tokens_);
+    if (needs_head_hessian(spec_, recipe_.model))
+      passes += static_cast<double>(kHeadTokens) / measured * layers;
     // In units of the measured linear.
     const double model =
         static_cast<double>(spec_.linear_weights()) / static_cast<double>(widest_.rows * widest_.cols);
@@ -185,9 +189,8 @@ class Estimator {
                      linear_seconds_ * model * own / layers;
     if (std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
       const auto [schemes, tokens] = budget_work(spec_);
-      seconds +=
-          static_cast<double>(schemes) * trial_seconds_ * model +
-          layers * forward_seconds_ * static_cast<double>(tokens) / static_cast<double>(measured_tokens_);
+      seconds += static_cast<double>(schemes) * trial_seconds_ * model +
+                 layers * forward_seconds_ * static_cast<double>(tokens) / measured;
     }
     return seconds;
   }

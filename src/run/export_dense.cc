@@ -26,8 +26,12 @@ class DenseModelWriter : public ModelWriter {
   void add_linear(const std::string& name, const BinarizedWeight& weight) override {
     add_tensor(name + ".weight", weight.to_dense(), RowCoding::kKeep);
   }
+  void add_rows(const std::string& name, const QuantizedRows& rows) override {
+    add_tensor(name, dense_rows(rows), RowCoding::kKeep);
+  }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
-    const at::Tensor stored = stored_table(tensor, coding, name).contiguous();
+    const at::Tensor stored =
+        (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf).to(at::kFloat) : tensor).contiguous();
     file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   }
 

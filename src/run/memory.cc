@@ -89,9 +89,10 @@ class MemoryModel {
     return stream_bytes(distils() ? windows_ : calibrating_);
   }
   int64_t streams() const { return (in_memory_ ? stream_bytes(calibrating_) : 0) + dense_stream(); }
-  /// Both tables in float32.
+  /// Both tables in float32, and the integers that they stand for.
   int64_t tables() const {
-    return (spec_.tied_head ? 1 : 2) * kFloatBytes * spec_.vocab * spec_.embedding_width;
+    return (spec_.tied_head ? 1 : 2) * kFloatBytes * spec_.vocab * spec_.embedding_width +
+           table_bytes(spec_, recipe_.model, 0);
   }
   /// The intermediates of a pass: three times the width of the MLP, eight times that of the hidden states.
   int64_t pass() const {

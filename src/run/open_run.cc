@@ -2,6 +2,7 @@
 // directory keeps the fingerprint of the run.
 
 #include "stages.h"
+#include "stbllm/calibrate/head_hessian.h"
 #include "stbllm/plan/budget.h"
 #include "stbllm/run/fingerprint.h"
 #include "stbllm/run/memory.h"
@@ -47,10 +48,14 @@ Run open_run(const Request& request) {
                   of_dense);
   }
   // From here on the tables at both ends are what the packed file will hold.
-  store_tables(decoder, recipe.model);
+  const StoredTables tables(
+      decoder, recipe.model,
+      needs_head_hessian(spec, recipe.model) ? head_hessian(decoder, calibration) : at::Tensor());
+  tables.install(decoder);
   HiddenStream quantized(decoder, ids_of(windows.subspan(share.distill_only)), stream);
   return {.request = request,
           .decoder = std::move(decoder),
+          .tables = tables,
           .work = std::move(work),
           .dense = std::move(dense),
           .quantized = std::move(quantized),

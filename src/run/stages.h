@@ -11,6 +11,7 @@
 #include "stbllm/model/hidden_stream.h"
 #include "stbllm/plan/plan.h"
 #include "stbllm/run/quantize_model.h"
+#include "stbllm/run/tables.h"
 #include "stbllm/run/work_directory.h"
 
 namespace stbllm {
@@ -26,7 +27,8 @@ struct Request {
 
 struct Run {
   const Request request;
-  Decoder decoder;                      ///< yields dense blocks; its tables become those of the packed file
+  Decoder decoder;                      ///< yields dense blocks; its tables are those of the packed file
+  StoredTables tables;                  ///< the same, as they are stored
   std::unique_ptr<WorkDirectory> work;  ///< of process 0
   std::optional<HiddenStream>
       dense;  ///< the dense model's, where something is compared with it or learns from it

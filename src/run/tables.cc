@@ -1,9 +1,36 @@
 #include "stbllm/run/tables.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+
+#include "stbllm/quantize/round_rows.h"
 
 namespace stbllm {
+namespace {
+
+RowCoding head_coding(const ModelSpec& spec, const ModelPolicy& policy) {
+  return spec.tied_head ? policy.embedding : policy.head;
+}
+
+/// The integers of a table (rows, cols), each row by itself unless the H of what it multiplies is known.
+QuantizedRows encode_rows(const at::Tensor& table, int bits, const at::Tensor& hessian,
+                          const std::string& name) {
+  const QuantizedRows::Layout layout{table.size(0), table.size(1), bits};
+  if (!hessian.defined()) {
+    const auto load = [&](int64_t row, float* out) {
+      at::from_blob(out, {layout.cols}, at::kFloat).copy_(table[row]);
+    };
+    return QuantizedRows::encode(layout, load, name);
+  }
+  const auto [integers, scales] = round_rows(table, bits, QuantizedRows::kColumnBlock, hessian, name);
+  const auto values = [](const auto* data, const at::Tensor& of) {
+    return std::span(data, static_cast<size_t>(of.numel()));
+  };
+  return QuantizedRows::pack(
+      layout, values(integers.const_data_ptr<int8_t>(), integers),
+      values(reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::Half>()), scales), name);
+}
+
+}  // namespace
 
 RowCoding row_coding(const ModelSpec& spec, const ModelPolicy& policy, const TensorSpec& tensor) {
   if (tensor.name == spec.embedding().name) return policy.embedding;
@@ -14,35 +41,33 @@ int integer_bits(RowCoding coding) {
   return coding == RowCoding::kInt8 ? 8 : coding == RowCoding::kInt4 ? 4 : 0;
 }
 
-QuantizedRows encode_rows(const at::Tensor& table, RowCoding coding, const std::string& name) {
-  const QuantizedRows::Layout layout{table.size(0), table.size(1), integer_bits(coding)};
-  const auto load = [&](int64_t row, float* out) {
-    at::from_blob(out, {layout.cols}, at::kFloat).copy_(table[row]);
-  };
-  return QuantizedRows::encode(layout, load, name);
+bool needs_head_hessian(const ModelSpec& spec, const ModelPolicy& policy) {
+  return head_coding(spec, policy) == RowCoding::kInt4;
 }
 
-at::Tensor stored_table(const at::Tensor& table, RowCoding coding, const std::string& name) {
-  if (coding == RowCoding::kKeep) return table;
-  if (coding == RowCoding::kFloat16) return table.to(at::kHalf).to(at::kFloat);
-  const QuantizedRows rows = encode_rows(table, coding, name);
-  at::Tensor result = at::empty(table.sizes(), at::kFloat);
-  constexpr int64_t kRowsPerTask = 64;
-  at::parallel_for(0, table.size(0), kRowsPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      rows.decode_row(row, result.data_ptr<float>() + row * table.size(1));
-  });
-  return result;
+StoredTables::StoredTables(const Decoder& dense, const ModelPolicy& policy, const at::Tensor& head_hessian)
+    : spec_(dense.spec()), policy_(policy) {
+  const auto encode = [&](const at::Tensor& table, const TensorSpec& tensor, const at::Tensor& hessian) {
+    if (const int bits = integer_bits(coding(tensor)); bits > 0)
+      integers_.emplace(tensor.name, encode_rows(table.cpu(), bits, hessian, tensor.name));
+  };
+  encode(dense.embedding(), spec_.embedding(), spec_.tied_head ? head_hessian : at::Tensor());
+  if (!spec_.tied_head) encode(dense.head(), spec_.head(), head_hessian);
 }
 
-void store_tables(Decoder& decoder, const ModelPolicy& policy) {
-  const ModelSpec& spec = decoder.spec();
-  const auto stored = [&](const at::Tensor& table, RowCoding coding, const TensorSpec& tensor) {
-    return stored_table(table.cpu(), coding, tensor.name).to(decoder.device());
-  };
-  const at::Tensor embedding = stored(decoder.embedding(), policy.embedding, spec.embedding());
-  decoder.set_tables(embedding,
-                     spec.tied_head ? embedding : stored(decoder.head(), policy.head, spec.head()));
+const QuantizedRows* StoredTables::integers(const std::string& tensor) const {
+  const auto found = integers_.find(tensor);
+  return found == integers_.end() ? nullptr : &found->second;
+}
+
+at::Tensor StoredTables::stored(const at::Tensor& table, const TensorSpec& tensor) const {
+  if (const QuantizedRows* rows = integers(tensor.name)) return dense_rows(*rows).to(table.device());
+  return coding(tensor) == RowCoding::kFloat16 ? table.to(at::kHalf).to(at::kFloat) : table;
+}
+
+void StoredTables::install(Decoder& dense) const {
+  const at::Tensor embedding = stored(dense.embedding(), spec_.embedding());
+  dense.set_tables(embedding, spec_.tied_head ? embedding : stored(dense.head(), spec_.head()));
 }
 
 }  // namespace stbllm

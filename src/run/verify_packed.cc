@@ -4,7 +4,6 @@
 
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
-#include "stbllm/base/interrupt.h"
 #include "stbllm/model/hidden_stream.h"
 #include "stbllm/run/assemble.h"
 #include "stbllm/run/tables.h"
@@ -19,7 +18,6 @@ constexpr double kLogitTolerance = 2e-3;
 HiddenStream run_dense(Decoder& decoder, const at::Tensor& ids, const Assembly& assembly) {
   HiddenStream stream(decoder, ids, {});
   for (int64_t i = 0; i < assembly.spec.layers; ++i) {
-    check_interrupt();
     const auto block = decoder.block(i);
     if (i < assembly.quantized_blocks) {
       const QuantizedBlock quantized = assembly.quantized(i);
@@ -34,7 +32,6 @@ HiddenStream run_dense(Decoder& decoder, const at::Tensor& ids, const Assembly& 
 HiddenStream run_packed(const Decoder& decoder, const at::Tensor& ids) {
   HiddenStream stream(decoder, ids, {});
   for (int64_t i = 0; i < decoder.spec().layers; ++i) {
-    check_interrupt();
     stream.advance(*decoder.block(i));
   }
   return stream;
@@ -63,7 +60,7 @@ double verify_packed(const std::filesystem::path& path, const Assembly& assembly
                      std::span<const std::vector<int32_t>> windows) {
   const at::Tensor ids = ids_of(windows);
   Decoder dense = Decoder::from_checkpoint(assembly.checkpoint);
-  store_tables(dense, assembly.policy);
+  assembly.tables.install(dense);
   const HiddenStream dense_stream = run_dense(dense, ids, assembly);
   const PackedReader reader = PackedReader::open(path);
   const Decoder packed = Decoder::from_packed(reader, find_backend("cpu"), at::kFloat);

@@ -14,7 +14,7 @@ std::string_view dtype_name(const at::Tensor& tensor) {
 
 void write_model(ModelWriter& writer, const Assembly& assembly) {
   const StageTimer timer("pack");
-  const auto& [checkpoint, spec, policy, quantized_blocks, quantized] = assembly;
+  const auto& [checkpoint, spec, tables, quantized_blocks, quantized] = assembly;
   std::map<std::string, at::Tensor> tuned;
   for (int64_t i = 0; i < spec.layers; ++i) {
     check_interrupt();
@@ -32,10 +32,14 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
     }
   }
   for (const TensorSpec& tensor : spec.other_tensors()) {
+    if (const QuantizedRows* rows = tables.integers(tensor.name)) {
+      writer.add_rows(tensor.name, *rows);
+      continue;
+    }
     const auto found = tuned.find(tensor.name);
     writer.add_tensor(tensor.name,
                       found != tuned.end() ? found->second : checkpoint.load(tensor.name, tensor.shape),
-                      row_coding(spec, policy, tensor));
+                      tables.coding(tensor));
     checkpoint.release(tensor.name);
   }
 }

@@ -14,12 +14,11 @@ class PackedModelWriter : public ModelWriter {
   void add_linear(const std::string& name, const BinarizedWeight& weight) override {
     file_.add_linear(name, pack_weight(weight, name));
   }
+  void add_rows(const std::string& name, const QuantizedRows& rows) override {
+    file_.add_quantized_rows(name.substr(0, name.rfind('.')),
+                             rows);  // without ".weight", as linears are named
+  }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
-    if (integer_bits(coding) > 0) {
-      const std::string matrix = name.substr(0, name.rfind('.'));  // without ".weight", as linears are named
-      file_.add_quantized_rows(matrix, encode_rows(tensor, coding, matrix));
-      return;
-    }
     const at::Tensor stored = (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf) : tensor).contiguous();
     file_.add_dense(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   }

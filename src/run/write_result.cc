@@ -40,7 +40,7 @@ void write_result(Run& run) {
   const QuantizeOptions& options = run.request.options;
   const Assembly assembly{.checkpoint = run.request.checkpoint,
                           .spec = run.spec(),
-                          .policy = run.recipe().model,
+                          .tables = run.tables,
                           .quantized_blocks = run.blocks(),
                           .quantized = [&](int64_t i) { return run.finished_block(i); }};
   if (options.dense_output) {

@@ -230,8 +230,8 @@ TEST_F(Cli, UsageFaults) {
   expect_fault(quantize("packed", {"--set", "model.levels=many"}), ErrorCode::kUsage, "model.levels");
   expect_fault(quantize("packed", {"--set", "model.levels=7"}), ErrorCode::kUsage, "model.levels");
   for (const char* value : {"2.7", "true", "4294967298"})  // none of them becomes a number that fits
-    expect_fault(quantize("packed", {"--set", std::string("model.levels=") + value}), ErrorCode::kUsage,
-                 value);
+    expect_fault(quantize("packed", {"--recipe", "stbllm", "--set", std::string("model.levels=") + value}),
+                 ErrorCode::kUsage, value);
   expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
   expect_fault(quantize("packed", {"--set", "refit=2"}), ErrorCode::kUsage, "is now 'method.refit'");
 }
@@ -411,8 +411,14 @@ TEST_F(Cli, AFileThatIsNoPackedModel) {
 }
 
 TEST_F(Cli, AFullDiskLeavesNothingOfTheFirstBlock) {
-  expect_fault(quantize("packed"), ErrorCode::kWriteFailed, "packed", /*largest_file=*/8 << 10);
-  expect_fault(quantize("dense", {"--dense"}), ErrorCode::kWriteFailed, "dense", /*largest_file=*/8 << 10);
+  const auto quantize_uniformly = [&](const std::string& output, Args more) {
+    more.insert(more.end(), {"--recipe", "stbllm"});  // there is no plan to be kept
+    return quantize(output, more);
+  };
+  expect_fault(quantize_uniformly("packed", {}), ErrorCode::kWriteFailed, "packed",
+               /*largest_file=*/8 << 10);
+  expect_fault(quantize_uniformly("dense", {"--dense"}), ErrorCode::kWriteFailed, "dense",
+               /*largest_file=*/8 << 10);
 }
 
 TEST_F(Cli, AFullDiskAtTheEndKeepsTheFinishedBlocks) {

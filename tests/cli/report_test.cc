@@ -82,7 +82,7 @@ class ReportCommand : public ::testing::Test {
   /// run.html after its script has run; empty without a browser.
   std::string rendered() {
     const std::string command =
-        "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --user-data-dir=" +
+        "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=10000 --user-data-dir=" +
         (scratch_ / "browser").string() + " --dump-dom file://" + (scratch_ / "run.html").string() +
         " 2> /dev/null > " + (scratch_ / "rendered.html").string();
     return std::system(command.c_str()) == 0 ? read("rendered.html") : "";

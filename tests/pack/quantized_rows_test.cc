@@ -87,6 +87,21 @@ TEST(QuantizedRows, RepresentableWeightsComeBackExactly) {
   }
 }
 
+TEST(QuantizedRows, IntegersAndScalesArePackedAsTheyAre) {
+  for (const int bits : {8, 4}) {
+    const QuantizedRows::Layout layout{.rows = 3, .cols = 67, .bits = bits};
+    std::vector<int8_t> integers;
+    for (int i = 0; i < 3 * 67; ++i)
+      integers.push_back(static_cast<int8_t>(i * 7 % (1 << bits) - (1 << (bits - 1))));
+    std::vector<uint16_t> scales;
+    for (int i = 0; i < 3 * 2; ++i) scales.push_back(float_to_half(0.5f - 0.25f * static_cast<float>(i)));
+    const auto decoded = decode(QuantizedRows::pack(layout, integers, scales, "rows"));
+    for (int i = 0; i < 3 * 67; ++i)
+      EXPECT_EQ(decoded[i],
+                half_to_float(scales[i / 67 * 2 + i % 67 / 64]) * static_cast<float>(integers[i]));
+  }
+}
+
 TEST(QuantizedRows, ZeroBlocksStayZero) {
   for (const int bits : {8, 4}) {
     const std::vector<float> weights(2 * 65, 0.0f);

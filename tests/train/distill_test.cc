@@ -105,7 +105,7 @@ STBLLM_INSTANTIATE_PRODUCTS(Distill);
 /// bring.
 TEST_P(Distill, BringsHeldOutLogitsCloser) {
   for (const auto& model : {test::tiny_llama(), test::tiny_opt()})
-    for (const double code_lr : {0.0, 0.004}) {
+    for (const double code_lr : {0.0, 0.008}) {
       SCOPED_TRACE(fmt::format("{}, codes at {}", model.config["model_type"].get<std::string>(), code_lr));
       const DistillReport report = run(model, distilled_recipe(code_lr)).report;
       EXPECT_GT(report.epochs, 0);

@@ -26,7 +26,7 @@ namespace stbllm {
 namespace {
 
 struct Options {
-  std::string checkpoint, recipe = "stbllm", calib, nm, report, effort = "default";
+  std::string checkpoint, recipe = "stbllm-2bit", calib, nm, report, effort = "default";
   std::vector<std::string> fields;
   int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
   double target_bits = 0;                                 // 0: none

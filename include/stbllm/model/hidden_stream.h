@@ -37,6 +37,8 @@ struct StreamOptions {
   std::filesystem::path spill_directory = {};
 };
 
+/// Every pass of windows through a block asks check_interrupt() first; a stream that was interrupted is of no
+/// use any more.
 class HiddenStream {
  public:
   /// Sees the input (windows, seqlen, cols) of a tap for windows that go through a block together, all of

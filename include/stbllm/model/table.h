@@ -12,6 +12,9 @@
 
 namespace stbllm {
 
+/// The weights (rows, cols) that quantized rows stand for, float32.
+at::Tensor dense_rows(const QuantizedRows& rows);
+
 class Table {
  public:
   Table() = default;

@@ -43,6 +43,11 @@ class QuantizedRows {
   /// finite or too large for fp16 scales.
   static QuantizedRows encode(const Layout& layout, const LoadRow& load_row, std::string_view what);
 
+  /// integers: (rows, cols), each within the range of `layout`; scales: (rows, column_blocks) in fp16,
+  /// finite.
+  static QuantizedRows pack(const Layout& layout, std::span<const int8_t> integers,
+                            std::span<const uint16_t> scales, std::string_view what);
+
   const Layout& layout() const { return layout_; }
   std::span<const std::byte> codes() const { return codes_; }
   std::span<const std::byte> scales() const { return scales_; }

@@ -12,14 +12,14 @@
 #include "stbllm/calibrate/quantized_block.h"
 #include "stbllm/model/decoder.h"
 #include "stbllm/pack/packed_file.h"
-#include "stbllm/recipe/recipe.h"
+#include "stbllm/run/tables.h"
 
 namespace stbllm {
 
 struct Assembly {
   const Checkpoint& checkpoint;
   const ModelSpec& spec;
-  const ModelPolicy& policy;
+  const StoredTables& tables;
   int64_t quantized_blocks;                          ///< the others stay dense
   std::function<QuantizedBlock(int64_t)> quantized;  ///< a finished block
 };
