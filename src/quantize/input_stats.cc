@@ -15,6 +15,16 @@ at::Tensor mirrored(const at::Tensor& sum, double factor) {
   return upper + upper.triu(1).t();
 }
 
+constexpr double kSmallestNorm = 1e-12;  ///< of a token, so that zeros can be divided by it
+
+/// min(1, times * median norm of the window's tokens / norm) of each token, (..., tokens of a window, 1). The
+/// median is of each window alone, so that a window counts the same whatever the batch around it.
+at::Tensor clipping(const at::Tensor& x, double times) {
+  const at::Tensor norm = x.norm(2, -1, /*keepdim=*/true).clamp_min(kSmallestNorm);
+  const at::Tensor median = std::get<0>(norm.median(-2, /*keepdim=*/true));
+  return (times * median / norm).clamp_max(1.0);
+}
+
 }  // namespace
 
 StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
@@ -22,13 +32,7 @@ StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
 
 void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const Drift& drift) {
   at::Tensor x = inputs.to(at::kFloat), weight;  // weight: the square root of w
-  if (token_weights_) {
-    constexpr double kSmallestNorm = 1e-12;
-    const at::Tensor norm = x.norm(2, -1).clamp_min(kSmallestNorm);  // (..., tokens of a window)
-    // Of each window alone, so that a window counts the same whatever the batch around it.
-    const at::Tensor median = std::get<0>(norm.median(-1, /*keepdim=*/true));
-    weight = (3 * median / norm).clamp_max(1.0).sqrt().unsqueeze(-1);
-  }
+  if (token_weights_) weight = clipping(x, 3).sqrt();
   const auto weighted = [&](const at::Tensor& values) {
     return (weight.defined() ? values * weight : values).reshape({-1, values.size(-1)});
   };
@@ -46,13 +50,15 @@ void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const Drift& 
         .addmm_(x.narrow(1, first, width).t(), x.narrow(1, first, cols_ - first));
   }
   const auto add_drift = [&](at::Tensor& sum, const at::Tensor& difference) {
-    if (!difference.defined()) return;
     STBLLM_CHECK(!holdout, "held-out inputs are not compared with the dense model's");
     start(sum, difference.size(-1));
-    sum.addmm_(weighted(difference.to(at::kFloat)).t(), x);
+    sum.addmm_(weighted(difference).t(), x);
   };
-  add_drift(input_drift_, drift.inputs);
-  add_drift(hidden_drift_, drift.hidden);
+  if (drift.inputs.defined()) add_drift(input_drift_, drift.inputs.to(at::kFloat));
+  if (drift.hidden.defined()) {
+    const at::Tensor hidden = drift.hidden.to(at::kFloat);
+    add_drift(hidden_drift_, hidden * clipping(hidden, 1));
+  }
   sums.tokens += x.size(0);
 }
 

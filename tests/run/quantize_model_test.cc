@@ -191,9 +191,10 @@ TEST_P(QuantizeModel, PackedFileIsTheQuantizersModel) {
     const StructuredBinaryMatrix& matrix = reader.linears().at(linear.name);
     EXPECT_EQ((Scheme{.nm = matrix.layout().nm, .levels = matrix.layout().levels}), linear.scheme)
         << linear.name;
-    if (const auto* pattern = std::get_if<PatternAllocation>(&recipe.model.allocation))
+    if (const auto* pattern = std::get_if<PatternAllocation>(&recipe.model.allocation)) {
       EXPECT_TRUE(linear.scheme == pattern->scheme || pattern->vary != PatternAllocation::Vary::kNot)
           << linear.name;
+    }
     expect_exactly_n_kept(linear.name, matrix);
   }
 

@@ -15,6 +15,13 @@ inline const Scheme& scheme_of(const Recipe& recipe) {
 }
 inline LeanMethod& lean_of(Recipe& recipe) { return std::get<LeanMethod>(recipe.method); }
 
+/// Targets that make up for nothing leave something to learn, even on few windows of a tiny model.
+inline void start_plainly(Recipe& recipe) {
+  LeanMethod& lean = lean_of(recipe);
+  lean.sequential = false;
+  lean.asymmetry = lean.residual = 0;
+}
+
 inline Recipe with_scheme(const std::string& preset, const Scheme& scheme) {
   Recipe recipe = Recipe::load(preset);
   scheme_of(recipe) = scheme;

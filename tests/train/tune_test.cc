@@ -39,9 +39,7 @@ Recipe tuned_recipe(const std::string& preset, int epochs = kEpochs) {
   Recipe recipe = Recipe::load(preset);
   recipe.training.tune = TrainingPolicy::kDefaultTune;
   recipe.training.tune->epochs = epochs;
-  // The plain start leaves something to learn, even on so few windows of a tiny model.
-  test::lean_of(recipe).sequential = false;
-  test::lean_of(recipe).asymmetry = test::lean_of(recipe).residual = 0;
+  test::start_plainly(recipe);
   return recipe;
 }
 

@@ -16,8 +16,11 @@ struct InputStats {
   /// C = (2/T) sum_t w_t (d_t - x_t) x_t^T, (cols, cols) float32, d the dense model's inputs; undefined where
   /// these are not known.
   at::Tensor input_drift;
-  /// R = (2/T) sum_t w_t (e_t - h_t) x_t^T, (hidden, cols) float32, where the outputs are added to hidden
-  /// states: h are those of the quantized model and e of the dense one. Else undefined.
+  /// R = (2/T) sum_t w_t c_t (e_t - h_t) x_t^T, (hidden, cols) float32, where the outputs are added to hidden
+  /// states: h are those of the quantized model and e of the dense one. Else undefined. c_t = min(1, median
+  /// ||e - h|| / ||e_t - h_t||), the median over the token's window: the few tokens whose hidden states are
+  /// huge would decide R by themselves. (SmolLM2-135M at 1.25 bits has a perplexity of 365 and 201 on
+  /// Wikitext-2's test and validation splits, 3246 and 241 with c_t = 1, 435 and 368 without R.)
   at::Tensor hidden_drift;
   int64_t tokens = 0;  ///< T behind `hessian`
 
