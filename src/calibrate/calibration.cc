@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 #include "stbllm/text/corpus.h"
 #include "stbllm/text/tokenizer.h"
@@ -13,6 +14,10 @@ namespace {
 constexpr int64_t kWindowsPerHeldOut = 8;
 
 }  // namespace
+
+std::span<const std::vector<int32_t>> Calibration::first_training_windows(int64_t tokens) const {
+  return std::span(windows).subspan(distill_only, std::min(training(), ceil_div(tokens, seqlen())));
+}
 
 Calibration make_calibration(const Checkpoint& checkpoint, const std::string& data, int64_t samples,
                              int64_t distill_samples, int64_t seqlen, uint64_t seed) {

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include "stbllm/base/bits.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/model/hidden_stream.h"
 #include "stbllm/quantize/input_stats.h"
@@ -13,9 +12,7 @@ namespace stbllm {
 at::Tensor head_hessian(const Decoder& dense, const Calibration& calibration) {
   const StageTimer timer("inputs of the head");
   const at::NoGradGuard no_grad;
-  const int64_t count = std::min(calibration.training(), ceil_div(kHeadTokens, calibration.seqlen()));
-  const auto windows = std::span(calibration.windows).subspan(calibration.distill_only, count);
-  HiddenStream stream(dense, ids_of(windows), {});
+  HiddenStream stream(dense, ids_of(calibration.first_training_windows(kHeadTokens)), {});
   for (int64_t i = 0; i < dense.spec().layers; ++i) stream.advance(*dense.block(i));
   StatsAccumulator sum(dense.spec().embedding_width, /*token_weights=*/false);
   for (int64_t w = 0; w < stream.windows(); ++w)

@@ -37,8 +37,9 @@ std::pair<Windows, int64_t> plan_windows(const Calibration& calibration) {
   const Windows& all = calibration.windows;
   const int64_t seqlen = calibration.seqlen();
   const int64_t holdout = std::min(calibration.holdout, ceil_div(kPlanTokens / 4, seqlen));
-  const auto first = all.begin() + calibration.distill_only, first_held_out = all.end() - calibration.holdout;
-  Windows windows(first, first + std::min(calibration.training(), ceil_div(kPlanTokens, seqlen)));
+  const auto training = calibration.first_training_windows(kPlanTokens);
+  const auto first_held_out = all.end() - calibration.holdout;
+  Windows windows(training.begin(), training.end());
   windows.insert(windows.end(), first_held_out, first_held_out + holdout);
   return {windows, holdout};
 }

@@ -1,9 +1,6 @@
 #include "stbllm/quantize/lean_metric.h"
 
 #include <algorithm>
-#include <cmath>
-
-#include "stbllm/base/profile.h"
 
 namespace stbllm {
 namespace {
@@ -24,18 +21,6 @@ std::vector<int64_t> find_outliers(const at::Tensor& hessian, const std::optiona
   return columns;
 }
 
-at::Tensor shrink_hessian(const at::Tensor& hessian, double s) {
-  at::Tensor h = hessian * (1 - s);
-  h.diagonal().copy_(hessian.diagonal());
-  return h;
-}
-
-InverseFactor timed_factor(const at::Tensor& hessian, double damping) {
-  // A Cholesky and the inverse of a triangle.
-  const StageTimer timer("factor", 2. / 3 * std::pow(static_cast<double>(hessian.size(0)), 3));
-  return inverse_factor(hessian, damping);
-}
-
 }  // namespace
 
 const LeanMetric& LeanMetrics::get(const InputStats& stats, const LeanMetricOptions& options) {
@@ -45,13 +30,13 @@ const LeanMetric& LeanMetrics::get(const InputStats& stats, const LeanMetricOpti
   metric_.outliers = find_outliers(stats.hessian, options.outliers);
   metric_.hessian = shrink_hessian(stats.hessian, options.shrink);
   if (options.target_damping && (!metric_.outliers.empty() || options.target_damping != options.damping))
-    metric_.target_factor = timed_factor(metric_.hessian, *options.target_damping);
+    metric_.target_factor = inverse_factor(metric_.hessian, *options.target_damping);
   if (!metric_.outliers.empty()) {
     const at::Tensor columns = at::tensor(metric_.outliers, at::kLong).to(metric_.hessian.device());
     metric_.hessian.index_fill_(0, columns, 0);
     metric_.hessian.index_fill_(1, columns, 0);
   }
-  if (options.damping) metric_.factor = timed_factor(metric_.hessian, *options.damping);
+  if (options.damping) metric_.factor = inverse_factor(metric_.hessian, *options.damping);
   if (options.target_damping && !metric_.target_factor) metric_.target_factor = metric_.factor;
   options_ = options;
   return metric_;

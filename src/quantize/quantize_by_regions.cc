@@ -85,9 +85,7 @@ class RegionQuantizer {
   void factor(const at::Tensor& hessian) {
     // In float32 the rounding of a Cholesky depends on the number of threads: only the released arithmetic
     // needs it. It inverts the whole matrix and factors again.
-    const double flops = (released_ ? 4. : 2.) / 3 * std::pow(static_cast<double>(cols_), 3);
-    const InverseFactor factor = timed(
-        "factor", flops, [&] { return inverse_factor(hessian, method_.damping, /*three_steps=*/released_); });
+    const InverseFactor factor = inverse_factor(hessian, method_.damping, /*three_steps=*/released_);
     report_.damping = factor.damping;
     report_.damping_retries = factor.retries;
     upper_ = factor.upper.cpu();

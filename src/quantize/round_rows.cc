@@ -52,10 +52,8 @@ class RowRounder {
  public:
   RowRounder(int bits, int64_t column_block, const at::Tensor& hessian)
       : lowest_(-(1 << (bits - 1))), highest_(-lowest_ - 1), column_block_(column_block) {
-    at::Tensor h = hessian * (1 - kShrink);
-    h.diagonal().copy_(hessian.diagonal());
+    const at::Tensor h = shrink_hessian(hessian, kShrink);
     order_ = h.diagonal().argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
-    const StageTimer timer("factor");
     upper_ = inverse_factor(h.index_select(0, order_).index_select(1, order_), kDamping).upper;
     column_weight_ = at::empty({h.size(0), 1}, at::kFloat);
     column_weight_.index_copy_(0, order_, upper_.diagonal().square().reciprocal().unsqueeze(1));

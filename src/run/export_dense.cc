@@ -30,8 +30,7 @@ class DenseModelWriter : public ModelWriter {
     add_tensor(name, dense_rows(rows), RowCoding::kKeep);
   }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
-    const at::Tensor stored =
-        (coding == RowCoding::kFloat16 ? tensor.to(at::kHalf).to(at::kFloat) : tensor).contiguous();
+    const at::Tensor stored = stored_floats(tensor, coding).contiguous();
     file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   }
 

@@ -48,14 +48,14 @@ Run open_run(const Request& request) {
                   of_dense);
   }
   // From here on the tables at both ends are what the packed file will hold.
-  const StoredTables tables(
+  StoredTables tables(
       decoder, recipe.model,
       needs_head_hessian(spec, recipe.model) ? head_hessian(decoder, calibration) : at::Tensor());
   tables.install(decoder);
   HiddenStream quantized(decoder, ids_of(windows.subspan(share.distill_only)), stream);
   return {.request = request,
           .decoder = std::move(decoder),
-          .tables = tables,
+          .tables = std::move(tables),
           .work = std::move(work),
           .dense = std::move(dense),
           .quantized = std::move(quantized),

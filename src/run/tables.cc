@@ -41,6 +41,10 @@ int integer_bits(RowCoding coding) {
   return coding == RowCoding::kInt8 ? 8 : coding == RowCoding::kInt4 ? 4 : 0;
 }
 
+at::Tensor stored_floats(const at::Tensor& tensor, RowCoding coding) {
+  return coding == RowCoding::kFloat16 ? tensor.to(at::kHalf).to(at::kFloat) : tensor;
+}
+
 bool needs_head_hessian(const ModelSpec& spec, const ModelPolicy& policy) {
   return head_coding(spec, policy) == RowCoding::kInt4;
 }
@@ -62,7 +66,7 @@ const QuantizedRows* StoredTables::integers(const std::string& tensor) const {
 
 at::Tensor StoredTables::stored(const at::Tensor& table, const TensorSpec& tensor) const {
   if (const QuantizedRows* rows = integers(tensor.name)) return dense_rows(*rows).to(table.device());
-  return coding(tensor) == RowCoding::kFloat16 ? table.to(at::kHalf).to(at::kFloat) : table;
+  return stored_floats(table, coding(tensor));
 }
 
 void StoredTables::install(Decoder& dense) const {

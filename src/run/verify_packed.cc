@@ -31,9 +31,7 @@ HiddenStream run_dense(Decoder& decoder, const at::Tensor& ids, const Assembly& 
 
 HiddenStream run_packed(const Decoder& decoder, const at::Tensor& ids) {
   HiddenStream stream(decoder, ids, {});
-  for (int64_t i = 0; i < decoder.spec().layers; ++i) {
-    stream.advance(*decoder.block(i));
-  }
+  for (int64_t i = 0; i < decoder.spec().layers; ++i) stream.advance(*decoder.block(i));
   return stream;
 }
 

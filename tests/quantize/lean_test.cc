@@ -413,6 +413,22 @@ TEST(QuantizeLinear, APlanMayAllowFewerOutlierColumnsThanTheMethod) {
   }
 }
 
+/// How far the outputs of quantized weights are from `wanted`, with the shares 0, 1/2 and 1 in one of a
+/// method's targets.
+std::vector<double> errors_by_share(double LeanMethod::*share, const at::Tensor& weight,
+                                    const InputStats& stats, const at::Tensor& inputs,
+                                    const at::Tensor& wanted) {
+  std::vector<double> errors;
+  for (const double value : {0.0, 0.5, 1.0}) {
+    LeanMethod method = lean_method(4);
+    method.*share = value;
+    const BinarizedWeight result =
+        quantize_linear(weight, stats, method, {.scheme = {.nm = {3, 4}, .levels = 2}});
+    errors.push_back((inputs.mm(result.to_dense().t()) - wanted).norm().item<double>());
+  }
+  return errors;
+}
+
 /// Where inputs differ from the dense model's, weights that make up for it bring outputs closer to the dense
 /// ones.
 TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
@@ -426,14 +442,8 @@ TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
   StatsAccumulator accumulator(cols, false);
   accumulator.add(inputs, /*holdout=*/false, {.inputs = dense - inputs, .hidden = {}});
   const InputStats stats = accumulator.finish();
-  std::vector<double> errors;
-  for (const double asymmetry : {0.0, 0.5, 1.0}) {
-    LeanMethod method = lean_method(4);
-    method.asymmetry = asymmetry;
-    const BinarizedWeight result =
-        quantize_linear(weight, stats, method, {.scheme = {.nm = {3, 4}, .levels = 2}});
-    errors.push_back((inputs.mm(result.to_dense().t()) - dense.mm(weight.t())).norm().item<double>());
-  }
+  const std::vector<double> errors =
+      errors_by_share(&LeanMethod::asymmetry, weight, stats, inputs, dense.mm(weight.t()));
   EXPECT_LT(errors[1], 0.9 * errors[0]);
   EXPECT_LT(errors[2], errors[1]);
 }
@@ -448,15 +458,8 @@ TEST(QuantizeLinear, AResidualTargetMendsTheHiddenStatesThatOutputsAreAddedTo) {
   StatsAccumulator accumulator(cols, false);
   accumulator.add(inputs, /*holdout=*/false, {.inputs = at::zeros_like(inputs), .hidden = lost});
   const InputStats stats = accumulator.finish();
-  std::vector<double> errors;
-  for (const double residual : {0.0, 0.5, 1.0}) {
-    LeanMethod method = lean_method(4);
-    method.residual = residual;
-    const BinarizedWeight result =
-        quantize_linear(weight, stats, method, {.scheme = {.nm = {3, 4}, .levels = 2}});
-    errors.push_back((inputs.mm((result.to_dense() - weight).t()) - lost).norm().item<double>() /
-                     lost.norm().item<double>());
-  }
+  const std::vector<double> errors =
+      errors_by_share(&LeanMethod::residual, weight, stats, inputs, inputs.mm(weight.t()) + lost);
   // Half of what the inputs tell leaves half of the loss, and the codes' own error on top.
   EXPECT_LT(errors[1], 0.8 * errors[0]);
   EXPECT_LT(errors[2], 0.8 * errors[1]);

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/processes/process_group.h"
@@ -21,6 +23,8 @@ struct Calibration {
   int64_t seqlen() const { return std::ssize(windows.front()); }
   /// Windows behind H.
   int64_t training() const { return std::ssize(windows) - distill_only - holdout; }
+  /// The first of them, so many that they have `tokens` tokens where there are enough.
+  std::span<const std::vector<int32_t>> first_training_windows(int64_t tokens) const;
 };
 
 /// Random windows of a corpus for a checkpoint's tokenizer, which do not overlap while the text lasts. Throws

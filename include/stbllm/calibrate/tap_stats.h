@@ -14,7 +14,8 @@ namespace stbllm {
 class TapStats {
  public:
   TapStats(const std::vector<LinearSpec>& linears, bool token_weights);
-  /// inputs: (windows, seqlen, cols of the tap); as StatsAccumulator::add().
+  /// Adds what a tap has seen: inputs (windows, seqlen, cols of the tap), the rest as in
+  /// StatsAccumulator::add().
   void add(Tap tap, const at::Tensor& inputs, bool held_out, const Drift& drift = {});
   /// The same as what a HiddenStream calls.
   HiddenStream::Observer observer();

@@ -5,6 +5,9 @@
 
 namespace stbllm {
 
+/// (1 - s) H + s diag(H): sums over few tokens overstate what columns have in common.
+at::Tensor shrink_hessian(const at::Tensor& hessian, double s);
+
 struct InverseFactor {
   at::Tensor upper;  ///< U (cols, cols) float32, upper triangular, H^-1 = U^T U; d_j = U_jj
   double damping;    ///< the share of mean(diag H) that was added to the diagonal

@@ -16,6 +16,9 @@ RowCoding row_coding(const ModelSpec& spec, const ModelPolicy& policy, const Ten
 /// Bits of an integer of kInt8 or kInt4; 0 where rows stay floating-point numbers.
 int integer_bits(RowCoding coding);
 
+/// What floating-point numbers become by being stored: with kFloat16 they are rounded to fp16.
+at::Tensor stored_floats(const at::Tensor& tensor, RowCoding coding);
+
 /// Whether the integers of the head depend on what it reads: 8 bits are enough for any rounding, 4 are not. A
 /// tied head is coded as the embedding is.
 bool needs_head_hessian(const ModelSpec& spec, const ModelPolicy& policy);
