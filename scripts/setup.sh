@@ -44,6 +44,8 @@ if ((${#missing[@]})); then
 fi
 # Headers of the Gloo that libtorch holds, for calibration in several processes.
 installed libgloo-dev || install libgloo-dev || say "libgloo-dev cannot be installed: quantize will run in one process"
+# For scripts/read_packed.py.
+installed python3-numpy || install python3-numpy || say "python3-numpy cannot be installed: the test pack.read_packed will be skipped"
 # Other versions of clang have other warnings.
 command -v clang++-14 >/dev/null || install clang-14 || say "clang 14 cannot be installed: the test style.warnings will be skipped"
 

@@ -117,15 +117,7 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
 Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend, at::ScalarType dtype) {
   check_dtype(dtype);
   const std::string path = packed.file()->file()->path().string();
-  nlohmann::json config =
-      nlohmann::json::parse(packed.metadata("config"), nullptr, /*allow_exceptions=*/false);
-  if (config.is_discarded()) fail(ErrorCode::kCorrupt, "{}: its metadata \"config\" is not valid JSON", path);
-  ModelSpec spec = ModelSpec::from_config(config);
-  spec.detect_prefix([&](const std::string& linear) {
-    return packed.linears().contains(linear) || packed.has_dense(linear + ".weight");
-  });
-
-  Decoder decoder(std::move(spec), dtype, backend.on_cuda() ? at::kCUDA : at::kCPU);
+  Decoder decoder(ModelSpec::from_packed(packed), dtype, backend.on_cuda() ? at::kCUDA : at::kCPU);
   const PackedTensors tensors(packed);
   const TensorLoader load = [&](const TensorSpec& tensor) {
     return tensors.load(tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);

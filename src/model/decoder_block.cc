@@ -13,32 +13,6 @@
 namespace stbllm {
 namespace {
 
-/// Angular frequencies (head_dim / 2), float32 at every step as HF computes them: its rounding is part of the
-/// model.
-at::Tensor rope_frequencies(const ModelSpec& spec) {
-  const Rope& rope = spec.rope;
-  const at::Tensor exponent = at::arange(0, spec.head_dim, 2, at::kLong).to(at::kFloat) / spec.head_dim;
-  const at::Tensor plain = 1.0 / at::pow(rope.theta, exponent);
-  switch (rope.scaling) {
-    case Rope::Scaling::kNone:
-      return plain;
-    case Rope::Scaling::kLinear:
-      return plain / rope.factor;
-    case Rope::Scaling::kLlama3:
-      break;
-  }
-  // Long waves are slowed down by the factor, short ones stay, those between are blended.
-  const at::Tensor wavelength = 2 * std::numbers::pi / plain;
-  const double original = static_cast<double>(rope.original_max_positions);
-  const double long_wave = original / rope.low_freq_factor;
-  const double short_wave = original / rope.high_freq_factor;
-  const at::Tensor keep =
-      (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
-  const at::Tensor blended = (1 - keep) * plain / rope.factor + keep * plain;
-  return at::where(wavelength > long_wave, plain / rope.factor,
-                   at::where(wavelength < short_wave, plain, blended));
-}
-
 /// x (batch, heads, tokens, head_dim): pairs (i, i + head_dim / 2) turn by their angle.
 at::Tensor turn(const at::Tensor& x, const Positions& positions) {
   if (can_fuse(x)) return rotate(x, positions.cos, positions.sin);
@@ -65,6 +39,30 @@ void observe(const TapObserver& observer, Tap tap, const at::Tensor& input) {
 }
 
 }  // namespace
+
+at::Tensor rope_frequencies(const ModelSpec& spec) {
+  const Rope& rope = spec.rope;
+  const at::Tensor exponent = at::arange(0, spec.head_dim, 2, at::kLong).to(at::kFloat) / spec.head_dim;
+  const at::Tensor plain = 1.0 / at::pow(rope.theta, exponent);
+  switch (rope.scaling) {
+    case Rope::Scaling::kNone:
+      return plain;
+    case Rope::Scaling::kLinear:
+      return plain / rope.factor;
+    case Rope::Scaling::kLlama3:
+      break;
+  }
+  // Long waves are slowed down by the factor, short ones stay, those between are blended.
+  const at::Tensor wavelength = 2 * std::numbers::pi / plain;
+  const double original = static_cast<double>(rope.original_max_positions);
+  const double long_wave = original / rope.low_freq_factor;
+  const double short_wave = original / rope.high_freq_factor;
+  const at::Tensor keep =
+      (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
+  const at::Tensor blended = (1 - keep) * plain / rope.factor + keep * plain;
+  return at::where(wavelength > long_wave, plain / rope.factor,
+                   at::where(wavelength < short_wave, plain, blended));
+}
 
 Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype,
                      at::Device device)

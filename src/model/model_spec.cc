@@ -177,6 +177,14 @@ ModelSpec ModelSpec::from_checkpoint(const Checkpoint& checkpoint) {
   return spec;
 }
 
+ModelSpec ModelSpec::from_packed(const PackedReader& packed) {
+  ModelSpec spec = from_config(packed.config());
+  spec.detect_prefix([&](const std::string& linear) {
+    return packed.linears().contains(linear) || packed.has_dense(weight_name(linear));
+  });
+  return spec;
+}
+
 void ModelSpec::detect_prefix(const std::function<bool(const std::string& linear)>& has_linear) {
   ModelSpec bare = *this;
   bare.prefix = "";

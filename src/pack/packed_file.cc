@@ -194,6 +194,14 @@ const std::string& PackedReader::metadata(const std::string& key) const {
   return found->second;
 }
 
+json PackedReader::config() const {
+  json value = json::parse(metadata("config"), nullptr, /*allow_exceptions=*/false);
+  if (value.is_discarded())
+    fail(ErrorCode::kCorrupt, "{}: its metadata \"config\" is not valid JSON",
+         file_->file()->path().string());
+  return value;
+}
+
 json PackedReader::remark(const std::string& key) const {
   const auto found = file_->metadata().find(key);
   if (found == file_->metadata().end()) return nullptr;

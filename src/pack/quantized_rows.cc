@@ -169,19 +169,24 @@ QuantizedRows QuantizedRows::pack(const Layout& layout, std::span<const int8_t> 
   return {layout, storage->codes, storage->scales, storage, what};
 }
 
-void QuantizedRows::decode_row(int64_t row, float* out) const {
+int QuantizedRows::integer(int64_t row, int64_t col) const {
   const std::byte* codes = codes_.data() + row * layout_.code_row_bytes();
+  if (layout_.bits == 8) return static_cast<int8_t>(codes[col]);
+  return static_cast<int>(static_cast<unsigned>(codes[col / 2]) >> (col % 2 * 4) & 15) - 8;
+}
+
+float QuantizedRows::scale(int64_t row, int64_t column_block) const {
+  uint16_t half;
+  std::memcpy(&half, scales_.data() + 2 * (row * layout_.column_blocks() + column_block), sizeof half);
+  return half_to_float(half);
+}
+
+void QuantizedRows::decode_row(int64_t row, float* out) const {
   for (int64_t block = 0; block < layout_.column_blocks(); ++block) {
-    uint16_t half;
-    std::memcpy(&half, scales_.data() + 2 * (row * layout_.column_blocks() + block), sizeof half);
-    const float scale = half_to_float(half);
+    const float factor = scale(row, block);
     const int64_t end = std::min(layout_.cols, (block + 1) * kColumnBlock);
-    for (int64_t col = block * kColumnBlock; col < end; ++col) {
-      const int q = layout_.bits == 8
-                        ? static_cast<int8_t>(codes[col])
-                        : static_cast<int>(static_cast<unsigned>(codes[col / 2]) >> (col % 2 * 4) & 15) - 8;
-      out[col] = scale * static_cast<float>(q);
-    }
+    for (int64_t col = block * kColumnBlock; col < end; ++col)
+      out[col] = factor * static_cast<float>(integer(row, col));
   }
 }
 

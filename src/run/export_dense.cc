@@ -1,16 +1,8 @@
 #include <ATen/ATen.h>
-#include <fcntl.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
-
-#include "stbllm/base/durable_file.h"
-#include "stbllm/base/error.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/calibrate/pack_weight.h"
+#include "stbllm/checkpoint/checkpoint_writer.h"
 #include "stbllm/run/assemble.h"
 #include "stbllm/run/tables.h"
 #include "write_model.h"
@@ -22,7 +14,7 @@ namespace fs = std::filesystem;
 
 class DenseModelWriter : public ModelWriter {
  public:
-  explicit DenseModelWriter(SafetensorsWriter& file) : file_(file) {}
+  explicit DenseModelWriter(CheckpointWriter& checkpoint) : checkpoint_(checkpoint) {}
   void add_linear(const std::string& name, const BinarizedWeight& weight) override {
     add_tensor(name + ".weight", weight.to_dense(), RowCoding::kKeep);
   }
@@ -31,122 +23,31 @@ class DenseModelWriter : public ModelWriter {
   }
   void add_tensor(const std::string& name, const at::Tensor& tensor, RowCoding coding) override {
     const at::Tensor stored = stored_floats(tensor, coding).contiguous();
-    file_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
+    checkpoint_.add(name, dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   }
 
  private:
-  SafetensorsWriter& file_;
+  CheckpointWriter& checkpoint_;
 };
 
-/// Configuration and tokenizer of a checkpoint are in such files.
-bool describes_checkpoint(const std::string& name) {
-  return (name.ends_with(".json") && !name.ends_with(".index.json")) || name == "tokenizer.model" ||
-         name == "merges.txt";
-}
-
-constexpr const char* kWeights = "model.safetensors";
-
-/// What a reader of a checkpoint may look for: these files of another model would be mixed with this one's.
-bool belongs_to_checkpoint(const std::string& name) {
-  constexpr std::string_view kFiles[] = {"config.json",
-                                         "generation_config.json",
-                                         kWeights,
-                                         "pytorch_model.bin",
-                                         "tokenizer.json",
-                                         "tokenizer_config.json",
-                                         "tokenizer.model",
-                                         "special_tokens_map.json",
-                                         "added_tokens.json",
-                                         "vocab.json",
-                                         "merges.txt",
-                                         "model.safetensors.index.json",
-                                         "chat_template.jinja",
-                                         "pytorch_model.bin.index.json"};
-  const bool shard = (name.starts_with("model-") && name.ends_with(".safetensors")) ||
-                     (name.starts_with("pytorch_model-") && name.ends_with(".bin"));
-  return shard || std::ranges::find(kFiles, name) != std::end(kFiles);
-}
-
-/// Puts what `from` holds beside a checkpoint into `to` too.
-void keep_others(const fs::path& from, const fs::path& to) {
-  for (const auto& entry : fs::directory_iterator(from)) {
-    const std::string name = entry.path().filename().string();
-    std::error_code error;
-    if (belongs_to_checkpoint(name)) {
-      if (entry.is_directory())
-        fail(ErrorCode::kWriteFailed,
-             "{}: Is a directory, where a file is to be written; move it or choose another path",
-             entry.path().string());
-      continue;
-    }
-    if (fs::exists(to / name)) continue;
-    if (entry.is_regular_file()) fs::create_hard_link(entry.path(), to / name, error);
-    if (error || !entry.is_regular_file())
-      fs::copy(entry.path(), to / name, fs::copy_options::recursive | fs::copy_options::copy_symlinks, error);
-    if (error)
-      fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", (to / name).string(),
-           error.message());
-  }
-}
-
-/// A directory that goes when the scope is left, unless it was renamed.
-class ScratchDirectory {
- public:
-  explicit ScratchDirectory(fs::path path) : path_(std::move(path)) {
-    std::error_code error;
-    fs::remove_all(path_, error);  // of a run that was killed
-    fs::create_directories(path_, error);
-    if (error)
-      fail(ErrorCode::kWriteFailed, "{}: {}; check the path and the disk", path_.string(), error.message());
-  }
-  ~ScratchDirectory() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  ScratchDirectory(const ScratchDirectory&) = delete;
-  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
-/// Gives a directory the name of another one, which is then under the first name: at every moment one of them
-/// is there as a whole.
-void exchange(const fs::path& fresh, const fs::path& target) {
-  if (::renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, target.c_str(), RENAME_EXCHANGE) == 0) return;
-  if (errno != EINVAL && errno != ENOSYS)
-    fail(ErrorCode::kWriteFailed, "{}: cannot put the new directory in its place: {}; choose another path",
-         target.string(), std::strerror(errno));
-  // A file system that cannot exchange names. A crash between the two renames leaves both directories whole.
-  const fs::path old = target.string() + ".old";
-  rename_durably(target, old);
-  rename_durably(fresh, target);
-  std::error_code ignored;
-  fs::remove_all(old, ignored);
+/// The tokenizer of a checkpoint is in such files, and what else belongs to it beside its configuration.
+bool goes_along(const std::string& name) {
+  return (name.ends_with(".json") && !name.ends_with(".index.json") && name != "config.json") ||
+         name == "tokenizer.model" || name == "merges.txt";
 }
 
 }  // namespace
 
 void export_dense(const fs::path& output, const Assembly& assembly) {
-  const fs::path target = fs::weakly_canonical(output);  // where a symbolic link leads to
-  const ScratchDirectory scratch(target.string() + ".part");
-  SafetensorsWriter file(scratch.path() / kWeights, /*force=*/true);
-  DenseModelWriter writer(file);
+  CheckpointWriter written(output);
+  DenseModelWriter writer(written);
   write_model(writer, assembly);
-  file.set_metadata("format", "pt");
-  file.finish();
-  file.commit();
   for (const auto& entry : fs::directory_iterator(assembly.checkpoint.directory())) {
     const std::string name = entry.path().filename().string();
-    if (describes_checkpoint(name)) write_text(scratch.path() / name, read_text(entry.path()));
+    if (goes_along(name)) written.add_file(name, read_text(entry.path()));
   }
-  if (fs::exists(target)) {
-    keep_others(target, scratch.path());
-    exchange(scratch.path(), target);
-  } else {
-    rename_durably(scratch.path(), target);
-  }
+  written.add_config(assembly.checkpoint.config(), "float32");
+  written.commit();
 }
 
 }  // namespace stbllm

@@ -120,9 +120,7 @@ Tokenizer::Tokenizer(Files files, const std::string& origin) : files_(std::move(
   config.tokenizer = reading(path(kConfig), [&] { return parse_object(files_, kConfig); });
   config.special_tokens = reading(path(kSpecialTokens), [&] { return parse_object(files_, kSpecialTokens); });
 
-  const char* const source = files_.contains(kTokenizerJson)    ? kTokenizerJson
-                             : files_.contains(kTokenizerModel) ? kTokenizerModel
-                                                                : kVocab;
+  const char* const source = this->source();
   if (source == kVocab && !(files_.contains(kVocab) && files_.contains(kMerges))) {
     fail(ErrorCode::kNotFound, "{}: no tokenizer; expected {}, {}, or {} with {}", origin, kTokenizerJson,
          kTokenizerModel, kVocab, kMerges);
@@ -154,7 +152,18 @@ Tokenizer::Tokenizer(Files files, const std::string& origin) : files_(std::move(
   reading(path(source), [&] { index_tokens(); });
 }
 
-/// The definition in the form of tokenizer.json.
+/// The file that defines the tokens.
+const char* Tokenizer::source() const {
+  return files_.contains(kTokenizerJson)    ? kTokenizerJson
+         : files_.contains(kTokenizerModel) ? kTokenizerModel
+                                            : kVocab;
+}
+
+json Tokenizer::definition() const {
+  return define(source(), {.tokenizer = parse_object(files_, kConfig),
+                           .special_tokens = parse_object(files_, kSpecialTokens)});
+}
+
 json Tokenizer::define(std::string_view source, const Config& config) const {
   if (source == kTokenizerJson) return parse_object(files_, kTokenizerJson);
   if (source == kVocab) return tokenizer_json_from_gpt2(files_, config.tokenizer);

@@ -215,6 +215,28 @@ TEST_F(Cli, DenseExportIsACheckpoint) {
       run_program({"eval-ppl", (results_ / "dense").string(), "--data", text_, "--seqlen", "48"}).status, 0);
 }
 
+TEST_F(Cli, ExportsAPackedFile) {
+  ASSERT_EQ(run_program(quantize("packed", {})).status, 0);
+  const std::string packed = (results_ / "packed").string(), directory = (results_ / "hf").string(),
+                    gguf = (results_ / "model.gguf").string();
+  EXPECT_EQ(run_program({"export", packed, directory, "--to", "hf"}).status, 0);
+  EXPECT_EQ(run_program({"eval-ppl", directory, "--data", text_, "--seqlen", "48"}).status, 0);
+  const Outcome exported = run_program({"export", packed, gguf, "--to", "gguf", "--dequantize", "--json"});
+  EXPECT_EQ(exported.status, 0);
+  EXPECT_EQ(nlohmann::json::parse(exported.out)["bytes"], fs::file_size(gguf));
+
+  expect_fault({"export", packed, gguf}, ErrorCode::kUsage, "--to");
+  expect_fault({"export", packed, gguf, "--to", "onnx"}, ErrorCode::kUsage, "onnx");
+  expect_fault({"export", directory, gguf, "--to", "gguf"}, ErrorCode::kUsage, "found a directory");
+  expect_fault({"export", packed + "x", gguf, "--to", "gguf"}, ErrorCode::kNotFound, "packedx");
+  expect_fault({"export", packed, gguf, "--to", "gguf", "--force"}, ErrorCode::kUnsupported, "--dequantize");
+  for (const char* to : {"hf", "gguf"})
+    expect_fault({"export", packed, packed, "--to", to, "--force"}, ErrorCode::kUsage, "choose another path");
+  expect_fault({"export", packed, directory, "--to", "gguf"}, ErrorCode::kUsage, "a directory is there");
+  expect_fault({"export", packed, directory, "--to", "hf"}, ErrorCode::kExists, "--force");
+  EXPECT_EQ(run_program({"export", packed, directory, "--to", "hf", "--force"}).status, 0);
+}
+
 // --- faults -----------------------------------------------------------------------------------------------
 
 TEST_F(Cli, UsageFaults) {

@@ -28,7 +28,7 @@ void expect_refused(const json& recipe, const std::string& message) {
 }
 
 TEST(Recipe, PresetsSayAllThatTheyDo) {
-  EXPECT_EQ(Recipe::preset_names().size(), 8u);
+  EXPECT_EQ(Recipe::preset_names().size(), 9u);
   for (const std::string& name : Recipe::preset_names()) {
     const Recipe recipe = Recipe::load(name);
     EXPECT_EQ(recipe.name, name);

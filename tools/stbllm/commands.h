@@ -14,6 +14,7 @@ void add_eval_ppl(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_report(CLI::App& app);
+void add_export(CLI::App& app);
 
 /// What several subcommands share.
 struct CommonOptions {

@@ -87,6 +87,7 @@ int run(int argc, char** argv) {
   add_eval_ppl(app);
   add_inspect(app);
   add_generate(app);
+  add_export(app);
   add_report(app);
   try {
     app.parse(argc, argv);

@@ -1,5 +1,5 @@
 #pragma once
-// Bit streams, 16-bit floating-point numbers, and two small pieces of integer arithmetic.
+// Bit streams, 16-bit floating-point numbers, and small pieces of integer arithmetic.
 
 #include <bit>
 #include <cstddef>
@@ -87,6 +87,9 @@ inline __attribute__((always_inline)) uint16_t float_to_bfloat16(float f) {
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
+
+/// The smallest multiple of b that is at least a; a >= 0, b > 0.
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /// n choose k, for n up to 16.
 constexpr int64_t binomial(int n, int k) {

@@ -22,6 +22,10 @@
 
 namespace stbllm {
 
+/// Angular frequencies (head_dim / 2), float32 at every step as HF computes them: its rounding is part of the
+/// model.
+at::Tensor rope_frequencies(const ModelSpec& spec);
+
 /// Where the tokens of a forward pass stand: rotary angles and the attention mask, which all blocks share.
 struct Positions {
   /// Tokens first .. first + count - 1 of every sequence of the batch, in the given dtype and device.

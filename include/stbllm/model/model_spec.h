@@ -10,6 +10,7 @@
 
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/model/architecture.h"
+#include "stbllm/pack/packed_file.h"
 
 namespace stbllm {
 
@@ -83,6 +84,8 @@ struct ModelSpec {
   static ModelSpec from_config(const nlohmann::json& config);
   /// from_config, then the prefix the checkpoint uses, then check_tensors.
   static ModelSpec from_checkpoint(const Checkpoint& checkpoint);
+  /// from_config, then the prefix that the file uses.
+  static ModelSpec from_packed(const PackedReader& packed);
   /// Empties `prefix` when the first linear is there only without it. `has_linear` takes a name as in
   /// LinearSpec.
   void detect_prefix(const std::function<bool(const std::string& linear)>& has_linear);

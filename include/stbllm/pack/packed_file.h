@@ -55,6 +55,7 @@ class PackedReader {
   const TensorEntry& dense(const std::string& name) const;  ///< Throws Error(kMismatch) when missing
   const std::map<std::string, TensorEntry>& dense_tensors() const { return dense_; }
   const std::string& metadata(const std::string& key) const;  ///< Throws Error(kCorrupt) when missing
+  nlohmann::json config() const;  ///< the model's config.json. Throws Error(kCorrupt) when missing or no JSON
   /// What the program that wrote the file said under a key that a model does not need: JSON, a string where
   /// it is no JSON, null when it said nothing.
   nlohmann::json remark(const std::string& key) const;

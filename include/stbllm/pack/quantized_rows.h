@@ -53,6 +53,8 @@ class QuantizedRows {
   std::span<const std::byte> scales() const { return scales_; }
   int64_t bytes() const { return std::ssize(codes_) + std::ssize(scales_); }
 
+  int integer(int64_t row, int64_t col) const;           ///< q
+  float scale(int64_t row, int64_t column_block) const;  ///< that of 64 columns, which fp16 holds exactly
   /// Writes the `cols` weights of `row` to `out`.
   void decode_row(int64_t row, float* out) const;
 

@@ -28,10 +28,13 @@ struct BudgetAllocation {
 
 using Allocation = std::variant<PatternAllocation, BudgetAllocation>;
 
-/// The scheme of most linears: the one of a pattern, and what a budget near one bit gives most of them.
+/// The scheme of most linears: the one of a pattern, and what a budget of so many bits gives most of them.
 inline Scheme usual_scheme(const Allocation& allocation) {
-  const auto* pattern = std::get_if<PatternAllocation>(&allocation);
-  return pattern != nullptr ? pattern->scheme : Scheme{.nm = {3, 8}, .levels = 1};
+  if (const auto* pattern = std::get_if<PatternAllocation>(&allocation)) return pattern->scheme;
+  const double bits = std::get<BudgetAllocation>(allocation).target_bpw;
+  if (bits < 1.05) return {.nm = {2, 8}, .levels = 1};
+  if (bits < 1.7) return {.nm = {3, 8}, .levels = 1};
+  return {.nm = {3, 4}, .levels = 2};
 }
 
 /// How a table of rows (embedding, head) is stored.

@@ -33,6 +33,11 @@ class Tokenizer {
   /// The files that define this tokenizer, as one string (a JSON object of file name -> content), to be kept
   /// in a packed file. The bytes of tokenizer.model, which is binary, stand there as U+0000 to U+00FF.
   std::string serialize() const;
+  /// What they say in the form of tokenizer.json, whatever the files: its "model" (vocabulary, merges) and
+  /// its other components.
+  nlohmann::json definition() const;
+  /// Those files: name -> content.
+  const std::map<std::string, std::string>& files() const { return files_; }
 
   /// Ids of UTF-8 `text` (Error(kCorrupt) when it is not) of up to 1 GiB (Error(kUnsupported) when it is
   /// longer). With `add_special_tokens` BOS is added as HF applies it (once, where the tokenizer adds it).
@@ -43,6 +48,13 @@ class Tokenizer {
   std::string decode(std::span<const int32_t> ids) const;
   /// One more than the largest id, added tokens included.
   int64_t vocab_size() const { return std::ssize(tokens_); }
+  /// The tokens by id, as the vocabulary writes them; empty where an id has none.
+  const std::vector<std::string>& tokens() const { return tokens_; }
+  bool is_special(int32_t id) const { return special_[static_cast<size_t>(id)]; }
+  /// Tokens that are cut out of a text before anything else, by content.
+  const std::map<std::string, AddedToken>& added_tokens() const { return added_; }
+  /// What stands in front of a text with special tokens, BOS as a rule.
+  std::span<const int32_t> prefix() const { return prefix_; }
   /// The id that ends a text, -1 when there is none.
   int32_t eos_id() const { return eos_id_; }
 
@@ -51,6 +63,7 @@ class Tokenizer {
   struct Config;
 
   Tokenizer(Files files, const std::string& origin);
+  const char* source() const;
   nlohmann::json define(std::string_view source, const Config& config) const;
   int32_t find(const std::string& content) const;
   void add_token(AddedToken token);
