@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
@@ -12,11 +13,14 @@
 namespace stbllm {
 namespace {
 
-/// One of the two models: its decoder, what it has yielded so far and the time that took.
+/// One of the models: its decoder, what it has yielded so far and the time that took.
 struct Side {
+  explicit Side(const Decoder& of) : decoder(of) {}
+
   const Decoder& decoder;
-  std::vector<double> window_nll;
+  std::vector<double> window_nll, window_kl, window_agreement;
   double seconds = 0;
+  at::Tensor hidden;  // (windows, seqlen, hidden) of the windows at hand
 
   template <typename Work>
   at::Tensor timed(const Work& work) {
@@ -27,86 +31,106 @@ struct Side {
   }
 };
 
-/// Means over the positions of one window.
-struct WindowComparison {
-  double reference_nll = 0;
-  double model_nll = 0;
-  double kl = 0;
-  double agreement = 0;
-};
-
-/// `reference_hidden`, `model_hidden`: (seqlen, hidden) of the window `ids`.
-WindowComparison compare(Side& reference, const at::Tensor& reference_hidden, Side& model,
-                         const at::Tensor& model_hidden, const std::vector<int32_t>& ids) {
-  const at::Tensor targets = at::tensor(ids, at::kLong).slice(0, 1).unsqueeze(1);
+/// Adds the means over the scored positions of window `index` of those at hand, whose tokens are `ids`, to
+/// all sides.
+void compare(Side& reference, std::vector<Side>& models, int64_t index, const std::vector<int32_t>& ids,
+             int64_t first_token) {
+  const at::Tensor targets = at::tensor(ids, at::kLong).slice(0, first_token).unsqueeze(1);
   const int64_t predicted = targets.size(0);
-  const int64_t step = std::min(tokens_per_head_pass(reference.decoder), tokens_per_head_pass(model.decoder));
-  WindowComparison sum;
+  int64_t step = tokens_per_head_pass(reference.decoder);
+  for (const Side& model : models) step = std::min(step, tokens_per_head_pass(model.decoder));
+  struct Sums {
+    double nll = 0, kl = 0, agreement = 0;
+  };
+  Sums of_reference;
+  std::vector<Sums> of_models(models.size());
   for (int64_t first = 0; first < predicted; first += step) {
     const int64_t last = std::min(first + step, predicted);
-    const auto log_probabilities_of = [&](Side& side, const at::Tensor& hidden) {
-      return side.timed([&] { return log_probabilities(side.decoder, hidden.slice(0, first, last)).cpu(); });
-    };
-    const at::Tensor log_p = log_probabilities_of(reference, reference_hidden);
-    const at::Tensor log_q = log_probabilities_of(model, model_hidden);
     const at::Tensor wanted = targets.slice(0, first, last);
-    sum.reference_nll -= log_p.gather(1, wanted).sum(at::kDouble).item<double>();
-    sum.model_nll -= log_q.gather(1, wanted).sum(at::kDouble).item<double>();
-    sum.kl += (log_p.exp() * (log_p - log_q)).sum(at::kDouble).item<double>();
-    sum.agreement += log_p.argmax(1).eq(log_q.argmax(1)).sum().item<double>();
+    const auto log_probabilities_of = [&](Side& side) {
+      const at::Tensor hidden = side.hidden[index].slice(0, first_token - 1 + first, first_token - 1 + last);
+      return side.timed([&] { return log_probabilities(side.decoder, hidden).cpu(); });
+    };
+    const at::Tensor log_p = log_probabilities_of(reference), p = log_p.exp(), preferred = log_p.argmax(1);
+    of_reference.nll -= log_p.gather(1, wanted).sum(at::kDouble).item<double>();
+    for (size_t m = 0; m < models.size(); ++m) {
+      const at::Tensor log_q = log_probabilities_of(models[m]);
+      of_models[m].nll -= log_q.gather(1, wanted).sum(at::kDouble).item<double>();
+      of_models[m].kl += (p * (log_p - log_q)).sum(at::kDouble).item<double>();
+      of_models[m].agreement += preferred.eq(log_q.argmax(1)).sum().item<double>();
+    }
   }
   const auto positions = static_cast<double>(predicted);
-  return {sum.reference_nll / positions, sum.model_nll / positions, sum.kl / positions,
-          sum.agreement / positions};
+  reference.window_nll.push_back(of_reference.nll / positions);
+  for (size_t m = 0; m < models.size(); ++m) {
+    models[m].window_nll.push_back(of_models[m].nll / positions);
+    models[m].window_kl.push_back(of_models[m].kl / positions);
+    models[m].window_agreement.push_back(of_models[m].agreement / positions);
+  }
+}
+
+ModelDivergence result_of(Side& side, const Side& reference, int64_t seqlen, int64_t scored) {
+  ModelDivergence result;
+  std::vector<double> differences;
+  for (size_t i = 0; i < side.window_nll.size(); ++i)
+    differences.push_back(side.window_nll[i] - reference.window_nll[i]);
+  const MeanAndError kl = mean_and_error(side.window_kl), difference = mean_and_error(differences);
+  result.mean_kl = kl.mean;
+  result.kl_error = kl.error;
+  result.nll_difference = difference.mean;
+  result.difference_error = difference.error;
+  result.top1_agreement = mean_and_error(side.window_agreement).mean;
+  result.window_kl = std::move(side.window_kl);
+  result.model = summarize(std::move(side.window_nll), seqlen, scored, side.seconds);
+  return result;
 }
 
 }  // namespace
 
-Divergence evaluate_divergence(const Decoder& reference, const Decoder& model, const Windows& windows,
-                               int64_t hidden_bytes) {
-  if (reference.spec().vocab != model.spec().vocab)
-    fail(ErrorCode::kMismatch, "models with vocabularies of {} and {} cannot be compared",
-         reference.spec().vocab, model.spec().vocab);
-  check_windows(reference.spec(), windows);
-  check_windows(model.spec(), windows);
-  const at::NoGradGuard no_grad;
-  const auto count = static_cast<int64_t>(windows.size());
-  const auto seqlen = static_cast<int64_t>(windows.front().size());
-  const EvaluationOptions half{hidden_bytes / 2};  // two sets of hidden states are held
-  const int64_t chunk =
-      std::min(windows_per_chunk(reference, seqlen, half), windows_per_chunk(model, seqlen, half));
+Divergence evaluate_divergence(const Decoder& reference, std::span<const Decoder* const> models,
+                               const Windows& windows, const EvaluationOptions& options) {
+  for (const Decoder* model : models)
+    if (reference.spec().vocab != model->spec().vocab)
+      fail(ErrorCode::kMismatch, "models with vocabularies of {} and {} cannot be compared",
+           reference.spec().vocab, model->spec().vocab);
+  Side left(reference);
+  std::vector<Side> right;
+  for (const Decoder* model : models) right.emplace_back(*model);
+  // A set of hidden states for each model.
+  EvaluationOptions share = options;
+  share.hidden_bytes /= std::ssize(models) + 1;
+  const auto count = std::ssize(windows);
+  const auto seqlen = std::ssize(windows.front());
+  const int64_t first_token = first_scored_token(seqlen, options);
+  int64_t chunk = std::numeric_limits<int64_t>::max(), layers = 0;
+  const auto for_each_side = [&](const auto& visit) {
+    visit(left);
+    for (Side& side : right) visit(side);
+  };
+  for_each_side([&](const Side& side) {
+    check_windows(side.decoder.spec(), windows);
+    chunk = std::min(chunk, windows_per_chunk(side.decoder, seqlen, share));
+    layers += side.decoder.spec().layers;
+  });
 
-  Side left{reference, {}}, right{model, {}};
-  std::vector<double> kl, agreement;
-  log::Progress progress("divergence", count * (reference.spec().layers + model.spec().layers));
+  const at::NoGradGuard no_grad;
+  log::Progress progress("divergence", count * layers);
   int64_t done = 0;  // windows through one block
   for (int64_t first = 0; first < count; first += chunk) {
     const auto part = std::span(windows).subspan(static_cast<size_t>(first),
                                                  static_cast<size_t>(std::min(chunk, count - first)));
-    const auto run = [&](Side& side) {
-      return side.timed([&] {
-        return final_hidden_states(
-            side.decoder, part, [&](int64_t) { progress.update(done += static_cast<int64_t>(part.size())); });
+    for_each_side([&](Side& side) {
+      side.hidden = side.timed([&] {
+        return final_hidden_states(side.decoder, part,
+                                   [&](int64_t) { progress.update(done += std::ssize(part)); });
       });
-    };
-    const at::Tensor left_hidden = run(left);
-    const at::Tensor right_hidden = run(right);
-    for (size_t i = 0; i < part.size(); ++i) {
-      const auto window = static_cast<int64_t>(i);
-      const WindowComparison means = compare(left, left_hidden[window], right, right_hidden[window], part[i]);
-      left.window_nll.push_back(means.reference_nll);
-      right.window_nll.push_back(means.model_nll);
-      kl.push_back(means.kl);
-      agreement.push_back(means.agreement);
-    }
+    });
+    for (int64_t i = 0; i < std::ssize(part); ++i)
+      compare(left, right, i, part[static_cast<size_t>(i)], first_token);
   }
   Divergence result;
-  const auto [mean_kl, kl_error] = mean_and_error(kl);
-  result.mean_kl = mean_kl;
-  result.kl_error = kl_error;
-  result.top1_agreement = mean_and_error(agreement).mean;
-  result.reference = summarize(std::move(left.window_nll), seqlen, seqlen - 1, left.seconds);
-  result.model = summarize(std::move(right.window_nll), seqlen, seqlen - 1, right.seconds);
+  for (Side& side : right) result.models.push_back(result_of(side, left, seqlen, seqlen - first_token));
+  result.reference = summarize(std::move(left.window_nll), seqlen, seqlen - first_token, left.seconds);
   return result;
 }
 

@@ -19,6 +19,13 @@ constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 }  // namespace
 
+int64_t first_scored_token(int64_t seqlen, const EvaluationOptions& options) {
+  const int64_t first = options.second_half ? seqlen / 2 + 1 : 1;
+  if (first >= seqlen)
+    fail(ErrorCode::kUsage, "windows of {} tokens have no second half to score; use longer ones", seqlen);
+  return first;
+}
+
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options) {
   const int64_t bytes_per_window =
       seqlen * decoder.spec().hidden * static_cast<int64_t>(at::elementSize(decoder.dtype()));
@@ -94,9 +101,7 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
   const auto seqlen = static_cast<int64_t>(windows.front().size());
   const int64_t chunk = windows_per_chunk(decoder, seqlen, options);
   const int64_t layers = decoder.spec().layers;
-  const int64_t first_token = options.second_half ? seqlen / 2 + 1 : 1;
-  if (first_token >= seqlen)
-    fail(ErrorCode::kUsage, "windows of {} tokens have no second half to score; use longer ones", seqlen);
+  const int64_t first_token = first_scored_token(seqlen, options);
 
   log::Progress progress("perplexity", count * layers);  // in windows through one block
   std::vector<double> window_nll;

@@ -43,13 +43,13 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
     options.dtype = type;
     options.device = device;
     options.keep_blocks = keep_blocks;
-    return {Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path),
+    return {path, Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path),
             chosen.on_cuda() ? "dense on cuda" : "dense", ""};
   }
   const PackedReader reader = PackedReader::open(path);
   const nlohmann::json calibration = reader.remark("calibration");
   const auto sha256 = calibration.is_object() ? calibration.find("sha256") : calibration.end();
-  return {Decoder::from_packed(reader, chosen, type),
+  return {path, Decoder::from_packed(reader, chosen, type),
           Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
           sha256 != calibration.end() && sha256->is_string() ? sha256->get<std::string>() : ""};
 }

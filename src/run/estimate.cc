@@ -94,6 +94,9 @@ class Estimator {
         other_tensor_bytes(checkpoint_, spec_, recipe_.model, recipe_.training.any(), options_.dense_output);
     result.exact = options_.dense_output || bytes_follow_from_layouts();
     result.seconds = seconds();
+    result.dense_window_seconds =
+        static_cast<double>(spec_.layers) * forward_seconds_ / static_cast<double>(windows_);
+    result.distilled_window_seconds = kPassesPerDistilledEpoch * result.dense_window_seconds;
     return result;
   }
 
@@ -116,9 +119,14 @@ class Estimator {
     linear_seconds_ = report.seconds;
     salient_share_ = weight.salient_share();
     outliers_ = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
-    if (pattern == nullptr)
-      trial_seconds_ =
-          seconds_of([&] { quantize_linear(original, stats, trial_method(recipe_.method), plan); });
+    if (pattern == nullptr) {
+      LeanMetrics metrics;  // which the trials of a tap share: the first one makes them
+      const auto trial = [&] {
+        quantize_linear(original, stats, trial_method(recipe_.method), plan, nullptr, &metrics);
+      };
+      trial();
+      trial_seconds_ = seconds_of(trial);
+    }
   }
 
   /// Stands in for the dense model where the method compares with it: the work does not depend on values.

@@ -17,6 +17,7 @@ std::unique_ptr<WorkDirectory> open_work_directory(const Request& request, const
   std::unique_ptr<WorkDirectory> work;
   if (group.rank() == 0)
     work = std::make_unique<WorkDirectory>(options.output, fingerprint, options.resume, options.force);
+  if (work != nullptr && !options.remember.is_null()) work->remember(options.remember);
   check_same_inputs(fingerprint, options, group);
   return work;
 }

@@ -28,6 +28,7 @@ nlohmann::json read_json(const fs::path& path) {
 }
 
 constexpr const char* kPlan = "plan.json";
+constexpr const char* kRemembered = "remembered.json";
 constexpr const char* kDistilled = "distilled.json";
 
 /// The tensors of a training in one file, which is written last: where it is, the blocks beside it are
@@ -169,6 +170,15 @@ WorkDirectory::~WorkDirectory() {
   for (const auto& entry : fs::directory_iterator(path_, ignored))
     if (entry.path().extension() == ".safetensors" || entry.path().filename() == kPlan) return;
   remove();
+}
+
+nlohmann::json WorkDirectory::remembered(const fs::path& output) {
+  const nlohmann::json choice = read_json(work_path(output) / kRemembered);
+  return choice.is_discarded() ? nlohmann::json() : choice;
+}
+
+void WorkDirectory::remember(const nlohmann::json& choice) const {
+  write_text(path_ / kRemembered, choice.dump(1) + "\n");
 }
 
 nlohmann::json WorkDirectory::load_plan() const {

@@ -237,6 +237,42 @@ TEST_F(Cli, ExportsAPackedFile) {
   EXPECT_EQ(run_program({"export", packed, directory, "--to", "hf", "--force"}).status, 0);
 }
 
+TEST_F(Cli, ComparesModelsWithTheFirstOne) {
+  ASSERT_EQ(run_program(quantize("packed", {})).status, 0);
+  const std::string packed = (results_ / "packed").string(), dense = checkpoint_.string();
+  const Outcome compared =
+      run_program({"compare", dense, packed, dense, "--data", text_, "--seqlen", "48", "--json"});
+  ASSERT_EQ(compared.status, 0) << compared.err;
+  const auto json = nlohmann::json::parse(compared.out);
+  EXPECT_EQ(json["reference"]["model"], dense);
+  ASSERT_EQ(json["models"].size(), 2u);
+  EXPECT_GT(json["models"][0]["kl"], 0);
+  EXPECT_EQ(json["models"][0]["window_kl"].size(), json["windows"].get<size_t>());
+  EXPECT_EQ(json["models"][1]["kl"], 0);
+  EXPECT_EQ(json["models"][1]["nll_difference"], 0);
+  const Outcome evaluated =
+      run_program({"eval-ppl", packed, "--kl", dense, "--data", text_, "--seqlen", "48", "--json"});
+  EXPECT_EQ(nlohmann::json::parse(evaluated.out)["kl"], json["models"][0]["kl"]);
+  expect_fault({"compare", dense, "--data", text_}, ErrorCode::kUsage, "models");
+}
+
+TEST_F(Cli, MinutesBecomeTrainingThatCanBeHadAgain) {
+  const Outcome first = run_program(quantize("timed", {"--minutes", "0.2"}));
+  ASSERT_EQ(first.status, 0) << first.err;
+  // "--minutes 0.2: as --nsamples 8 --seqlen 48 --distill-nsamples 70 --set training.distill.epochs=4"
+  const std::string said = first.err.substr(first.err.find("--distill-nsamples"));
+  Args again;
+  std::istringstream words(said.substr(0, said.find('\n')));
+  for (std::string word; words >> word;) again.push_back(word);
+  ASSERT_EQ(again.size(), 4u) << first.err;
+  ASSERT_EQ(run_program(quantize("again", again)).status, 0);
+  EXPECT_EQ(read_all(results_ / "again"), read_all(results_ / "timed"));
+
+  const Outcome fast = run_program(quantize("fast", {"--minutes", "0.0001"}));
+  EXPECT_EQ(fast.status, 0);
+  EXPECT_NE(fast.err.find("no time to train"), std::string::npos) << fast.err;
+}
+
 // --- faults -----------------------------------------------------------------------------------------------
 
 TEST_F(Cli, UsageFaults) {

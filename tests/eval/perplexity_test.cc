@@ -148,11 +148,17 @@ TEST(Perplexity, RefusesWindowsThatDoNotFit) {
 TEST(Divergence, OfAModelFromItselfIsZero) {
   ScratchDirectory directory;
   const Decoder decoder = open_decoder(directory.path(), test::tiny_mistral());
-  const Divergence result = evaluate_divergence(decoder, decoder, some_windows(2, 40));
-  EXPECT_EQ(result.mean_kl, 0.0);
-  EXPECT_EQ(result.top1_agreement, 1.0);
-  EXPECT_EQ(result.model.tokens, 2 * 39);
-  EXPECT_EQ(result.reference.window_nll, result.model.window_nll);
+  const Decoder* const models[] = {&decoder, &decoder};
+  const Divergence result = evaluate_divergence(decoder, models, some_windows(2, 40));
+  ASSERT_EQ(result.models.size(), 2u);
+  for (const ModelDivergence& itself : result.models) {
+    EXPECT_EQ(itself.mean_kl, 0.0);
+    EXPECT_EQ(itself.nll_difference, 0.0);
+    EXPECT_EQ(itself.difference_error, 0.0);
+    EXPECT_EQ(itself.top1_agreement, 1.0);
+    EXPECT_EQ(itself.model.tokens, 2 * 39);
+    EXPECT_EQ(result.reference.window_nll, itself.model.window_nll);
+  }
 }
 
 TEST(Divergence, MatchesItsDefinition) {
@@ -162,23 +168,41 @@ TEST(Divergence, MatchesItsDefinition) {
   const Decoder reference = open_decoder(directory / "left", left);
   const Decoder model = open_decoder(directory / "right", right);
   const Windows windows = some_windows(2, 24);
-  const Divergence result = evaluate_divergence(reference, model, windows, /*hidden_bytes=*/1);
+  const auto left_logits = [&](const auto& window) { return NaiveTransformer(left).logits(window); };
+  const auto right_logits = [&](const auto& window) { return NaiveTransformer(right).logits(window); };
+  const Decoder* const models[] = {&reference, &model};
+  for (const bool second_half : {false, true}) {
+    EvaluationOptions options{.hidden_bytes = 1, .second_half = second_half};
+    const Divergence result = evaluate_divergence(reference, models, windows, options);
+    const ModelDivergence& found = result.models.at(1);
 
-  double kl = 0, agreement = 0;
-  for (const auto& window : windows) {
-    const auto log_p = log_probabilities_of(NaiveTransformer(left).logits(window));
-    const auto log_q = log_probabilities_of(NaiveTransformer(right).logits(window));
-    for (size_t t = 0; t + 1 < window.size(); ++t) {
-      for (size_t v = 0; v < log_p[t].size(); ++v) kl += std::exp(log_p[t][v]) * (log_p[t][v] - log_q[t][v]);
-      agreement += std::ranges::max_element(log_p[t]) - log_p[t].begin() ==
-                   std::ranges::max_element(log_q[t]) - log_q[t].begin();
+    const size_t first = second_half ? 12 : 0, scored = 23 - first;
+    double kl = 0, agreement = 0;
+    std::vector<double> differences;
+    for (const auto& window : windows) {
+      const auto log_p = log_probabilities_of(left_logits(window));
+      const auto log_q = log_probabilities_of(right_logits(window));
+      double difference = 0;
+      for (size_t t = first; t + 1 < window.size(); ++t) {
+        for (size_t v = 0; v < log_p[t].size(); ++v)
+          kl += std::exp(log_p[t][v]) * (log_p[t][v] - log_q[t][v]);
+        agreement += std::ranges::max_element(log_p[t]) - log_p[t].begin() ==
+                     std::ranges::max_element(log_q[t]) - log_q[t].begin();
+        difference += log_p[t][window[t + 1]] - log_q[t][window[t + 1]];
+      }
+      differences.push_back(difference / static_cast<double>(scored));
     }
+    const auto positions = static_cast<double>(2 * scored);
+    EXPECT_NEAR(found.mean_kl, kl / positions, 1e-5 * kl);
+    EXPECT_NEAR(found.top1_agreement, agreement / positions, 1e-12);
+    EXPECT_GT(found.kl_error, 0.0);
+    // Of two values: half their distance. Logits agree to float32's rounding.
+    EXPECT_NEAR(found.nll_difference, (differences[0] + differences[1]) / 2, 1e-4);
+    EXPECT_NEAR(found.difference_error, std::abs(differences[0] - differences[1]) / 2, 1e-4);
+    EXPECT_EQ(result.reference.window_nll, evaluate_perplexity(reference, windows, options).window_nll);
+    EXPECT_EQ(found.model.window_nll, evaluate_perplexity(model, windows, options).window_nll);
+    EXPECT_EQ(result.models.at(0).mean_kl, 0.0);
   }
-  EXPECT_NEAR(result.mean_kl, kl / 46, 1e-5 * kl);
-  EXPECT_NEAR(result.top1_agreement, agreement / 46, 1e-12);
-  EXPECT_GT(result.kl_error, 0.0);
-  EXPECT_EQ(result.reference.window_nll, evaluate_perplexity(reference, windows).window_nll);
-  EXPECT_EQ(result.model.window_nll, evaluate_perplexity(model, windows).window_nll);
 }
 
 }  // namespace

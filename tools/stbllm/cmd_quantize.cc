@@ -19,6 +19,8 @@
 #include "stbllm/run/estimate.h"
 #include "stbllm/run/memory.h"
 #include "stbllm/run/quantize_model.h"
+#include "stbllm/run/time_budget.h"
+#include "stbllm/run/work_directory.h"
 #include "stbllm/text/corpus.h"
 #include "stbllm/text/unicode.h"
 
@@ -31,6 +33,7 @@ struct Options {
   int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
   double target_bits = 0;                                 // 0: none
   int64_t target_size = 0;
+  double minutes = 0;  // 0: as long as it takes
   uint64_t seed = 0;
   bool dry_run = false, profile = false;
   QuantizeOptions quantize;
@@ -207,6 +210,49 @@ Calibration read_calibration(const Options& options, const Checkpoint& checkpoin
   return calibration;
 }
 
+/// How much training --minutes has time for: what an unfinished run that is continued chose, else by the
+/// speed of this machine.
+TrainingChoice choose_training(Options untrained) {
+  const nlohmann::json earlier = WorkDirectory::remembered(untrained.quantize.output);
+  if (untrained.quantize.resume && earlier.is_object())
+    return {.windows = earlier.value("windows", int64_t{0}), .epochs = earlier.value("epochs", 0)};
+  untrained.effort = "fast";
+  const Recipe recipe = assemble_recipe(untrained);
+  check_options(untrained, recipe, {});
+  const Checkpoint checkpoint = Checkpoint::open(untrained.checkpoint);
+  const Calibration calibration =
+      read_calibration(untrained, checkpoint, ModelSpec::from_checkpoint(checkpoint), recipe);
+  const Estimate estimate = estimate_quantization(checkpoint, calibration, recipe, untrained.quantize);
+  const int64_t in_text = calibration.provenance["tokens"].get<int64_t>() / calibration.seqlen();
+  const TrainingChoice choice =
+      choose_training(60 * untrained.minutes, estimate, calibration.training(),
+                      std::max<int64_t>(0, in_text - std::ssize(calibration.windows)));
+  log::info("without training this takes {:.1f} minutes; a window in an epoch of training takes {:.1f} s",
+            estimate.seconds / 60, estimate.distilled_window_seconds);
+  return choice;
+}
+
+/// What --minutes makes of the effort: its own calibration and as much training as there is time for. The
+/// same can be asked for by name, and then gives the same bytes on any machine.
+void apply_minutes(Options& options) {
+  if (options.minutes <= 0) return;
+  if (options.samples == 0) options.samples = 64;
+  if (options.seqlen == 0) options.seqlen = 512;
+  const TrainingChoice choice = choose_training(options);
+  options.quantize.remember = {{"windows", choice.windows}, {"epochs", choice.epochs}};
+  if (choice.epochs == 0) {
+    options.effort = "fast";
+    log::warn("--minutes {}: there is no time to train; linear algebra alone", options.minutes);
+    return;
+  }
+  options.distill_samples = choice.windows;
+  options.fields.insert(options.fields.begin(),
+                        {"training.tune=null", fmt::format("training.distill.epochs={}", choice.epochs)});
+  log::info(
+      "--minutes {}: as --nsamples {} --seqlen {} --distill-nsamples {} --set training.distill.epochs={}",
+      options.minutes, options.samples, options.seqlen, choice.windows, choice.epochs);
+}
+
 /// The first signal asks the run to stop, the second one stops it at once.
 void stop_on_signals() {
   for (const int signal : {SIGINT, SIGTERM})
@@ -274,6 +320,7 @@ void run(Options options) {
   make_products_reproducible();
   apply(options.common);
   options.quantize.compare_blocks = !options.report.empty();
+  apply_minutes(options);
   const Recipe recipe = assemble_recipe(options);
   const ProcessGroup group = ProcessGroup::from_environment();
   const bool first = group.rank() == 0;  // the one that prints and writes
@@ -337,16 +384,27 @@ void add_calibration_options(CLI::App& command, Options& options) {
                   "(--dry-run predicts the minutes)")
       ->check(CLI::IsMember({"fast", "default", "best"}))
       ->capture_default_str();
-  command.add_option("--nsamples", options.samples, "Calibration windows; default 16, best effort 96")
+  command
+      .add_option(
+          "--minutes", options.minutes,
+          "Train by distillation for as long as lets the run end after about so many minutes; the log "
+          "says by which options the same result is had again")
+      ->check(CLI::PositiveNumber)
+      ->excludes("--effort");
+  command
+      .add_option("--nsamples", options.samples,
+                  "Calibration windows; default 16, with --minutes 64, best effort 96")
       ->check(CLI::PositiveNumber);
   command
       .add_option("--distill-nsamples", options.distill_samples,
                   "Windows beside those that only distillation sees; default 480 for best effort without "
                   "--nsamples, else 0")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::NonNegativeNumber)
+      ->excludes("--minutes");
   command
       .add_option("--seqlen", options.seqlen,
-                  "Tokens per window, at most the model's positions; default 2048, best effort 512")
+                  "Tokens per window, at most the model's positions; default 2048, best effort and --minutes "
+                  "512")
       ->check(CLI::PositiveNumber);
   command.add_option("--seed", options.seed, "Of the windows' places")->capture_default_str();
 }

@@ -85,6 +85,7 @@ int run(int argc, char** argv) {
       "8 output exists, 9 cannot write, 10 verification failed, 11 out of memory, 130 interrupted.");
   add_quantize(app);
   add_eval_ppl(app);
+  add_compare(app);
   add_inspect(app);
   add_generate(app);
   add_export(app);

@@ -40,6 +40,9 @@ Perplexity evaluate_perplexity(const Decoder& decoder, const Windows& windows,
 
 // --- the parts, shared with divergence and with the verification of a packed file ---
 
+/// The first token of a window that is scored. Throws Error(kUsage) when windows have no second half.
+int64_t first_scored_token(int64_t seqlen, const EvaluationOptions& options);
+
 /// How many windows stay within the bound; a multiple of what goes through a block in one call.
 int64_t windows_per_chunk(const Decoder& decoder, int64_t seqlen, const EvaluationOptions& options);
 

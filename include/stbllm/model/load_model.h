@@ -10,6 +10,7 @@
 namespace stbllm {
 
 struct LoadedModel {
+  std::string path;
   Decoder decoder;
   std::unique_ptr<Tokenizer> tokenizer;
   std::string backend;             ///< "dense" for a checkpoint

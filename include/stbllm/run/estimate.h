@@ -14,6 +14,8 @@ struct Estimate {
   bool exact = false;        ///< the bytes follow from layouts alone; else salient or outlier columns are
                              ///< extrapolated from one linear, or N varies around the target
   double seconds = 0;        ///< extrapolated from one block's forward pass and one linear
+  double dense_window_seconds = 0;      ///< of `seconds`: one window through the dense model
+  double distilled_window_seconds = 0;  ///< one window in one epoch of distillation, whatever the recipe
   int64_t peak_memory_bytes = 0;
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "stbllm/model/model_spec.h"
@@ -20,6 +21,8 @@ struct QuantizeOptions {
   bool dense_output = false;
   bool force = false;   ///< overwrite `output`, discard an unfinished run
   bool resume = false;  ///< continue the unfinished run beside `output`
+  /// What the work directory remembers for who continues the run (WorkDirectory::remembered); null: nothing.
+  nlohmann::json remember;
   int64_t blocks = -1;  ///< quantize only so many blocks, the others stay dense; below 0: all
   /// "cuda": forward passes, Hessians and what quantize_linear() does there run on the current device.
   std::string device = "cpu";

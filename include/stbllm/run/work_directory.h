@@ -28,6 +28,9 @@ class WorkDirectory {
   WorkDirectory& operator=(const WorkDirectory&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
+  /// What an unfinished run beside `output` was told to remember, or null.
+  static nlohmann::json remembered(const std::filesystem::path& output);
+  void remember(const nlohmann::json& choice) const;
   /// What save_plan() was given, or null. The file appears by rename.
   nlohmann::json load_plan() const;
   void save_plan(const nlohmann::json& plan) const;

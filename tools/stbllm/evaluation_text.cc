@@ -1,0 +1,61 @@
+#include "evaluation_text.h"
+
+#include "stbllm/base/log.h"
+
+namespace stbllm {
+
+void add_evaluation_text(CLI::App& command, EvaluationText& text) {
+  command
+      .add_option("--data", text.data,
+                  "'wikitext2', 'wikitext2-valid', 'c4', or a file (.txt, .raw, .jsonl, .jsonl.gz)")
+      ->capture_default_str();
+  command
+      .add_option("--protocol", text.protocol,
+                  "gptq: all tokens of windows of min(2048, model); llama.cpp: the second halves of windows "
+                  "of 512, as llama-perplexity scores them")
+      ->check(CLI::IsMember({"gptq", "llama.cpp"}))
+      ->capture_default_str();
+  command.add_option("--seqlen", text.seqlen, "Tokens per window, in place of the protocol's")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--windows", text.windows, "Only the first so many windows")->check(CLI::PositiveNumber);
+  command.add_flag("--second-half", text.evaluation.second_half, "Score the second half of each window only");
+  command
+      .add_option("--backend", text.backend,
+                  "Of packed linears: auto ($STBLLM_BACKEND, else the fastest), reference, cpu, "
+                  "cpu-generic, cpu-avx2, cpu-avx512, cuda; a checkpoint runs dense, on cuda or not")
+      ->capture_default_str();
+  command
+      .add_option(
+          "--dtype", text.dtype,
+          "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+}
+
+EvaluationOptions scoring(const EvaluationText& text) {
+  EvaluationOptions options = text.evaluation;
+  options.second_half |= text.protocol == "llama.cpp";
+  return options;
+}
+
+Windows windows_of(const EvaluationText& text, const Corpus& corpus, const LoadedModel& model) {
+  const std::vector<int32_t> ids = model.tokenizer->encode(corpus.text);
+  const int64_t usual = text.protocol == "llama.cpp" ? 512 : 2048;
+  const int64_t seqlen = text.seqlen > 0 ? text.seqlen : std::min(usual, model.decoder.spec().max_positions);
+  Windows windows = evaluation_windows(ids, seqlen, text.windows, corpus.description);
+  if (model.calibration_sha256 == corpus.sha256)
+    log::warn("{} was calibrated on the text it is evaluated on; its perplexity is not comparable",
+              model.path);
+  log::info("{} on {}: {} tokens, {} windows of {}, backend {}, {}", model.path, corpus.description,
+            ids.size(), windows.size(), seqlen, model.backend, text.dtype);
+  return windows;
+}
+
+nlohmann::json to_json(const EvaluationText& text, const Corpus& corpus, const Perplexity& any) {
+  return {{"data", corpus.description}, {"data_sha256", corpus.sha256},
+          {"tokens", any.tokens},       {"windows", any.windows},
+          {"seqlen", any.seqlen},       {"second_half", scoring(text).second_half},
+          {"dtype", text.dtype}};
+}
+
+}  // namespace stbllm
