@@ -15,6 +15,7 @@
 #include "stbllm/base/text_file.h"
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/run/fingerprint.h"
+#include "write_model.h"
 
 namespace stbllm {
 namespace {
@@ -43,7 +44,7 @@ class FileTrainingStore : public TrainingStore {
     save_blocks(directory_, best);
     SafetensorsWriter file(path(), /*force=*/true);
     visit_state([&](const std::string& name, at::Tensor& tensor) {
-      file.add(name, "F32", tensor.sizes().vec(), bytes_of(tensor));
+      file.add(name, dtype_name(tensor), tensor.sizes().vec(), bytes_of(tensor));
     });
     file.set_metadata("inputs", inputs_.dump());
     file.set_metadata("progress", progress.dump());

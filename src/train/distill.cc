@@ -11,6 +11,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/model/linear.h"
 #include "stbllm/train/trained_block.h"
 
@@ -145,15 +146,28 @@ class Distillation {
   /// One step of Adam on `count` windows.
   void train(int64_t first, int64_t count) {
     const TuneRates rates = decayed({.gains = stage_.lr, .codes = stage_.code_lr}, steps_, total_steps_);
+    // A weight takes two operations per token forwards, and four backwards.
+    const auto tokens = static_cast<double>(count * states_.seqlen());
+    const double pass = 2 * tokens * static_cast<double>(student_.spec().linear_weights());
     std::vector<Passed> tape;
-    const at::Tensor hidden = forward(first, count, &tape);
-    auto [loss, gradient] = compare_with_gradient(hidden, first);
+    const at::Tensor hidden = [&] {
+      const StageTimer timer("forward", pass);
+      return forward(first, count, &tape);
+    }();
+    auto [loss, gradient] = [&] {
+      const StageTimer timer("head", 6 * tokens * static_cast<double>(student_head_.weight.numel()));
+      return compare_with_gradient(hidden, first);
+    }();
     sum_ += loss * static_cast<double>(count);
     outer_.step(rates.gains);
     for (int64_t i = std::ssize(layers_) - 1; i >= 0; --i) {
-      tape.back().output.backward(gradient);
-      gradient = tape.back().input.grad();
-      tape.pop_back();
+      {
+        const StageTimer timer("backward", 2 * pass / static_cast<double>(layers_.size()));
+        tape.back().output.backward(gradient);
+        gradient = tape.back().input.grad();
+        tape.pop_back();
+      }
+      const StageTimer timer("latents");
       if (i < std::ssize(trained_)) trained_[i].step(rates);
     }
   }

@@ -39,6 +39,14 @@ struct LevelSteps {
       step[l] = levels[l + 1] - levels[l];
     }
   }
+  /// `x` where a latent is on level `l`, else 0. (g++ 12 takes lanes one by one where `level() == l` is
+  /// asked.)
+  STBLLM_INLINE Lanes where_level_is(int l, Lanes latent, Lanes x) const {
+    const Lanes zero = {};
+    if (l > 0) x = magnitude_of(latent) > border[l - 1] ? x : zero;
+    if (l + 1 < count) x = magnitude_of(latent) > border[l] ? zero : x;
+    return x;
+  }
   STBLLM_INLINE IntLanes level(Lanes latent) const {
     IntLanes level = {};
     for (const float b : border) level -= magnitude_of(latent) > b;  // a comparison that holds gives -1
@@ -83,12 +91,32 @@ STBLLM_INLINE IntLanes keep_largest(Lanes latent, int keep) {
   return before < keep;
 }
 
+/// Numbers of the products' dtype: float, or uint16_t where that is bfloat16.
+struct Products {
+  void* data;  // null: there are none
+  bool bfloat16;
+
+  STBLLM_INLINE Lanes load(int64_t first, int count) const {
+    return bfloat16 ? load_bfloat16_lanes(static_cast<const uint16_t*>(data) + first, count)
+                    : load_lanes(static_cast<const float*>(data) + first, count);
+  }
+  STBLLM_INLINE void store(int64_t first, Lanes x, int count) const {
+    if (bfloat16)
+      store_bfloat16_lanes(static_cast<uint16_t*>(data) + first, round_to_bfloat16(x), count);
+    else
+      store_lanes(static_cast<float*>(data) + first, x, count);
+  }
+};
+Products products_of(const at::Tensor& tensor, int64_t first = 0) {
+  return {static_cast<std::byte*>(tensor.data_ptr()) + first * static_cast<int64_t>(tensor.element_size()),
+          tensor.scalar_type() == at::kBFloat16};
+}
+
 /// A row of a matrix in training.
 struct Row {
   float* latent;
-  float *mean, *square;   // null when codes stay
-  float* dense;           // null when stepping
-  const float* gradient;  // null when projecting
+  uint16_t *mean, *square;  // bfloat16; null when codes stay
+  Products values;          // the weights when projecting, their gradients when stepping
   const float* unit_scales;
   int8_t* symbols;  // null unless wanted
   int64_t cols;
@@ -114,8 +142,7 @@ STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
       row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
         const Lanes latent = load_lanes(row.latent + first, count);
         const IntLanes kept = keep_largest<M>(latent, row.keep);
-        const Lanes value = (Lanes)((IntLanes)(levels.value(latent) * scale) & kept);
-        store_lanes(row.dense + first, value, count);
+        row.values.store(first, (Lanes)((IntLanes)(levels.value(latent) * scale) & kept), count);
         if (row.symbols == nullptr) return;
         const IntLanes symbol = (1 + levels.level(latent)) & kept;
         for (int j = 0; j < count; ++j)
@@ -132,13 +159,16 @@ STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const A
   for_each_scaled_lanes(
       row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
         const Lanes latent = load_lanes(row.latent + first, count),
-                    gradient = load_lanes(row.gradient + first, count) * scale;
-        const IntLanes kept = keep_largest<M>(latent, row.keep), level = levels.level(latent);
+                    gradient = row.values.load(first, count) * scale;
+        const IntLanes kept = keep_largest<M>(latent, row.keep);
         const Lanes share = (Lanes)((IntLanes)(gradient * levels.value(latent)) & kept);
-        for (int l = 0; l < levels.count; ++l) sums[l] += (Lanes)((IntLanes)share & (level == l));
+        for (int l = 0; l < levels.count; ++l) sums[l] += levels.where_level_is(l, latent, share);
         if (row.mean == nullptr) return;
-        for (int j = 0; j < count; ++j)
-          row.latent[first + j] += adam(gradient[j], row.mean[first + j], row.square[first + j]);
+        Lanes mean = load_bfloat16_lanes(row.mean + first, count),
+              square = load_bfloat16_lanes(row.square + first, count);
+        store_lanes(row.latent + first, latent + adam(gradient, mean, square), count);
+        store_bfloat16_lanes(row.mean + first, round_to_bfloat16(mean), count);
+        store_bfloat16_lanes(row.square + first, round_to_bfloat16(square), count);
       });
   for (int l = 0; l < levels.count; ++l)
     for (int lane = 0; lane < kLanes; ++lane) level_gradient[l] += sums[l][lane];
@@ -219,7 +249,7 @@ LatentWeight::LatentWeight(BinarizedWeight& weight, const at::Tensor& original, 
   row_gain_ = at::zeros({rows}, at::kFloat);
   level_gain_ = at::zeros({static_cast<int64_t>(levels_.size())}, at::kFloat);
   const auto moments = [](const at::Tensor& x) { return Moments{at::zeros_like(x), at::zeros_like(x)}; };
-  if (train_codes_) latent_moments_ = moments(latent_);
+  if (train_codes_) latent_moments_ = moments(at::empty_like(latent_, at::kBFloat16));
   row_moments_ = moments(row_gain_);
   level_moments_ = moments(level_gain_);
   dense_ = at::empty({rows, cols}, fast_product_dtype());
@@ -238,27 +268,31 @@ void LatentWeight::project(int8_t* symbols) {
   const LevelSteps levels(now, train_codes_ ? now : levels_);
   const int64_t cols = latent_.size(1), blocks = unit_scales_.size(1),
                 outliers = static_cast<int64_t>(outlier_columns_.size());
-  const bool in_place = dense_.scalar_type() == at::kFloat;
-  const at::Tensor wide = in_place ? dense_.detach() : at::empty_like(latent_);
+  const at::Tensor dense = dense_.detach();
   at::parallel_for(0, latent_.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float gain = std::exp(row_gain_.const_data_ptr<float>()[r]);
-      float* dense = wide.data_ptr<float>() + r * cols;
-      project_row(
-          weight_.nm.group,
-          {latent_.data_ptr<float>() + r * cols, nullptr, nullptr, dense, nullptr,
-           unit_scales_.data_ptr<float>() + r * blocks, symbols == nullptr ? nullptr : symbols + r * cols,
-           cols, weight_.column_block, weight_.nm.keep, gain},
-          levels);
+      const Products values = products_of(dense, r * cols);
+      project_row(weight_.nm.group,
+                  {.latent = latent_.data_ptr<float>() + r * cols,
+                   .mean = nullptr,
+                   .square = nullptr,
+                   .values = values,
+                   .unit_scales = unit_scales_.data_ptr<float>() + r * blocks,
+                   .symbols = symbols == nullptr ? nullptr : symbols + r * cols,
+                   .cols = cols,
+                   .column_block = weight_.column_block,
+                   .keep = weight_.nm.keep,
+                   .gain = gain},
+                  levels);
       for (int64_t k = 0; k < outliers; ++k)
-        dense[outlier_columns_[k]] = outlier_values_.data_ptr<float>()[r * outliers + k];
+        values.store(outlier_columns_[k], Lanes{} + outlier_values_.data_ptr<float>()[r * outliers + k], 1);
     }
   });
-  if (!in_place) dense_.detach().copy_(wide);
 }
 
 void LatentWeight::step(const TuneRates& rates) {
-  const at::Tensor gradient = dense_.grad().to(at::kFloat).contiguous();
+  const at::Tensor gradient = dense_.grad().contiguous();
   const int64_t rows = latent_.size(0), cols = latent_.size(1), blocks = unit_scales_.size(1),
                 level_count = level_gain_.numel();
   for (const int32_t c : outlier_columns_) gradient.select(1, c).zero_();
@@ -273,11 +307,19 @@ void LatentWeight::step(const TuneRates& rates) {
     for (int64_t r = begin; r < end; ++r) {
       float& log_gain = row_gain_.data_ptr<float>()[r];
       float* level_gradient = level_gradients.data_ptr<float>() + r * level_count;
-      step_row({latent_.data_ptr<float>() + r * cols,
-                codes ? latent_moments_.mean.data_ptr<float>() + r * cols : nullptr,
-                codes ? latent_moments_.square.data_ptr<float>() + r * cols : nullptr, nullptr,
-                gradient.data_ptr<float>() + r * cols, unit_scales_.data_ptr<float>() + r * blocks, nullptr,
-                cols, weight_.column_block, weight_.nm.keep, std::exp(log_gain)},
+      const auto moments = [&](const at::Tensor& of) {
+        return codes ? static_cast<uint16_t*>(of.data_ptr()) + r * cols : nullptr;
+      };
+      step_row({.latent = latent_.data_ptr<float>() + r * cols,
+                .mean = moments(latent_moments_.mean),
+                .square = moments(latent_moments_.square),
+                .values = products_of(gradient, r * cols),
+                .unit_scales = unit_scales_.data_ptr<float>() + r * blocks,
+                .symbols = nullptr,
+                .cols = cols,
+                .column_block = weight_.column_block,
+                .keep = weight_.nm.keep,
+                .gain = std::exp(log_gain)},
                levels, code_adam, level_gradient);
       const float gain_gradient = std::accumulate(level_gradient, level_gradient + level_count, 0.f);
       log_gain += gain_adam(gain_gradient, row_moments_.mean.data_ptr<float>()[r],

@@ -128,6 +128,14 @@ STBLLM_INLINE Lanes exp_of(Lanes x) {
   const Lanes bounded = x > 88.3f ? zero + __builtin_inff() : result;
   return x < -87.f ? zero : bounded;
 }
+/// The square root of each number, rounded as IEEE asks.
+STBLLM_INLINE Lanes sqrt_of(Lanes x) {
+  float values[kLanes];
+  std::memcpy(values, &x, sizeof x);
+  for (float& value : values) value = __builtin_sqrtf(value);
+  std::memcpy(&x, values, sizeof x);
+  return x;
+}
 /// The magnitude of each number.
 STBLLM_INLINE Lanes magnitude_of(Lanes x) { return (Lanes)((IntLanes)x & 0x7fffffff); }
 

@@ -24,6 +24,11 @@ struct AdamStep {
     square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
     return -rate * (mean * mean_correction) / (std::sqrt(square * square_correction) + kAdamEpsilon);
   }
+  STBLLM_INLINE Lanes operator()(Lanes gradient, Lanes& mean, Lanes& square) const {
+    mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
+    square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
+    return -rate * (mean * mean_correction) / (sqrt_of(square * square_correction) + kAdamEpsilon);
+  }
 };
 
 }  // namespace stbllm
