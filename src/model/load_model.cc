@@ -24,6 +24,20 @@ const Backend& choose_backend(const std::string& name) {
   return find_backend("cpu");
 }
 
+/// The checksums of the texts that a file was calibrated on, one or several.
+std::vector<std::string> calibration_checksums(const nlohmann::json& calibration) {
+  std::vector<std::string> checksums;
+  const auto add = [&](const nlohmann::json& text) {
+    const auto found = text.is_object() ? text.find("sha256") : text.end();
+    if (found != text.end() && found->is_string()) checksums.push_back(*found);
+  };
+  add(calibration);
+  const auto texts = calibration.is_object() ? calibration.find("texts") : calibration.end();
+  if (texts != calibration.end() && texts->is_array())
+    for (const nlohmann::json& text : *texts) add(text);
+  return checksums;
+}
+
 }  // namespace
 
 LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
@@ -43,15 +57,16 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
     options.dtype = type;
     options.device = device;
     options.keep_blocks = keep_blocks;
-    return {path, Decoder::from_checkpoint(checkpoint, options), Tokenizer::load(path),
-            chosen.on_cuda() ? "dense on cuda" : "dense", ""};
+    return {path,
+            Decoder::from_checkpoint(checkpoint, options),
+            Tokenizer::load(path),
+            chosen.on_cuda() ? "dense on cuda" : "dense",
+            {}};
   }
   const PackedReader reader = PackedReader::open(path);
-  const nlohmann::json calibration = reader.remark("calibration");
-  const auto sha256 = calibration.is_object() ? calibration.find("sha256") : calibration.end();
   return {path, Decoder::from_packed(reader, chosen, type),
           Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
-          sha256 != calibration.end() && sha256->is_string() ? sha256->get<std::string>() : ""};
+          calibration_checksums(reader.remark("calibration"))};
 }
 
 }  // namespace stbllm

@@ -33,8 +33,8 @@ constexpr int64_t kMeasuredWindows = 2;
 constexpr int64_t kHeaderBytesPerLinear = 1600, kHeaderBytesPerTensor = 250, kHeaderBytes = 2048;
 
 /// Per window and per weight, measured on SmolLM2-135M: a tuned epoch takes so many forward passes of its
-/// block, a distilled one so many of the model.
-constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 4.7;
+/// block, a distilled one so many of the model's blocks, and three products with its head.
+constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 5.1;
 
 double seconds_of(const std::function<void()>& work) {
   const double started = seconds_now();
@@ -96,7 +96,7 @@ class Estimator {
     result.seconds = seconds();
     result.dense_window_seconds =
         static_cast<double>(spec_.layers) * forward_seconds_ / static_cast<double>(windows_);
-    result.distilled_window_seconds = kPassesPerDistilledEpoch * result.dense_window_seconds;
+    result.distilled_window_seconds = passes_per_distilled_epoch() * result.dense_window_seconds;
     return result;
   }
 
@@ -177,6 +177,12 @@ class Estimator {
     return lean != nullptr ? !lean->outliers : std::get<RegionMethod>(recipe_.method).max_salient == 0;
   }
 
+  /// Of all blocks. Products with the head count by their size.
+  double passes_per_distilled_epoch() const {
+    return kPassesPerDistilledEpoch + 3 * static_cast<double>(spec_.vocab * spec_.embedding_width) /
+                                          static_cast<double>(spec_.linear_weights());
+  }
+
   double seconds() const {
     const auto& [tune, distill] = recipe_.training;
     // In units of the measured windows.
@@ -186,7 +192,7 @@ class Estimator {
     const auto layers = static_cast<double>(spec_.layers), own = static_cast<double>(blocks_);
     double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
     if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
-    if (distill) passes += all * layers * kPassesPerDistilledEpoch * distill->epochs;
+    if (distill) passes += all * layers * passes_per_distilled_epoch() * distill->epochs;
     const double measured = static_cast<double>(measured_tokens_);
     if (needs_head_hessian(spec_, recipe_.model))
       passes += static_cast<double>(kHeadTokens) / measured * layers;

@@ -19,7 +19,7 @@
 namespace stbllm {
 namespace {
 
-constexpr int64_t kFloatBytes = 4;
+constexpr int64_t kFloatBytes = 4, kMomentBytes = 2;
 
 /// In use: what has been freed will serve again.
 int64_t resident_bytes() {
@@ -104,11 +104,13 @@ class MemoryModel {
   int64_t dense_block() const { return (kFloatBytes + (copies_products_ ? product_bytes() : 0)) * weights_; }
   /// A symbol for each weight, and its share of the scales.
   int64_t quantized_block() const { return weights_ + weights_ / 8; }
-  /// A latent value, where codes are trained its two moments, what the forward pass uses and its gradient;
-  /// the last two are in the dtype of products.
+  /// A latent value, where codes are trained its two moments in bfloat16, and what the forward pass uses, in
+  /// the dtype of products.
   int64_t trained_block(const TrainingStage& stage) const {
-    return (kFloatBytes + (stage.code_lr > 0 ? 2 * kFloatBytes : 0) + 2 * product_bytes()) * weights_;
+    return (kFloatBytes + (stage.code_lr > 0 ? 2 * kMomentBytes : 0) + product_bytes()) * weights_;
   }
+  /// Those of one block exist at a time, in the dtype of products.
+  int64_t gradients() const { return product_bytes() * weights_; }
   /// What autograd keeps of one block between the forward and the backward pass of a step; measured on
   /// SmolLM2-135M. Where a window of attention matters, libtorch's attention takes a mask.
   int64_t kept_pass() const {
@@ -140,7 +142,7 @@ class MemoryModel {
   /// The quantized block and the one in training, with a copy of its inputs.
   int64_t tuning(const TrainingStage& stage) const {
     return tables() + streams() + (in_memory_ ? stream_bytes(calibrating_) : 0) + 2 * dense_block() +
-           quantized_block() + trained_block(stage) + 2 * kept_pass();
+           quantized_block() + trained_block(stage) + gradients() + 2 * kept_pass();
   }
   int64_t distilling(const TrainingStage& stage) const {
     const int64_t heads =
@@ -148,7 +150,7 @@ class MemoryModel {
     const int64_t logits = 6 * kTokensPerDivergence * spec_.vocab * kFloatBytes;
     const int64_t first_symbols = weights_;
     return 2 * tables() + heads + dense_stream() + spec_.layers * kept_pass() +
-           std::max(logits, kept_pass()) +
+           std::max(logits, kept_pass()) + gradients() +
            quantized_blocks_ * (quantized_block() + first_symbols + trained_block(stage)) +
            (spec_.layers - quantized_blocks_) * dense_block();
   }

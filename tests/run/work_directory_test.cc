@@ -15,13 +15,16 @@ namespace {
 
 using test::expect_error;
 
-/// A training of one tensor.
+/// A training of two tensors.
 struct Training {
-  at::Tensor tensor = at::arange(1000, at::kFloat);
+  at::Tensor tensor = at::arange(1000, at::kFloat), moments = at::arange(100, at::kFloat).to(at::kBFloat16);
   std::vector<QuantizedBlock> blocks;
 
   TrainingStore::VisitState visitor() {
-    return [this](const StateVisitor& visit) { visit("block.latent", tensor); };
+    return [this](const StateVisitor& visit) {
+      visit("block.latent", tensor);
+      visit("block.latent.mean", moments);
+    };
   }
 };
 
@@ -39,11 +42,13 @@ TEST_F(TrainingStoreTest, GivesBackWhatWasKeptForTheSameInputs) {
   work_.training_store({{"seed", 0}})->save({{"steps", 7}}, kept.blocks, kept.visitor());
   Training other;
   other.tensor.zero_();
+  other.moments.zero_();
   EXPECT_FALSE(work_.training_store({{"seed", 1}})->load(other.blocks, other.visitor()));
   const auto progress = work_.training_store({{"seed", 0}})->load(other.blocks, other.visitor());
   ASSERT_TRUE(progress.has_value());
   EXPECT_EQ(progress->at("steps"), 7);
   EXPECT_TRUE(other.tensor.equal(kept.tensor));
+  EXPECT_TRUE(other.moments.equal(kept.moments));
 }
 
 TEST_F(TrainingStoreTest, RefusesADamagedState) {
@@ -56,7 +61,7 @@ TEST_F(TrainingStoreTest, RefusesADamagedState) {
     expect_error(ErrorCode::kCorrupt, part, [&] { store->load(kept.blocks, kept.visitor()); });
   };
   std::string flipped = whole;
-  flipped[flipped.size() - 100] ^= 1;
+  flipped[flipped.size() - 1000] ^= 1;
   expect_refused(flipped, "tensor block.latent is damaged");
   std::string header = whole;
   header[20] ^= 1;

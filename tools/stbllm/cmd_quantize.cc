@@ -28,8 +28,8 @@ namespace stbllm {
 namespace {
 
 struct Options {
-  std::string checkpoint, recipe = "stbllm-2bit", calib, nm, report, effort = "default";
-  std::vector<std::string> fields;
+  std::string checkpoint, recipe = "stbllm-2bit", nm, report, effort = "default";
+  std::vector<std::string> calib, fields;
   int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
   double target_bits = 0;                                 // 0: none
   int64_t target_size = 0;
@@ -156,7 +156,9 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
 void check_inputs(const Options& options) {
   std::error_code ignored;  // what is not there is no input
   const std::filesystem::path report = options.report, output = options.quantize.output;
-  for (const std::string& input : {options.calib, options.recipe})
+  std::vector<std::string> inputs = {options.recipe};
+  for (const std::string& text : options.calib) inputs.push_back(CalibrationText::parse(text).data);
+  for (const std::string& input : inputs)
     for (const auto& path : {report, output})
       if (std::filesystem::equivalent(path, input, ignored))
         fail(ErrorCode::kUsage, "{}: this run reads it; choose another path to write to", path.string());
@@ -198,10 +200,12 @@ void check_options(Options& options, const Recipe& recipe, const ProcessGroup& g
 
 Calibration read_calibration(const Options& options, const Checkpoint& checkpoint, const ModelSpec& spec,
                              const Recipe& recipe) {
-  const std::string calib = options.calib.empty() ? default_calibration() : options.calib;
+  std::vector<CalibrationText> texts;
+  for (const std::string& text : options.calib) texts.push_back(CalibrationText::parse(text));
+  if (texts.empty()) texts.push_back({.data = default_calibration()});
   const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
   Calibration calibration =
-      make_calibration(checkpoint, calib, options.samples, options.distill_samples, seqlen, options.seed);
+      make_calibration(checkpoint, texts, options.samples, options.distill_samples, seqlen, options.seed);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",
             options.checkpoint, spec.layers, static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
             options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples)
@@ -375,9 +379,12 @@ void add_recipe_options(CLI::App& command, Options& options) {
 }
 
 void add_calibration_options(CLI::App& command, Options& options) {
-  command.add_option("--calib", options.calib,
-                     "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
-                     "default: the first of these two that is there");
+  command
+      .add_option("--calib", options.calib,
+                  "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
+                  "default: the first of these two that is there. Several times: --calib c4=3 --calib "
+                  "notes.txt takes three windows of the first for one of the second")
+      ->allow_extra_args(false);
   command
       .add_option("--effort", options.effort,
                   "fast: linear algebra alone; default: what the recipe says; best: also tune and distil "

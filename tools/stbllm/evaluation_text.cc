@@ -1,5 +1,7 @@
 #include "evaluation_text.h"
 
+#include <algorithm>
+
 #include "stbllm/base/log.h"
 
 namespace stbllm {
@@ -43,7 +45,7 @@ Windows windows_of(const EvaluationText& text, const Corpus& corpus, const Loade
   const int64_t usual = text.protocol == "llama.cpp" ? 512 : 2048;
   const int64_t seqlen = text.seqlen > 0 ? text.seqlen : std::min(usual, model.decoder.spec().max_positions);
   Windows windows = evaluation_windows(ids, seqlen, text.windows, corpus.description);
-  if (model.calibration_sha256 == corpus.sha256)
+  if (std::ranges::find(model.calibration_sha256, corpus.sha256) != model.calibration_sha256.end())
     log::warn("{} was calibrated on the text it is evaluated on; its perplexity is not comparable",
               model.path);
   log::info("{} on {}: {} tokens, {} windows of {}, backend {}, {}", model.path, corpus.description,

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "stbllm/model/decoder.h"
 #include "stbllm/text/tokenizer.h"
@@ -13,8 +14,9 @@ struct LoadedModel {
   std::string path;
   Decoder decoder;
   std::unique_ptr<Tokenizer> tokenizer;
-  std::string backend;             ///< "dense" for a checkpoint
-  std::string calibration_sha256;  ///< of the text a packed model was calibrated on; empty for a checkpoint
+  std::string backend;  ///< "dense" for a checkpoint
+  /// Of the texts a packed model was calibrated on; none for a checkpoint.
+  std::vector<std::string> calibration_sha256;
 };
 
 /// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense
