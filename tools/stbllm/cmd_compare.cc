@@ -43,14 +43,16 @@ nlohmann::json divergence_json(const std::string& name, const ModelDivergence& m
 
 void print_table(const Options& options, const Divergence& result) {
   const auto cell = [](double mean, double error) { return fmt::format("{:.3f} +- {:.3f}", mean, error); };
-  fmt::print("{:<40} {:>18} {:>18} {:>18} {:>7} {:>16}\n", "model", "perplexity", "NLL difference", "KL",
-             "top-1", "worst window");
-  fmt::print("{:<40} {:>18}\n", options.models.front(),
+  size_t width = 5;
+  for (const std::string& name : options.models) width = std::max(width, name.size());
+  fmt::print("{:<{}} {:>18} {:>18} {:>18} {:>7} {:>16}\n", "model", width, "perplexity", "NLL difference",
+             "KL", "top-1", "worst window");
+  fmt::print("{:<{}} {:>18}\n", options.models.front(), width,
              cell(result.reference.perplexity, result.reference.perplexity_error));
   for (size_t m = 0; m < result.models.size(); ++m) {
     const ModelDivergence& model = result.models[m];
     const auto [window, kl] = worst_window(model);
-    fmt::print("{:<40} {:>18} {:>18} {:>18} {:>5.1f} % {:>16}\n", options.models[m + 1],
+    fmt::print("{:<{}} {:>18} {:>18} {:>18} {:>5.1f} % {:>16}\n", options.models[m + 1], width,
                cell(model.model.perplexity, model.model.perplexity_error),
                cell(model.nll_difference, model.difference_error), cell(model.mean_kl, model.kl_error),
                100 * model.top1_agreement, fmt::format("{:.3f} in {}", kl, window));
