@@ -18,6 +18,7 @@ import sys
 try:
     import numpy as np
 except ImportError:
+    print("read_packed.py: numpy is not installed; Debian's package is python3-numpy", file=sys.stderr)
     sys.exit(77)  # a test that is skipped
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1", "I8": "i1"}

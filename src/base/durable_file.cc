@@ -52,6 +52,13 @@ void sync_directory(const fs::path& path) {
 
 }  // namespace
 
+void refuse_existing_output(const fs::path& path) {
+  std::error_code ignored;
+  if (fs::exists(fs::symlink_status(path, ignored)))
+    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
+         path.string());
+}
+
 DurabilityCalls& durability_calls() {
   static DurabilityCalls calls{.fsync = ::fsync, .rename = ::rename};
   return calls;

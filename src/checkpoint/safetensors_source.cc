@@ -51,6 +51,10 @@ at::ScalarType scalar_type_of(const std::string& dtype, const std::filesystem::p
   refuse_dtype(file, tensor, dtype);
 }
 
+std::string_view dtype_name(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
+}
+
 std::shared_ptr<const TensorSource> open_safetensors(const std::filesystem::path& path) {
   return std::make_shared<SafetensorsSource>(path);
 }

@@ -89,10 +89,13 @@ ModelDivergence result_of(Side& side, const Side& reference, int64_t seqlen, int
 
 Divergence evaluate_divergence(const Decoder& reference, std::span<const Decoder* const> models,
                                const Windows& windows, const EvaluationOptions& options) {
-  for (const Decoder* model : models)
+  check_windows(reference.spec(), windows);
+  for (const Decoder* model : models) {
+    check_windows(model->spec(), windows);
     if (reference.spec().vocab != model->spec().vocab)
       fail(ErrorCode::kMismatch, "models with vocabularies of {} and {} cannot be compared",
            reference.spec().vocab, model->spec().vocab);
+  }
   Side left(reference);
   std::vector<Side> right;
   for (const Decoder* model : models) right.emplace_back(*model);
@@ -108,7 +111,6 @@ Divergence evaluate_divergence(const Decoder& reference, std::span<const Decoder
     for (Side& side : right) visit(side);
   };
   for_each_side([&](const Side& side) {
-    check_windows(side.decoder.spec(), windows);
     chunk = std::min(chunk, windows_per_chunk(side.decoder, seqlen, share));
     layers += side.decoder.spec().layers;
   });

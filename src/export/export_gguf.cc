@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "gguf_tokenizer.h"
@@ -11,6 +10,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/parallel.h"
+#include "stbllm/checkpoint/sources.h"
 #include "stbllm/model/decoder_block.h"
 #include "stbllm/model/model_spec.h"
 
@@ -154,35 +154,37 @@ class GgufExport {
     if (entry.shape != tensor.shape)
       fail(ErrorCode::kMismatch, "{}: tensor {} has another shape than the configuration asks for", path_,
            tensor.name);
-    const at::ScalarType type = entry.dtype == "F32"   ? at::kFloat
-                                : entry.dtype == "F16" ? at::kHalf
-                                                       : at::kBFloat16;
-    if (type == at::kBFloat16 && entry.dtype != "BF16")
-      fail(ErrorCode::kUnsupported, "{}: tensor {} is {}; expected F32, F16 or BF16", path_, tensor.name,
-           entry.dtype);
-    return at::from_blob(const_cast<std::byte*>(entry.data.data()), entry.shape,
-                         type);  // nobody writes to it
+    void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
+    return at::from_blob(data, entry.shape, scalar_type_of(entry.dtype, path_, tensor.name));
   }
 
-  void add_floats(const std::string& name, const at::Tensor& values, GgufType type) {
-    const at::ScalarType scalar = type == GgufType::kF32   ? at::kFloat
-                                  : type == GgufType::kF16 ? at::kHalf
-                                                           : at::kBFloat16;
-    file_.add(name, type, values.sizes().vec(), [values, scalar](std::span<std::byte> bytes) {
-      const at::Tensor stored = values.to(scalar).contiguous();
+  /// Adds `values` in `dtype`, their rows (dimension 0) in `order`.
+  void add_floats(const std::string& name, const at::Tensor& values, at::ScalarType dtype,
+                  const RowOrder& order = {}) {
+    const GgufType type = dtype == at::kFloat  ? GgufType::kF32
+                          : dtype == at::kHalf ? GgufType::kF16
+                                               : GgufType::kBF16;
+    file_.add(name, type, values.sizes().vec(), [values, dtype, order](std::span<std::byte> bytes) {
+      at::Tensor ordered = values;
+      if (order) {
+        const at::Tensor rows = at::empty({values.size(0)}, at::kLong);
+        for (int64_t row = 0; row < rows.numel(); ++row) rows.data_ptr<int64_t>()[row] = order(row);
+        ordered = values.index_select(0, rows);
+      }
+      const at::Tensor stored = ordered.to(dtype).contiguous();
       std::memcpy(bytes.data(), stored.const_data_ptr(), bytes.size());
     });
   }
 
   /// Weight or bias of a norm, in float32 as llama.cpp wants it.
   void add_vector(const TensorSpec& tensor, const std::string& name) {
-    add_floats(name + tensor.name.substr(tensor.name.rfind('.')), dense(tensor), GgufType::kF32);
+    add_floats(name + tensor.name.substr(tensor.name.rfind('.')), dense(tensor), at::kFloat);
   }
 
   void add_rope_factors() {
-    const at::Tensor exponent = at::arange(0, spec_.head_dim, 2, at::kLong).to(at::kFloat) / spec_.head_dim;
-    add_floats("rope_freqs.weight", at::pow(spec_.rope.theta, -exponent) / rope_frequencies(spec_),
-               GgufType::kF32);
+    ModelSpec plain = spec_;
+    plain.rope.scaling = Rope::Scaling::kNone;
+    add_floats("rope_freqs.weight", rope_frequencies(plain) / rope_frequencies(spec_), at::kFloat);
   }
 
   /// Embedding or head.
@@ -193,10 +195,7 @@ class GgufExport {
       return;
     }
     const at::Tensor values = dense(table);
-    add_floats(name, values,
-               values.scalar_type() == at::kFloat  ? GgufType::kF32
-               : values.scalar_type() == at::kHalf ? GgufType::kF16
-                                                   : GgufType::kBF16);
+    add_floats(name, values, values.scalar_type());
   }
 
   /// Integers with a scale per 64 columns are two blocks of 32 with that scale.
@@ -228,17 +227,10 @@ class GgufExport {
     const RowOrder order = row_order(family_, spec_, linear.role);
     const auto found = packed_.linears().find(linear.name);
     if (found == packed_.linears().end())
-      add_reordered(dense(linear.weight()), order, name + ".weight", GgufType::kF16);
+      add_floats(name + ".weight", dense(linear.weight()), at::kHalf, order);
     else
       add_matrix(linear, found->second, order, name + ".weight");
-    if (linear.has_bias) add_reordered(dense(linear.bias()), order, name + ".bias", GgufType::kF32);
-  }
-
-  void add_reordered(const at::Tensor& values, const RowOrder& order, const std::string& name,
-                     GgufType type) {
-    const at::Tensor rows = at::empty({values.size(0)}, at::kLong);
-    for (int64_t row = 0; row < rows.numel(); ++row) rows.data_ptr<int64_t>()[row] = order(row);
-    add_floats(name, values.index_select(0, rows), type);
+    if (linear.has_bias) add_floats(name + ".bias", dense(linear.bias()), at::kFloat, order);
   }
 
   void add_matrix(const LinearSpec& linear, const StructuredBinaryMatrix& matrix, const RowOrder& order,

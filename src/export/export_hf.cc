@@ -6,6 +6,7 @@
 #include "stbllm/base/interrupt.h"
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/checkpoint/checkpoint_writer.h"
+#include "stbllm/checkpoint/sources.h"
 #include "stbllm/model/table.h"
 #include "stbllm/text/tokenizer.h"
 
@@ -13,11 +14,10 @@ namespace stbllm {
 namespace {
 
 struct Dtype {
-  std::string_view name, safetensors;
+  std::string_view name;
   at::ScalarType type;
 };
-constexpr Dtype kDtypes[] = {
-    {"float32", "F32", at::kFloat}, {"bfloat16", "BF16", at::kBFloat16}, {"float16", "F16", at::kHalf}};
+constexpr Dtype kDtypes[] = {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}};
 
 const Dtype& find_dtype(std::string_view name) {
   for (const Dtype& dtype : kDtypes)
@@ -36,7 +36,7 @@ void export_hf(const PackedReader& packed, const std::filesystem::path& director
     const at::Tensor stored = weight.to(to.type);
     if (to.type == at::kHalf && !at::isfinite(stored).all().item<bool>())
       fail(ErrorCode::kUnsupported, "{}: a weight is too large for float16; choose another dtype", name);
-    checkpoint.add(name + ".weight", to.safetensors, stored.sizes().vec(), bytes_of(stored));
+    checkpoint.add(name + ".weight", dtype_name(stored), stored.sizes().vec(), bytes_of(stored));
   };
   for (const auto& [name, matrix] : packed.linears()) add(name, unpack_dense(matrix));
   for (const auto& [name, rows] : packed.quantized_rows()) add(name, dense_rows(rows));

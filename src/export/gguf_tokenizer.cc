@@ -21,11 +21,6 @@ enum TokenType : int32_t {
   kByte = 6
 };
 
-/// A component of the definition, null where it has none.
-json component(const json& definition, const char* name) {
-  return definition.contains(name) ? definition[name] : json();
-}
-
 /// The name that llama.cpp has for a cut into words, of which it knows the regular expressions by name. Those
 /// that PreTokenizer knows differ in these places.
 std::string word_pattern(const json& pre_tokenizer) {
@@ -47,21 +42,14 @@ std::string word_pattern(const json& pre_tokenizer) {
   return digits ? "smollm" : "gpt-2";
 }
 
-/// "left right", whichever of its two forms the definition has.
-std::string merge_text(const json& merge) {
-  if (merge.is_string()) return merge.get<std::string>();
-  return merge.at(0).get<std::string>() + " " + merge.at(1).get<std::string>();
-}
-
 /// SentencePiece merges the pair whose result has the highest score: minus the rank of the first merge that
 /// makes it.
 std::vector<float> scores_of(const json& merges, const std::vector<std::string>& tokens) {
   std::unordered_map<std::string, float> ranks;
   float rank = 0;
   for (const json& merge : merges) {
-    std::string text = merge_text(merge);
-    text.erase(text.find(' '), 1);
-    ranks.try_emplace(std::move(text), --rank);
+    const auto [left, right] = parse_merge(merge);
+    ranks.try_emplace(left + right, --rank);
   }
   std::vector<float> scores;
   for (const std::string& token : tokens) {
@@ -74,9 +62,9 @@ std::vector<float> scores_of(const json& merges, const std::vector<std::string>&
 /// Whether a text gets a space in front of it.
 bool adds_space(const json& definition) {
   bool adds = false;
-  for_each_component(component(definition, "normalizer"), "normalizers",
+  for_each_component(component_of(definition, "normalizer"), "normalizers",
                      [&](const json& step) { adds |= component_type(step) == "Prepend"; });
-  for_each_component(component(definition, "pre_tokenizer"), "pretokenizers", [&](const json& step) {
+  for_each_component(component_of(definition, "pre_tokenizer"), "pretokenizers", [&](const json& step) {
     if (component_type(step) != "Metaspace") return;
     adds |= step.contains("prepend_scheme") ? step["prepend_scheme"] != "never"
                                             : step.value("add_prefix_space", true);
@@ -91,7 +79,7 @@ void add_tokenizer(GgufWriter& file, const Tokenizer& tokenizer, int64_t vocab) 
   const json& model = definition.at("model");
   const bool sentencepiece = model.value("byte_fallback", false);
   const std::string pattern =
-      sentencepiece ? "default" : word_pattern(component(definition, "pre_tokenizer"));
+      sentencepiece ? "default" : word_pattern(component_of(definition, "pre_tokenizer"));
   if (pattern.empty())
     fail(ErrorCode::kUnsupported,
          "the tokenizer cuts texts into words in a way that llama.cpp has no name for; export to hf instead");
@@ -128,7 +116,10 @@ void add_tokenizer(GgufWriter& file, const Tokenizer& tokenizer, int64_t vocab) 
     file.set("tokenizer.ggml.add_space_prefix", adds_space(definition));
   } else {
     std::vector<std::string> merges;
-    for (const json& merge : model.at("merges")) merges.push_back(merge_text(merge));
+    for (const json& merge : model.at("merges")) {
+      const auto [left, right] = parse_merge(merge);
+      merges.push_back(left + " " + right);
+    }
     file.set("tokenizer.ggml.merges", merges);
   }
   const std::span<const int32_t> prefix = tokenizer.prefix();

@@ -194,10 +194,7 @@ void GgufWriter::add(const std::string& name, GgufType type, std::vector<int64_t
 }
 
 void GgufWriter::write(const fs::path& path, bool force) const {
-  std::error_code ignored;
-  if (!force && fs::exists(fs::symlink_status(path, ignored)))
-    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
-         path.string());
+  if (!force) refuse_existing_output(path);
   std::string head = "GGUF";
   append(head, uint32_t{3});
   append(head, uint64_t{tensors_.size()});

@@ -105,6 +105,12 @@ bool encode_row(const QuantizedRows::Layout& layout, std::span<const float> weig
   return true;
 }
 
+/// What write_integer() has written.
+int read_integer(const QuantizedRows::Layout& layout, const std::byte* codes, int64_t col) {
+  if (layout.bits == 8) return static_cast<int8_t>(codes[col]);
+  return static_cast<int>(static_cast<unsigned>(codes[col / 2]) >> (col % 2 * 4) & 15) - 8;
+}
+
 }  // namespace
 
 int64_t QuantizedRows::Layout::code_row_bytes() const { return ceil_div(cols * bits, 8); }
@@ -170,9 +176,7 @@ QuantizedRows QuantizedRows::pack(const Layout& layout, std::span<const int8_t> 
 }
 
 int QuantizedRows::integer(int64_t row, int64_t col) const {
-  const std::byte* codes = codes_.data() + row * layout_.code_row_bytes();
-  if (layout_.bits == 8) return static_cast<int8_t>(codes[col]);
-  return static_cast<int>(static_cast<unsigned>(codes[col / 2]) >> (col % 2 * 4) & 15) - 8;
+  return read_integer(layout_, codes_.data() + row * layout_.code_row_bytes(), col);
 }
 
 float QuantizedRows::scale(int64_t row, int64_t column_block) const {
@@ -182,11 +186,12 @@ float QuantizedRows::scale(int64_t row, int64_t column_block) const {
 }
 
 void QuantizedRows::decode_row(int64_t row, float* out) const {
+  const std::byte* codes = codes_.data() + row * layout_.code_row_bytes();
   for (int64_t block = 0; block < layout_.column_blocks(); ++block) {
     const float factor = scale(row, block);
     const int64_t end = std::min(layout_.cols, (block + 1) * kColumnBlock);
     for (int64_t col = block * kColumnBlock; col < end; ++col)
-      out[col] = factor * static_cast<float>(integer(row, col));
+      out[col] = factor * static_cast<float>(read_integer(layout_, codes, col));
   }
 }
 

@@ -3,6 +3,7 @@
 #include "stbllm/base/text_file.h"
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/checkpoint/checkpoint_writer.h"
+#include "stbllm/checkpoint/sources.h"
 #include "stbllm/run/assemble.h"
 #include "stbllm/run/tables.h"
 #include "write_model.h"

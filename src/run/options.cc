@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 
+#include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
 #include "stbllm/model/torch_cuda.h"
 
@@ -57,9 +58,7 @@ void check_output(const fs::path& checkpoint, const QuantizeOptions& options) {
     fail(ErrorCode::kUsage, "{}: a {} is there, and {}; choose another path", options.output.string(),
          options.dense_output ? "file" : "directory",
          options.dense_output ? "--dense writes a directory" : "the packed model is one file");
-  if (!options.force)
-    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
-         options.output.string());
+  if (!options.force) refuse_existing_output(options.output);
 }
 
 }  // namespace

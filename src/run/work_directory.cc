@@ -14,8 +14,8 @@
 #include "stbllm/base/safetensors.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/calibrate/pack_weight.h"
+#include "stbllm/checkpoint/sources.h"
 #include "stbllm/run/fingerprint.h"
-#include "write_model.h"
 
 namespace stbllm {
 namespace {

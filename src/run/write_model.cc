@@ -8,10 +8,6 @@
 
 namespace stbllm {
 
-std::string_view dtype_name(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
-}
-
 void write_model(ModelWriter& writer, const Assembly& assembly) {
   const StageTimer timer("pack");
   const auto& [checkpoint, spec, tables, quantized_blocks, quantized] = assembly;

@@ -19,7 +19,4 @@ class ModelWriter {
 
 void write_model(ModelWriter& writer, const Assembly& assembly);
 
-/// "F32", "F16" or "BF16".
-std::string_view dtype_name(const at::Tensor& tensor);
-
 }  // namespace stbllm

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include "stbllm/calibrate/pack_weight.h"
+#include "stbllm/checkpoint/sources.h"
 #include "stbllm/run/assemble.h"
 #include "stbllm/run/tables.h"
 #include "write_model.h"

@@ -17,7 +17,8 @@ uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t{static_cast<uint32_t>(left)} << 32 | static_cast<uint32_t>(right);
 }
 
-/// The two tokens of a merge, which is written as "a b" or as ["a", "b"].
+}  // namespace
+
 std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge) {
   if (merge.is_array() && merge.size() == 2)
     return {merge[0].get<std::string>(), merge[1].get<std::string>()};
@@ -28,8 +29,6 @@ std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge) {
   }
   return {text.substr(0, space), text.substr(space + 1)};
 }
-
-}  // namespace
 
 BytePairEncoder::BytePairEncoder(const nlohmann::json& model) {
   const JsonFields fields(model, "model: ");

@@ -93,7 +93,7 @@ STBLLM_INLINE IntLanes keep_largest(Lanes latent, int keep) {
 
 /// Numbers of the products' dtype: float, or uint16_t where that is bfloat16.
 struct Products {
-  void* data;  // null: there are none
+  void* data;
   bool bfloat16;
 
   STBLLM_INLINE Lanes load(int64_t first, int count) const {
@@ -248,8 +248,10 @@ LatentWeight::LatentWeight(BinarizedWeight& weight, const at::Tensor& original, 
   latent_ = latent_.contiguous();
   row_gain_ = at::zeros({rows}, at::kFloat);
   level_gain_ = at::zeros({static_cast<int64_t>(levels_.size())}, at::kFloat);
-  const auto moments = [](const at::Tensor& x) { return Moments{at::zeros_like(x), at::zeros_like(x)}; };
-  if (train_codes_) latent_moments_ = moments(at::empty_like(latent_, at::kBFloat16));
+  const auto moments = [](const at::Tensor& x, at::ScalarType dtype = at::kFloat) {
+    return Moments{at::zeros_like(x, dtype), at::zeros_like(x, dtype)};
+  };
+  if (train_codes_) latent_moments_ = moments(latent_, at::kBFloat16);
   row_moments_ = moments(row_gain_);
   level_moments_ = moments(level_gain_);
   dense_ = at::empty({rows, cols}, fast_product_dtype());

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include "commands.h"
+#include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
 #include "stbllm/export/export_gguf.h"
 #include "stbllm/export/export_hf.h"
@@ -27,9 +28,7 @@ void check_output(const Options& options, bool directory) {
   if (fs::equivalent(output, options.model, ignored))
     fail(ErrorCode::kUsage, "{}: this would overwrite the packed file itself; choose another path",
          options.output);
-  if (!options.force)
-    fail(ErrorCode::kExists, "{}: the output is there already; choose another path or pass --force",
-         options.output);
+  if (!options.force) refuse_existing_output(output);
 }
 
 nlohmann::json write_hf(const Options& options, const PackedReader& packed) {
@@ -55,13 +54,9 @@ nlohmann::json write_gguf(const Options& options, const PackedReader& packed) {
 
 void run(const Options& options) {
   apply(options.common);
-  if (!fs::exists(options.model)) fail(ErrorCode::kNotFound, "{}: no such file", options.model);
-  if (fs::is_directory(options.model))
-    fail(ErrorCode::kUsage, "{}: expected a packed .safetensors file, found a directory; quantize it first",
-         options.model);
+  const PackedReader packed = open_packed(options.model);
   const bool hf = options.format == "hf";
   check_output(options, hf);
-  const PackedReader packed = PackedReader::open(options.model);
   packed.verify_checksums();
   nlohmann::json result = hf ? write_hf(options, packed) : write_gguf(options, packed);
   result.update({{"model", options.model}, {"output", options.output}, {"format", options.format}});

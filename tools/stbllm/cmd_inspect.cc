@@ -3,7 +3,6 @@
 #include <iostream>
 
 #include "commands.h"
-#include "stbllm/base/error.h"
 #include "stbllm/pack/ledger.h"
 #include "stbllm/pack/packed_file.h"
 
@@ -23,11 +22,7 @@ std::string text_in(const nlohmann::json& object, const char* key) {
 }
 
 void run(const Options& options) {
-  if (!std::filesystem::exists(options.model)) fail(ErrorCode::kNotFound, "{}: no such file", options.model);
-  if (std::filesystem::is_directory(options.model))
-    fail(ErrorCode::kUsage, "{}: expected a packed .safetensors file, found a directory; quantize it first",
-         options.model);
-  const PackedReader reader = PackedReader::open(options.model);
+  const PackedReader reader = open_packed(options.model);
   if (options.verify) reader.verify_checksums();
   const Ledger ledger = make_ledger(reader);
   const nlohmann::json recipe = reader.remark("recipe"), calibration = reader.remark("calibration");

@@ -218,8 +218,7 @@ Calibration read_calibration(const Options& options, const Checkpoint& checkpoin
 /// speed of this machine.
 TrainingChoice choose_training(Options untrained) {
   const nlohmann::json earlier = WorkDirectory::remembered(untrained.quantize.output);
-  if (untrained.quantize.resume && earlier.is_object())
-    return {.windows = earlier.value("windows", int64_t{0}), .epochs = earlier.value("epochs", 0)};
+  if (untrained.quantize.resume && !earlier.is_null()) return earlier;
   untrained.effort = "fast";
   const Recipe recipe = assemble_recipe(untrained);
   check_options(untrained, recipe, {});
@@ -243,7 +242,7 @@ void apply_minutes(Options& options) {
   if (options.samples == 0) options.samples = 64;
   if (options.seqlen == 0) options.seqlen = 512;
   const TrainingChoice choice = choose_training(options);
-  options.quantize.remember = {{"windows", choice.windows}, {"epochs", choice.epochs}};
+  options.quantize.remember = choice;
   if (choice.epochs == 0) {
     options.effort = "fast";
     log::warn("--minutes {}: there is no time to train; linear algebra alone", options.minutes);

@@ -7,6 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "stbllm/pack/packed_file.h"
+
 namespace stbllm {
 
 void add_quantize(CLI::App& app);
@@ -25,6 +27,9 @@ struct CommonOptions {
 void add_common(CLI::App& command, CommonOptions& options);
 void apply(const CommonOptions& options);
 
+/// The packed file that a command was given. Throws Error(kNotFound), Error(kUsage) for a directory, and as
+/// PackedReader::open().
+PackedReader open_packed(const std::string& path);
 /// Highest resident memory of this process so far, in bytes.
 int64_t peak_memory_bytes();
 std::string human_bytes(double bytes);

@@ -28,6 +28,14 @@ void apply(const CommonOptions& options) {
   omp_set_num_threads(options.threads);
 }
 
+PackedReader open_packed(const std::string& path) {
+  if (!std::filesystem::exists(path)) fail(ErrorCode::kNotFound, "{}: no such file", path);
+  if (std::filesystem::is_directory(path))
+    fail(ErrorCode::kUsage, "{}: expected a packed .safetensors file, found a directory; quantize it first",
+         path);
+  return PackedReader::open(path);
+}
+
 int64_t peak_memory_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
@@ -67,11 +75,14 @@ int run(int argc, char** argv) {
   keep_freed_memory();
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of its write
   CLI::App app{
-      "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT and Mistral checkpoints.\n\n"
+      "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT, Mistral and Qwen "
+      "checkpoints.\n\n"
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
       "  stbllm eval-ppl model.safetensors --data wikitext2\n"
+      "  stbllm compare CHECKPOINT model.safetensors\n"
       "  stbllm inspect model.safetensors\n"
       "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"
+      "  stbllm export model.safetensors DIRECTORY --to hf\n"
       "  stbllm report run.json -o run.html\n"};
   app.set_version_flag("--version", STBLLM_VERSION);
   app.require_subcommand(1);

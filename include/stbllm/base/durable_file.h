@@ -17,6 +17,9 @@ namespace stbllm {
 /// file system. Throws Error(kWriteFailed) naming the path and the system's reason.
 void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to);
 
+/// Throws Error(kExists) when there is something at `path`, be it a dangling link.
+void refuse_existing_output(const std::filesystem::path& path);
+
 /// A new file for reading and writing. The destructor removes it unless it was renamed. All members throw
 /// Error(kWriteFailed) naming the path and the system's reason.
 class TemporaryFile {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "stbllm/checkpoint/checkpoint.h"
 
@@ -14,6 +15,9 @@ namespace stbllm {
 /// names the file and the tensor, for any other.
 at::ScalarType scalar_type_of(const std::string& dtype, const std::filesystem::path& file,
                               const std::string& tensor);
+
+/// The other way round: "F32", "F16" or "BF16".
+std::string_view dtype_name(const at::Tensor& tensor);
 
 /// Throws Error(kNotFound | kCorrupt).
 std::shared_ptr<const TensorSource> open_safetensors(const std::filesystem::path& path);

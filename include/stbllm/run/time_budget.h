@@ -2,6 +2,7 @@
 // How much training fits into a time.
 
 #include <cstdint>
+#include <nlohmann/json.hpp>
 
 #include "stbllm/run/estimate.h"
 
@@ -15,6 +16,7 @@ struct TrainingChoice {
 
   bool operator==(const TrainingChoice&) const = default;
 };
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingChoice, windows, epochs)
 
 /// What a run of about `seconds` has time for. `untrained` is the estimate of the same run without training,
 /// `calibration` the windows of its calibration that train too, `available` those that the text has beside

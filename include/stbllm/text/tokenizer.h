@@ -50,7 +50,6 @@ class Tokenizer {
   int64_t vocab_size() const { return std::ssize(tokens_); }
   /// The tokens by id, as the vocabulary writes them; empty where an id has none.
   const std::vector<std::string>& tokens() const { return tokens_; }
-  bool is_special(int32_t id) const { return special_[static_cast<size_t>(id)]; }
   /// Tokens that are cut out of a text before anything else, by content.
   const std::map<std::string, AddedToken>& added_tokens() const { return added_; }
   /// What stands in front of a text with special tokens, BOS as a rule.

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 
 #include "stbllm/base/error.h"
 
@@ -24,6 +25,15 @@ inline int32_t parse_id(const nlohmann::json& value) {
 inline std::string component_type(const nlohmann::json& component) {
   return component.at("type").get<std::string>();
 }
+
+/// The component `name` of a definition, null where it has none.
+inline nlohmann::json component_of(const nlohmann::json& definition, const char* name) {
+  return definition.contains(name) ? definition[name] : nlohmann::json();
+}
+
+/// The two tokens of a merge, which is written as "a b" or as ["a", "b"]. Throws Error(kCorrupt) for another
+/// text.
+std::pair<std::string, std::string> parse_merge(const nlohmann::json& merge);
 
 /// Calls visit(component) for the component, or for each member when it is a Sequence (`list` names the
 /// members).
