@@ -110,6 +110,21 @@ void KeyValueCache::append(int64_t block, at::Tensor& keys, at::Tensor& values) 
   store(values_[static_cast<size_t>(block)], values);
 }
 
+KeyValueCache KeyValueCache::repeated(int64_t batch, int64_t capacity) const {
+  STBLLM_CHECK(capacity >= length_, "room for {} tokens for {}", capacity, length_);
+  KeyValueCache result;
+  result.capacity_ = capacity;
+  result.length_ = length_;
+  const auto repeat = [&](const at::Tensor& cache) {
+    at::Tensor wide = at::empty({batch, cache.size(1), capacity, cache.size(3)}, cache.options());
+    wide.slice(2, 0, length_).copy_(cache.slice(2, 0, length_));
+    return wide;
+  };
+  for (const at::Tensor& keys : keys_) result.keys_.push_back(repeat(keys));
+  for (const at::Tensor& values : values_) result.values_.push_back(repeat(values));
+  return result;
+}
+
 at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x) {
   if (spec.architecture->norm == Norm::kLayer) {
     if (!norm.weight.defined() || !norm.weight.requires_grad())

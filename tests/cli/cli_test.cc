@@ -25,7 +25,7 @@ namespace fs = std::filesystem;
 using testing::HasSubstr;
 using Args = std::vector<std::string>;
 
-const char* const kSubcommands[] = {"quantize", "eval-ppl", "inspect", "generate"};
+const char* const kSubcommands[] = {"quantize", "eval-ppl", "compare", "eval-tasks", "inspect", "generate"};
 
 /// A tiny checkpoint, a text, and a directory `results` that starts empty.
 class Cli : public ::testing::Test {
@@ -254,6 +254,26 @@ TEST_F(Cli, ComparesModelsWithTheFirstOne) {
       run_program({"eval-ppl", packed, "--kl", dense, "--data", text_, "--seqlen", "48", "--json"});
   EXPECT_EQ(nlohmann::json::parse(evaluated.out)["kl"], json["models"][0]["kl"]);
   expect_fault({"compare", dense, "--data", text_}, ErrorCode::kUsage, "models");
+}
+
+TEST_F(Cli, JudgesTasksAgainstAnotherModel) {
+  ASSERT_EQ(run_program(quantize("packed", {})).status, 0);
+  const std::string packed = (results_ / "packed").string(), dense = checkpoint_.string();
+  const std::string requests = (scratch_ / "samples_quiz_2026-01-02T03-04-05.jsonl").string();
+  write_all(requests, R"({"target": "1", "arguments": [["the sun", " and"], ["the sun", " in"]]})"
+                      "\n"
+                      R"({"target": "0", "arguments": [["a cat", " on"], ["a cat", " at the"]]})"
+                      "\n");
+  const Outcome judged = run_program({"eval-tasks", packed, requests, "--against", dense, "--json"});
+  ASSERT_EQ(judged.status, 0) << judged.err;
+  const auto task = nlohmann::json::parse(judged.out)["tasks"][0];
+  EXPECT_EQ(task["task"], "quiz");
+  EXPECT_EQ(task["questions"], 2);
+  EXPECT_EQ(task["log_likelihoods"].size(), 2u);
+  EXPECT_NEAR(task["acc"]["difference"], double{task["acc"]["value"]} - double{task["acc"]["reference"]},
+              1e-12);
+  EXPECT_THAT(run_program({"eval-tasks", dense, requests}).out, HasSubstr("acc_norm"));
+  expect_fault({"eval-tasks", dense, (scratch_ / "none.jsonl").string()}, ErrorCode::kNotFound, "none.jsonl");
 }
 
 TEST_F(Cli, MinutesBecomeTrainingThatCanBeHadAgain) {

@@ -1,10 +1,13 @@
 // A packed file against the dense model of the weights it stands for.
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <set>
 #include <stdexcept>
 
 #include "stbllm/base/error.h"
@@ -12,6 +15,7 @@
 #include "stbllm/model/torch_cuda.h"
 #include "support/random_matrix.h"
 #include "support/scratch_directory.h"
+#include "support/threads.h"
 #include "support/tiny_checkpoint.h"
 
 namespace stbllm {
@@ -132,6 +136,33 @@ TEST_F(PackedDecoder, GivesNoDenseWeightOfAPackedLinear) {
   const Decoder decoder = Decoder::from_packed(pack(test::tiny_llama()), find_backend("reference"));
   EXPECT_EQ(decoder.block(1)->dense(Role::kO).weight().size(0), 64);  // this one is not packed
   EXPECT_THROW(decoder.block(0)->dense(Role::kO), std::logic_error);
+}
+
+/// The threads of this process by id. One that ends and is started again has another id.
+std::set<std::string> threads_of_process() {
+  std::set<std::string> ids;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task"))
+    ids.insert(entry.path().filename());
+  return ids;
+}
+
+TEST_F(PackedDecoder, KeepsTheThreadsItWasGiven) {
+  TinyModel model = test::tiny_llama();  // wide enough that products, norms and attention are divided
+  model.config.update({{"hidden_size", 512}, {"intermediate_size", 1024}});
+  const Decoder decoder = Decoder::from_packed(pack(model), find_backend("auto"), at::kBFloat16);
+  const c10::InferenceMode inference;
+  const at::Tensor prompt = at::arange(60).mul(13).remainder(test::kTinyVocabSize).unsqueeze(0);
+  for (const int count : {2, 4, 8}) {  // ever more: what was started before is kept
+    const test::Threads threads(count);
+    KeyValueCache cache = decoder.make_cache(1, 120);
+    decoder.logits(decoder.forward(prompt, &cache));
+    const std::set<std::string> before = threads_of_process();
+    for (int token = 0; token < 50; ++token)
+      decoder.logits(decoder.forward(prompt.slice(1, token, token + 1), &cache));
+    for (int window = 0; window < 4; ++window) decoder.logits(decoder.forward(prompt));
+    EXPECT_EQ(threads_of_process(), before) << "of " << count << " threads";
+    EXPECT_LE(std::ssize(before), count);
+  }
 }
 
 bool has_cuda_backend() {

@@ -14,6 +14,7 @@ namespace stbllm {
 void add_quantize(CLI::App& app);
 void add_eval_ppl(CLI::App& app);
 void add_compare(CLI::App& app);
+void add_eval_tasks(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_report(CLI::App& app);

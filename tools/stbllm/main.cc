@@ -80,6 +80,7 @@ int run(int argc, char** argv) {
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
       "  stbllm eval-ppl model.safetensors --data wikitext2\n"
       "  stbllm compare CHECKPOINT model.safetensors\n"
+      "  stbllm eval-tasks model.safetensors samples_piqa.jsonl --against CHECKPOINT\n"
       "  stbllm inspect model.safetensors\n"
       "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"
       "  stbllm export model.safetensors DIRECTORY --to hf\n"
@@ -97,6 +98,7 @@ int run(int argc, char** argv) {
   add_quantize(app);
   add_eval_ppl(app);
   add_compare(app);
+  add_eval_tasks(app);
   add_inspect(app);
   add_generate(app);
   add_export(app);

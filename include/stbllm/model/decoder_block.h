@@ -59,9 +59,14 @@ class KeyValueCache {
   void append(int64_t block, at::Tensor& keys, at::Tensor& values);
   /// To be called once `tokens` more have been appended in every block.
   void advance(int64_t tokens) { length_ += tokens; }
+  /// The same tokens for each of `batch` sequences, with room for `capacity` (at least length()). This cache
+  /// is one of a single sequence.
+  KeyValueCache repeated(int64_t batch, int64_t capacity) const;
 
  private:
-  int64_t capacity_;
+  KeyValueCache() = default;
+
+  int64_t capacity_ = 0;
   int64_t length_ = 0;
   std::vector<at::Tensor> keys_;  // per block: (batch, kv_heads, capacity, head_dim)
   std::vector<at::Tensor> values_;
