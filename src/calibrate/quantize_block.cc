@@ -56,8 +56,8 @@ class BlockQuantizer {
         plan_(plan),
         on_linear_(on_linear),
         group_(group),
-        linears_(block.linears()),
-        taps_(linears_, token_weights(method)) {}
+        linears_(planned(block.linears(), plan)),
+        taps_(block.linears(), token_weights(method)) {}
 
   QuantizedBlock run() {
     if (is_sequential(method_))
@@ -140,7 +140,7 @@ class BlockQuantizer {
                                              .report = {}};
         BinarizedWeight weight = quantize_linear(block_.dense(linear.role).weight(), stats[tap], method_, own,
                                                  &result.report, &metrics[tap]);
-        check_outputs(result.report, linear.name);
+        check_outputs(result.report.output_error, linear.name);
         result.salient_share = weight.salient_share();
         quantized_.linears.emplace(linear.name, std::move(weight));
         on_linear_(result);
@@ -169,8 +169,15 @@ class BlockQuantizer {
 
 }  // namespace
 
-void check_outputs(const LinearReport& report, const std::string& linear) {
-  if (!std::isfinite(report.output_error))
+std::vector<LinearSpec> planned(const std::vector<LinearSpec>& linears, const Plan& plan) {
+  std::vector<LinearSpec> result;
+  std::ranges::copy_if(linears, std::back_inserter(result),
+                       [&](const LinearSpec& linear) { return plan.contains(linear.name); });
+  return result;
+}
+
+void check_outputs(double output_error, const std::string& linear) {
+  if (!std::isfinite(output_error))
     fail(ErrorCode::kCorrupt,
          "linear {}: its outputs on the calibration text overflow float32; check the checkpoint's weights",
          linear);

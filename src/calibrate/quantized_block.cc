@@ -67,11 +67,13 @@ void install(const BinarizedWeight& weight, DecoderBlock& block, Role role) {
 void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSpec& spec) {
   for (const LinearSpec& linear : block.linears()) {
     const auto& dense = block.dense(linear.role);
+    const auto weight = quantized.linears.find(linear.name);
     const auto bias = quantized.tensors.find(linear.name + ".bias");
     block.set_linear(
         linear.role,
         std::make_unique<DenseLinear>(
-            quantized.linears.at(linear.name).to_dense().to(dense.weight().device()),
+            weight == quantized.linears.end() ? dense.weight()
+                                              : weight->second.to_dense().to(dense.weight().device()),
             bias == quantized.tensors.end() ? dense.bias() : bias->second, dense.product_dtype()));
   }
   for (const NormSpec& norm : spec.norms(block.index()))

@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <span>
 
 #include "stbllm/base/bits.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/profile.h"
 #include "stbllm/calibrate/compare_streams.h"
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/calibrate/tap_stats.h"
@@ -52,7 +54,7 @@ double depth_weight(int64_t block, int64_t layers) {
   return std::exp(kRamp * static_cast<double>(block) / static_cast<double>(std::max<int64_t>(layers - 1, 1)));
 }
 
-/// What a linear is offered, in the order of kSchemes, and how many of its columns are outliers.
+/// What a linear is offered, in the order of the schemes, and how many of its columns are outliers.
 struct Offers {
   std::vector<Offer> schemes;
   int outliers = 0;
@@ -88,19 +90,19 @@ struct Trial {
     return error;
   }
 
-  Offers offers_for(const LinearSpec& linear, const Method& method) {
+  /// `schemes` as far as the linear is free to choose, else what its rule says.
+  Offers offers_for(const LinearSpec& linear, const Method& method, std::span<const Scheme> schemes) {
     const at::Tensor weight = block.dense(linear.role).weight();
     const auto tap = static_cast<size_t>(linear.tap);
+    const LinearTrial trial(weight, stats[tap], method, metrics[tap]);
     Offers offers;
     double unit = 0;  // error of the block's outputs per relative error of the linear's
-    for (size_t s = 0; s < kSchemes.size(); ++s) {
-      LinearReport report;
-      const BinarizedWeight binarized =
-          quantize_linear(weight, stats[tap], method, {.scheme = kSchemes[s]}, &report, &metrics[tap]);
-      check_outputs(report, linear.name);
-      const double error = report.holdout_error < 0 ? report.output_error : report.holdout_error;
+    for (const Scheme& scheme : schemes) {
+      double error = 0;
+      const BinarizedWeight binarized = trial.quantize(scheme, error);
+      check_outputs(error, linear.name);
       offers.schemes.push_back({.bytes = layout_bytes(layout_of(binarized)), .error = error});
-      if (s != kMeasuredScheme) continue;
+      if (schemes.size() > 1 && scheme != kSchemes[kMeasuredScheme]) continue;
       offers.outliers = binarized.has_outliers() ? static_cast<int>(binarized.outlier_columns.numel()) : 0;
       constexpr double kSmallestError = 1e-12;  // of a linear that is represented exactly
       unit = error_with(linear, binarized) / std::max(error, kSmallestError);
@@ -126,15 +128,34 @@ Trial try_block(DecoderBlock& block, int64_t layers, HiddenStream& stream, bool 
 
 }  // namespace
 
-LeanMethod trial_method(const Method& method) {
-  LeanMethod trial = std::get<LeanMethod>(method);
-  trial.refit = trial.descend = 0;
-  return trial;
+LinearTrial::LinearTrial(const at::Tensor& weight, const InputStats& stats, const Method& method,
+                         LeanMetrics& metrics)
+    : weight_(weight),
+      stats_(stats),
+      method_(std::get<LeanMethod>(method)),
+      metrics_(metrics),
+      error_of_([&] {
+        const StageTimer timer("errors", OutputError::flops(weight.size(0), weight.size(1)));
+        return OutputError(weight, stats.holdout_hessian.defined() ? stats.holdout_hessian : stats.hessian);
+      }()) {
+  method_.refit = method_.descend = 0;
+}
+
+BinarizedWeight LinearTrial::quantize(const Scheme& scheme, double& error) const {
+  BinarizedWeight result = quantize_linear(weight_, stats_, method_, {.scheme = scheme}, nullptr, &metrics_);
+  const StageTimer timer("errors", OutputError::flops(weight_.size(0), weight_.size(1)));
+  error = error_of_(result.to_dense());
+  return result;
 }
 
 Plan plan_by_budget(const PlanRequest& request) {
   const ModelSpec& spec = request.decoder.spec();
-  const LeanMethod method = trial_method(request.recipe.method);
+  const ModelPolicy& policy = request.recipe.model;
+  const auto& method = std::get<LeanMethod>(request.recipe.method);
+  const auto schemes_for = [&](const std::string& linear) -> std::span<const Scheme> {
+    const LinearRule* rule = policy.rule_for(linear);
+    return rule != nullptr ? std::span(&*rule->code, 1) : std::span(kSchemes);
+  };
   const auto [windows, holdout] = plan_windows(request.calibration);
   HiddenStream stream(request.decoder, ids_of(windows), {.dtype = at::kFloat, .holdout = holdout});
   Plan plan = uniform_plan(spec, kSchemes.front());
@@ -144,13 +165,14 @@ Plan plan_by_budget(const PlanRequest& request) {
   for (int64_t i = 0; i < request.blocks; ++i) {
     const auto block = request.decoder.block(i);
     Trial trial = try_block(*block, spec.layers, stream, method.token_weights);
-    const std::vector<LinearSpec> linears = block->linears();
+    std::vector<LinearSpec> linears = block->linears();
+    std::erase_if(linears, [&](const LinearSpec& linear) { return policy.keeps(linear.name); });
     const std::vector<int> owners = divide(linears, request.group.size());
     std::vector<Offers> own(linears.size());
     for (size_t l = 0; l < linears.size(); ++l) {
       if (owners[l] != request.group.rank()) continue;
       check_interrupt();
-      own[l] = trial.offers_for(linears[l], method);
+      own[l] = trial.offers_for(linears[l], method, schemes_for(linears[l].name));
     }
     for (size_t l = 0; l < linears.size(); ++l) {
       broadcast(own[l], request.group, owners[l]);
@@ -161,29 +183,32 @@ Plan plan_by_budget(const PlanRequest& request) {
     }
     progress.update(i + 1);
   }
-  const auto& budget = std::get<BudgetAllocation>(request.recipe.model.allocation);
-  const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, budget, request.blocks));
-  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]).scheme = kSchemes[choice[i]];
+  const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, policy, request.blocks));
+  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]).scheme = schemes_for(names[i])[choice[i]];
   return plan;
 }
 
-int64_t budget_bytes(const ModelSpec& spec, const BudgetAllocation& budget, int64_t blocks) {
-  const auto weights = static_cast<double>(spec.linear_weights() / spec.layers * blocks);
-  return static_cast<int64_t>(budget.target_bpw / 8 * weights);
+int64_t budget_bytes(const ModelSpec& spec, const ModelPolicy& policy, int64_t blocks) {
+  return static_cast<int64_t>(std::get<BudgetAllocation>(policy.allocation).target_bpw / 8 *
+                              static_cast<double>(quantized_weights(spec, policy, blocks)));
 }
 
 void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
-  const auto* budget = std::get_if<BudgetAllocation>(&recipe.model.allocation);
-  if (budget == nullptr) return;
+  if (!std::holds_alternative<BudgetAllocation>(recipe.model.allocation)) return;
   int64_t least = 0;
-  for (const LinearSpec& linear : spec.linears(0))
-    least += layout_bytes({.rows = linear.rows,
-                           .cols = linear.cols,
-                           .nm = kSchemes.front().nm,
-                           .levels = kSchemes.front().levels,
-                           .column_block = column_block(recipe.method),
-                           .scale_bits = scale_bits(recipe.method)});
-  check_affordable(blocks * least, budget_bytes(spec, *budget, blocks));
+  for (int64_t i = 0; i < blocks; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const LinearRule* rule = recipe.model.rule_for(linear.name);
+      if (rule != nullptr && !rule->code) continue;
+      const Scheme& smallest = rule != nullptr ? *rule->code : kSchemes.front();
+      least += layout_bytes({.rows = linear.rows,
+                             .cols = linear.cols,
+                             .nm = smallest.nm,
+                             .levels = smallest.levels,
+                             .column_block = column_block(recipe.method),
+                             .scale_bits = scale_bits(recipe.method)});
+    }
+  check_affordable(least, budget_bytes(spec, recipe.model, blocks));
 }
 
 BudgetWork budget_work(const ModelSpec& spec) {

@@ -1,6 +1,18 @@
 #include "stbllm/plan/plan.h"
 
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "stbllm/base/error.h"
+#include "stbllm/pack/structured_binary_matrix.h"
+
 namespace stbllm {
+namespace {
+
+constexpr const char* kKeep = "keep";
+
+}  // namespace
 
 Plan uniform_plan(const ModelSpec& spec, const Scheme& scheme) {
   Plan plan;
@@ -9,22 +21,52 @@ Plan uniform_plan(const ModelSpec& spec, const Scheme& scheme) {
   return plan;
 }
 
-nlohmann::json to_json(const Plan& plan) {
+nlohmann::json to_json(const Plan& plan, const ModelSpec& spec) {
   nlohmann::json json = nlohmann::json::object();
-  for (const auto& [name, linear] : plan) {
-    json[name] = {{"nm", linear.scheme.nm.str()}, {"levels", linear.scheme.levels}};
-    if (linear.outlier_limit) json[name]["outlier_limit"] = *linear.outlier_limit;
-  }
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const auto own = plan.find(linear.name);
+      json[linear.name] = {{"code", own == plan.end() ? kKeep : own->second.scheme.str()}};
+      if (own != plan.end() && own->second.outlier_limit)
+        json[linear.name]["outlier_limit"] = *own->second.outlier_limit;
+    }
   return json;
 }
 
-Plan plan_from_json(const nlohmann::json& json) {
+Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
+  if (!json.is_object()) fail(ErrorCode::kUsage, "a plan is an object of linear: {{\"code\": ..}}");
   Plan plan;
-  for (const auto& [name, linear] : json.items()) {
-    LinearPlan& own = plan[name];
-    own.scheme = {.nm = NmPattern::parse(linear.at("nm").get<std::string>()), .levels = linear.at("levels")};
-    if (const auto limit = linear.find("outlier_limit"); limit != linear.end())
-      own.outlier_limit = limit->get<int>();
+  size_t known = 0;
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i)) {
+      const auto entry = json.find(linear.name);
+      if (entry == json.end())
+        fail(ErrorCode::kUsage,
+             "the plan says nothing about {}; add it, with \"code\": \"keep\" to leave it as it is",
+             linear.name);
+      ++known;
+      const auto code = entry->is_object() ? entry->find("code") : entry->end();
+      if (code == entry->end() || !code->is_string())
+        fail(ErrorCode::kUsage, "the plan of {}: expected {{\"code\": \"3:8\"}}, found {}", linear.name,
+             entry->dump());
+      if (*code == kKeep) continue;
+      LinearPlan& own = plan[linear.name];
+      own.scheme = Scheme::parse(code->get_ref<const std::string&>());
+      if (const auto limit = entry->find("outlier_limit"); limit != entry->end()) {
+        if (!limit->is_number_integer() || !std::in_range<int>(limit->get<int64_t>()) ||
+            limit->get<int64_t>() < 0)
+          fail(ErrorCode::kUsage, "the plan of {}: outlier_limit is {}, expected a count of columns",
+               linear.name, limit->dump());
+        own.outlier_limit = limit->get<int>();
+      }
+    }
+  if (known != json.size()) {
+    std::set<std::string> names;
+    for (int64_t i = 0; i < spec.layers; ++i)
+      for (const LinearSpec& linear : spec.linears(i)) names.insert(linear.name);
+    for (const auto& [name, entry] : json.items())
+      if (!names.contains(name))
+        fail(ErrorCode::kUsage, "the plan names {}, which the model does not have", name);
   }
   return plan;
 }
@@ -32,8 +74,34 @@ Plan plan_from_json(const nlohmann::json& json) {
 std::string describe(const Plan& plan, const ModelSpec& spec, int64_t blocks) {
   std::vector<Scheme> schemes;
   for (int64_t i = 0; i < blocks; ++i)
-    for (const LinearSpec& linear : spec.linears(i)) schemes.push_back(plan.at(linear.name).scheme);
+    for (const LinearSpec& linear : planned(spec.linears(i), plan))
+      schemes.push_back(plan.at(linear.name).scheme);
   return describe(schemes);
+}
+
+int64_t planned_weights(const Plan& plan, const ModelSpec& spec, int64_t blocks) {
+  int64_t weights = 0;
+  for (int64_t i = 0; i < blocks; ++i)
+    for (const LinearSpec& linear : planned(spec.linears(i), plan)) weights += linear.rows * linear.cols;
+  return weights;
+}
+
+double stored_bits(const Plan& plan, const ModelSpec& spec, const Method& method, int64_t blocks) {
+  const auto* lean = std::get_if<LeanMethod>(&method);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < blocks; ++i)
+    for (const LinearSpec& linear : planned(spec.linears(i), plan)) {
+      const LinearPlan& own = plan.at(linear.name);
+      const int limit = lean != nullptr && lean->outliers ? lean->outliers->limit : 0;
+      bytes += layout_bytes({.rows = linear.rows,
+                             .cols = linear.cols,
+                             .nm = own.scheme.nm,
+                             .levels = own.scheme.levels,
+                             .column_block = column_block(method),
+                             .scale_bits = scale_bits(method),
+                             .outliers = std::min(limit, own.outlier_limit.value_or(limit))});
+    }
+  return 8.0 * static_cast<double>(bytes) / static_cast<double>(planned_weights(plan, spec, blocks));
 }
 
 }  // namespace stbllm

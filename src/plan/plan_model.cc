@@ -2,9 +2,11 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
+#include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/plan/allocate.h"
 #include "stbllm/plan/budget.h"
@@ -69,11 +71,8 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, HiddenStream& s
   return shares;
 }
 
-}  // namespace
-
-Plan plan_model(const PlanRequest& request, HiddenStream& stream) {
-  if (std::holds_alternative<BudgetAllocation>(request.recipe.model.allocation))
-    return plan_by_budget(request);
+/// What the allocation by patterns says.
+Plan plan_by_pattern(const PlanRequest& request, HiddenStream& stream) {
   const ModelSpec& spec = request.decoder.spec();
   const auto& [vary, scheme] = std::get<PatternAllocation>(request.recipe.model.allocation);
   Plan plan = uniform_plan(spec, scheme);
@@ -85,6 +84,38 @@ Plan plan_model(const PlanRequest& request, HiddenStream& stream) {
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) plan.at(linear.name).scheme.nm = patterns[i];
   return plan;
+}
+
+}  // namespace
+
+Plan plan_model(const PlanRequest& request, HiddenStream& stream) {
+  const ModelPolicy& policy = request.recipe.model;
+  Plan plan = std::holds_alternative<BudgetAllocation>(policy.allocation) ? plan_by_budget(request)
+                                                                          : plan_by_pattern(request, stream);
+  apply_rules(plan, policy);
+  return plan;
+}
+
+void apply_rules(Plan& plan, const ModelPolicy& policy) {
+  std::erase_if(plan, [&](const auto& entry) { return policy.keeps(entry.first); });
+  for (auto& [name, own] : plan)
+    if (const LinearRule* rule = policy.rule_for(name)) own.scheme = *rule->code;
+}
+
+int64_t quantized_weights(const ModelSpec& spec, const ModelPolicy& policy, int64_t blocks) {
+  Plan plan = uniform_plan(spec, {});
+  apply_rules(plan, policy);
+  return planned_weights(plan, spec, blocks);
+}
+
+void check_rules(const ModelSpec& spec, const ModelPolicy& policy, int64_t blocks) {
+  const Plan all = uniform_plan(spec, {});
+  for (const LinearRule& rule : policy.rules)
+    if (std::ranges::none_of(all, [&](const auto& entry) { return rule.names(entry.first); }))
+      fail(ErrorCode::kUsage, "no linear is called '{}'; this model's first one is {}", rule.linears,
+           spec.linears(0).front().name);
+  if (quantized_weights(spec, policy, blocks) == 0)
+    fail(ErrorCode::kUsage, "all linears keep their weights; nothing is left to quantize");
 }
 
 }  // namespace stbllm

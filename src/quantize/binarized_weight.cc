@@ -90,18 +90,20 @@ double output_energy(const at::Tensor& d, const at::Tensor& hessian) {
 
 }  // namespace
 
-double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized,
-                             const at::Tensor& hessian) {
-  const at::Tensor w = weight.to(hessian.device(), at::kFloat).contiguous();
-  const double error = output_energy((quantized.to(hessian.device()) - w).contiguous(), hessian),
-               energy = output_energy(w, hessian);
-  return energy > 0 ? error / energy : 0;
+OutputError::OutputError(const at::Tensor& weight, const at::Tensor& hessian)
+    : weight_(weight.to(hessian.device(), at::kFloat).contiguous()),
+      hessian_(hessian),
+      energy_(output_energy(weight_, hessian)) {}
+
+double OutputError::operator()(const at::Tensor& quantized) const {
+  const double error = output_energy((quantized.to(hessian_.device()) - weight_).contiguous(), hessian_);
+  return energy_ > 0 ? error / energy_ : 0;
 }
 
-double output_error_flops(int64_t rows, int64_t cols) {
+double OutputError::flops(int64_t rows, int64_t cols) {
   double flops = 0;
   for (int64_t first = 0; first < cols; first += kPanel)
-    flops += 2.0 * 2 * static_cast<double>(rows * std::min(kPanel, cols - first) * (cols - first));
+    flops += 2.0 * static_cast<double>(rows * std::min(kPanel, cols - first) * (cols - first));
   return flops;
 }
 

@@ -20,16 +20,16 @@ BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stat
       lean != nullptr
           ? quantize_lean(weight_t, stats, *lean, plan, out, metrics != nullptr ? *metrics : own_metrics)
           : quantize_by_regions(weight_t, stats, std::get<RegionMethod>(method), plan.scheme, out);
+  if (report == nullptr) return result;
   {
     const int hessians = stats.holdout_hessian.defined() ? 2 : 1;
-    const StageTimer timer("errors", hessians * output_error_flops(w.size(0), w.size(1)));
+    const StageTimer timer("errors", 2 * hessians * OutputError::flops(w.size(0), w.size(1)));
     const at::Tensor dense = result.to_dense();
-    out.output_error = relative_output_error(w, dense, stats.hessian);
-    if (stats.holdout_hessian.defined())
-      out.holdout_error = relative_output_error(w, dense, stats.holdout_hessian);
+    out.output_error = OutputError(w, stats.hessian)(dense);
+    if (stats.holdout_hessian.defined()) out.holdout_error = OutputError(w, stats.holdout_hessian)(dense);
   }
   out.seconds = seconds_now() - started;
-  if (report != nullptr) *report = std::move(out);
+  *report = std::move(out);
   return result;
 }
 

@@ -1,5 +1,7 @@
 #include "stbllm/recipe/recipe.h"
 
+#include <fnmatch.h>
+
 #include <algorithm>
 #include <map>
 #include <string_view>
@@ -249,11 +251,40 @@ Method read_method(const nlohmann::json& json, const std::vector<std::string>* a
   return method;
 }
 
+constexpr const char* kKeep = "keep";
+
+std::vector<LinearRule> read_rules(const nlohmann::json& json) {
+  if (!json.is_array())
+    refuse("model.rules", "an array of {\"linears\": GLOB, \"code\": \"3:8\" or \"keep\"}");
+  std::vector<LinearRule> rules;
+  for (const nlohmann::json& one : json) {
+    ObjectReader reader(one, "model.rules.", nullptr);
+    LinearRule rule;
+    std::string code;
+    reader.read("linears", rule.linears);
+    reader.read("code", code);
+    reader.refuse_others();
+    if (rule.linears.empty())
+      refuse("model.rules.linears", "a glob over names of linears, such as *.down_proj");
+    if (code != kKeep) rule.code = Scheme::parse(code);
+    rules.push_back(std::move(rule));
+  }
+  return rules;
+}
+
+nlohmann::json rules_json(const std::vector<LinearRule>& rules) {
+  nlohmann::json json = nlohmann::json::array();
+  for (const LinearRule& rule : rules)
+    json.push_back({{"linears", rule.linears}, {"code", rule.code ? rule.code->str() : kKeep}});
+  return json;
+}
+
 ModelPolicy read_model(const nlohmann::json& json, const std::vector<std::string>* asked_for) {
   ObjectReader reader(json, "model.", asked_for);
   ModelPolicy model;
   reader.read("embedding", model.embedding);
   reader.read("head", model.head);
+  if (const nlohmann::json* rules = reader.find("rules")) model.rules = read_rules(*rules);
   const nlohmann::json* allocation = reader.find("allocation");
   if (allocation != nullptr && *allocation == kBudget) model.allocation = BudgetAllocation{};
   std::visit([&](auto& a) { reader.read_fields(a); }, model.allocation);
@@ -312,6 +343,16 @@ void validate(const std::optional<TrainingStage>& stage, const std::string& path
 
 }  // namespace
 
+bool LinearRule::names(const std::string& linear) const {
+  return ::fnmatch(linears.c_str(), linear.c_str(), /*flags=*/0) == 0;
+}
+
+const LinearRule* ModelPolicy::rule_for(const std::string& linear) const {
+  const auto found =
+      std::find_if(rules.rbegin(), rules.rend(), [&](const LinearRule& rule) { return rule.names(linear); });
+  return found == rules.rend() ? nullptr : &*found;
+}
+
 nlohmann::json Recipe::to_json() const {
   nlohmann::json method_json = std::visit([](const auto& m) { return to_object(m); }, method);
   method_json["kind"] = std::holds_alternative<LeanMethod>(method) ? kLean : kRegions;
@@ -319,6 +360,7 @@ nlohmann::json Recipe::to_json() const {
   if (std::holds_alternative<BudgetAllocation>(model.allocation)) model_json["allocation"] = kBudget;
   model_json["embedding"] = model.embedding;
   model_json["head"] = model.head;
+  if (!model.rules.empty()) model_json["rules"] = rules_json(model.rules);
   return {{"name", name},
           {"method", method_json},
           {"model", model_json},

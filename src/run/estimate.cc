@@ -18,6 +18,7 @@
 #include "stbllm/pack/quantized_rows.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 #include "stbllm/plan/budget.h"
+#include "stbllm/plan/plan_model.h"
 #include "stbllm/run/memory.h"
 #include "stbllm/run/tables.h"
 #include "stbllm/text/tokenizer.h"
@@ -69,6 +70,14 @@ int64_t other_tensor_bytes(const Checkpoint& checkpoint, const ModelSpec& spec, 
   return bytes;
 }
 
+/// The plan that was given, or what is known of the one that will be made.
+Plan known_plan(const ModelSpec& spec, const Recipe& recipe, const QuantizeOptions& options) {
+  if (!options.plan.is_null()) return plan_from_json(options.plan, spec);
+  Plan plan = uniform_plan(spec, usual_scheme(recipe.model.allocation));
+  apply_rules(plan, recipe.model);
+  return plan;
+}
+
 /// Measures on block 0 and extrapolates.
 class Estimator {
  public:
@@ -80,6 +89,7 @@ class Estimator {
         options_(options),
         spec_(decoder.spec()),
         blocks_(options.quantized_blocks(spec_)),
+        plan_(known_plan(spec_, recipe, options)),
         linears_(spec_.linears(0)),
         widest_(*std::ranges::max_element(linears_, {}, &LinearSpec::cols)),
         windows_(std::min(kMeasuredWindows, std::ssize(calibration.windows))) {
@@ -121,11 +131,10 @@ class Estimator {
     outliers_ = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
     if (pattern == nullptr) {
       LeanMetrics metrics;  // which the trials of a tap share: the first one makes them
-      const auto trial = [&] {
-        quantize_linear(original, stats, trial_method(recipe_.method), plan, nullptr, &metrics);
-      };
-      trial();
-      trial_seconds_ = seconds_of(trial);
+      const LinearTrial trial(original, stats, recipe_.method, metrics);
+      double error = 0;
+      trial.quantize(plan.scheme, error);
+      trial_seconds_ = seconds_of([&] { trial.quantize(plan.scheme, error); });
     }
   }
 
@@ -142,19 +151,21 @@ class Estimator {
 
   int64_t packed_linear_bytes() const {
     const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
-    if (pattern == nullptr)
-      return budget_bytes(spec_, std::get<BudgetAllocation>(recipe_.model.allocation), blocks_);
+    if (pattern == nullptr && options_.plan.is_null()) return budget_bytes(spec_, recipe_.model, blocks_);
     int64_t bytes = 0;
-    for (const LinearSpec& linear : linears_)
-      bytes += layout_bytes({.rows = linear.rows,
-                             .cols = linear.cols,
-                             .nm = pattern->scheme.nm,
-                             .levels = pattern->scheme.levels,
-                             .column_block = column_block(recipe_.method),
-                             .scale_bits = scale_bits(recipe_.method),
-                             .salient = std::llround(salient_share_ * static_cast<double>(linear.cols)),
-                             .outliers = std::min(outliers_, linear.cols)});
-    return blocks_ * bytes;
+    for (int64_t i = 0; i < blocks_; ++i)
+      for (const LinearSpec& linear : planned(spec_.linears(i), plan_)) {
+        const Scheme& scheme = plan_.at(linear.name).scheme;
+        bytes += layout_bytes({.rows = linear.rows,
+                               .cols = linear.cols,
+                               .nm = scheme.nm,
+                               .levels = scheme.levels,
+                               .column_block = column_block(recipe_.method),
+                               .scale_bits = scale_bits(recipe_.method),
+                               .salient = std::llround(salient_share_ * static_cast<double>(linear.cols)),
+                               .outliers = std::min(outliers_, linear.cols)});
+      }
+    return bytes;
   }
 
   /// Of linears that stay dense, or that become dense again.
@@ -162,7 +173,7 @@ class Estimator {
     int64_t bytes = 0;
     for (int64_t i = 0; i < spec_.layers; ++i)
       for (const LinearSpec& linear : spec_.linears(i)) {
-        if (i >= blocks_)
+        if (i >= blocks_ || !plan_.contains(linear.name))
           bytes += tensor_bytes(checkpoint_, linear.weight(), RowCoding::kKeep);
         else if (options_.dense_output)
           bytes += 4 * linear.rows * linear.cols;
@@ -201,7 +212,7 @@ class Estimator {
         static_cast<double>(spec_.linear_weights()) / static_cast<double>(widest_.rows * widest_.cols);
     double seconds = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
                      linear_seconds_ * model * own / layers;
-    if (std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
+    if (options_.plan.is_null() && std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
       const auto [schemes, tokens] = budget_work(spec_);
       seconds += static_cast<double>(schemes) * trial_seconds_ * model +
                  layers * forward_seconds_ * static_cast<double>(tokens) / measured;
@@ -215,6 +226,7 @@ class Estimator {
   const QuantizeOptions& options_;
   const ModelSpec& spec_;
   const int64_t blocks_;
+  const Plan plan_;
   const std::vector<LinearSpec> linears_;
   const LinearSpec& widest_;
   const int64_t windows_;
@@ -235,16 +247,21 @@ double bits_for_file(const Checkpoint& checkpoint, const ModelPolicy& policy, in
                          as_metadata(Tokenizer::load(checkpoint.directory())->serialize()) +
                          kHeaderBytesPerLinear * linears +
                          kHeaderBytesPerTensor * std::ssize(spec.other_tensors()) + kHeaderBytes;
-  const int64_t left = file_bytes - header -
+  int64_t kept = 0;
+  for (int64_t i = 0; i < spec.layers; ++i)
+    for (const LinearSpec& linear : spec.linears(i))
+      if (policy.keeps(linear.name)) kept += tensor_bytes(checkpoint, linear.weight(), RowCoding::kKeep);
+  const int64_t left = file_bytes - header - kept -
                        other_tensor_bytes(checkpoint, spec, policy, /*trained=*/false,
                                           /*dense_output=*/false);
   if (left <= 0)
     fail(ErrorCode::kUsage,
-         "--target-size {}: embedding, norms, tokenizer and header alone take {} bytes; raise it, or store "
+         "--target-size {}: embedding, norms, kept linears, tokenizer and header alone take {} bytes; raise "
+         "it, or store "
          "the "
          "embedding in fewer bits",
          file_bytes, file_bytes - left);
-  return 8.0 * static_cast<double>(left) / static_cast<double>(spec.linear_weights());
+  return 8.0 * static_cast<double>(left) / static_cast<double>(quantized_weights(spec, policy, spec.layers));
 }
 
 Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& calibration,
@@ -257,7 +274,7 @@ Estimate estimate_quantization(const Checkpoint& checkpoint, const Calibration& 
   const Decoder decoder =
       Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   check_windows(decoder.spec(), calibration.windows);
-  check_budget(decoder.spec(), recipe, options.quantized_blocks(decoder.spec()));
+  check_plan(decoder.spec(), recipe, options);
   Estimate estimate = Estimator(checkpoint, calibration, recipe, options, decoder).estimate();
   estimate.peak_memory_bytes = peak;
   return estimate;

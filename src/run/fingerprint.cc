@@ -49,6 +49,7 @@ nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spe
           {"calibration", block_calibration},
           {"tokens", checksum(bytes_of(ids))},
           {"recipe", block_recipe},
+          {"plan", options.plan},
           {"blocks", options.quantized_blocks(spec)},
           {"device", options.device},
           {"processes", group.size()}};

@@ -3,7 +3,6 @@
 
 #include "stages.h"
 #include "stbllm/calibrate/head_hessian.h"
-#include "stbllm/plan/budget.h"
 #include "stbllm/run/fingerprint.h"
 #include "stbllm/run/memory.h"
 #include "stbllm/run/tables.h"
@@ -15,7 +14,7 @@ std::unique_ptr<WorkDirectory> open_work_directory(const Request& request, const
   const auto& [checkpoint, calibration, recipe, options, group] = request;
   const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, recipe, calibration, options, group);
   std::unique_ptr<WorkDirectory> work;
-  if (group.rank() == 0)
+  if (group.rank() == 0 && !options.plan_only)
     work = std::make_unique<WorkDirectory>(options.output, fingerprint, options.resume, options.force);
   if (work != nullptr && !options.remember.is_null()) work->remember(options.remember);
   check_same_inputs(fingerprint, options, group);
@@ -36,7 +35,7 @@ Run open_run(const Request& request) {
       Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});
   const ModelSpec& spec = decoder.spec();
   check_windows(spec, calibration.windows);
-  check_budget(spec, recipe, options.quantized_blocks(spec));
+  check_plan(spec, recipe, options);
   std::unique_ptr<WorkDirectory> work = open_work_directory(request, spec);
 
   const std::span<const std::vector<int32_t>> windows = share.windows;

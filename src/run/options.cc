@@ -5,6 +5,7 @@
 #include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
 #include "stbllm/model/torch_cuda.h"
+#include "stbllm/plan/budget.h"
 
 namespace stbllm {
 
@@ -67,10 +68,21 @@ void check_request(const fs::path& checkpoint, const Recipe& recipe, const Quant
                    const ProcessGroup& group) {
   check_recipe(recipe, options, group);
   calibration_device(options);
+  if (options.plan_only) return;
   if (!options.output.has_filename())
     fail(ErrorCode::kUsage, "{}: the output is a file; write its name behind the directory",
          options.output.string());
   if (group.rank() == 0) check_output(checkpoint, options);
+}
+
+void check_plan(const ModelSpec& spec, const Recipe& recipe, const QuantizeOptions& options) {
+  const int64_t blocks = options.quantized_blocks(spec);
+  if (options.plan.is_null()) {
+    check_rules(spec, recipe.model, blocks);
+    check_budget(spec, recipe, blocks);
+  } else if (planned_weights(plan_from_json(options.plan, spec), spec, blocks) == 0) {
+    fail(ErrorCode::kUsage, "the plan keeps the weights of all linears; nothing is left to quantize");
+  }
 }
 
 }  // namespace stbllm

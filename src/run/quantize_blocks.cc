@@ -24,8 +24,7 @@ double nominal_bits(const std::vector<LinearResult>& linears) {
 
 class BlockLoop {
  public:
-  explicit BlockLoop(Run& run)
-      : run_(run), progress_("quantize: linear", run.blocks() * std::ssize(run.spec().linears(0))) {}
+  explicit BlockLoop(Run& run) : run_(run), progress_("quantize: linear", planned_linears(run)) {}
 
   void run() {
     // Distillation needs what leaves the dense model's last block, however few blocks are quantized.
@@ -44,6 +43,12 @@ class BlockLoop {
   }
 
  private:
+  static int64_t planned_linears(const Run& run) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < run.blocks(); ++i) count += std::ssize(planned(run.spec().linears(i), run.plan));
+    return count;
+  }
+
   std::shared_ptr<DecoderBlock> load(int64_t index) const {
     const StageTimer timer("load");
     return run_.decoder.block(index);
@@ -60,8 +65,8 @@ class BlockLoop {
     if (run_.work) kept = run_.work->load(index);
     if (group.all_reduce(kept ? 1.0 : 0.0) > 0) {  // process 0 knows
       if (!kept) kept.emplace();
-      exchange(kept->linears, kept->results, block->linears(), std::vector<int>(block->linears().size(), 0),
-               group);
+      const std::vector<LinearSpec> linears = planned(block->linears(), run_.plan);
+      exchange(kept->linears, kept->results, linears, std::vector<int>(linears.size(), 0), group);
       install(*kept, *block, run_.spec());
       pass_block(*block, streams, run_.recipe().method);
       return std::move(*kept);

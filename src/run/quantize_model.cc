@@ -25,6 +25,19 @@ QuantizeResult run_stages(const Request& request) {
 
 }  // namespace
 
+Plan plan_quantization(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                       const QuantizeOptions& options) {
+  const at::NoGradGuard no_grad;
+  const ProcessGroup alone;
+  Run run = open_run({.checkpoint = checkpoint,
+                      .calibration = calibration,
+                      .recipe = recipe,
+                      .options = options,
+                      .group = alone});
+  make_plan(run);
+  return run.plan;
+}
+
 QuantizedBlock Run::finished_block(int64_t index) const {
   return distilled.empty() ? work->load(index).value() : distilled[index];
 }

@@ -14,18 +14,17 @@ void write_model(ModelWriter& writer, const Assembly& assembly) {
   std::map<std::string, at::Tensor> tuned;
   for (int64_t i = 0; i < spec.layers; ++i) {
     check_interrupt();
-    if (i < quantized_blocks) {
-      const QuantizedBlock block = quantized(i);
-      for (const LinearSpec& linear : spec.linears(i))
-        writer.add_linear(linear.name, block.linears.at(linear.name));
-      tuned.insert(block.tensors.begin(), block.tensors.end());
-    } else {
-      for (const LinearSpec& linear : spec.linears(i)) {
-        const TensorSpec weight = linear.weight();
-        writer.add_tensor(weight.name, checkpoint.load(weight.name, weight.shape), RowCoding::kKeep);
-        checkpoint.release(weight.name);
+    const QuantizedBlock block = i < quantized_blocks ? quantized(i) : QuantizedBlock{};
+    for (const LinearSpec& linear : spec.linears(i)) {
+      if (const auto found = block.linears.find(linear.name); found != block.linears.end()) {
+        writer.add_linear(linear.name, found->second);
+        continue;
       }
+      const TensorSpec weight = linear.weight();
+      writer.add_tensor(weight.name, checkpoint.load(weight.name, weight.shape), RowCoding::kKeep);
+      checkpoint.release(weight.name);
     }
+    tuned.insert(block.tensors.begin(), block.tensors.end());
   }
   for (const TensorSpec& tensor : spec.other_tensors()) {
     if (const QuantizedRows* rows = tables.integers(tensor.name)) {

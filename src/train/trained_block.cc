@@ -81,8 +81,15 @@ TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, Quantized
   for (size_t i = 0; i < linears.size(); ++i) {
     at::Tensor bias = block.dense(linears[i].role).bias();
     vectors_.add_bias(bias, linears[i].name + ".bias");
+    const auto found = quantized.linears.find(linears[i].name);
+    if (found == quantized.linears.end()) {  // it keeps its weights
+      const DenseLinear& dense = block.dense(linears[i].role);
+      block.set_linear(linears[i].role,
+                       std::make_unique<DenseLinear>(dense.weight(), bias, dense.product_dtype()));
+      continue;
+    }
     names_.push_back(linears[i].name);
-    weights_.emplace_back(quantized.linears.at(linears[i].name), originals[i], train_codes);
+    weights_.emplace_back(found->second, originals[i], train_codes);
     block.set_linear(linears[i].role, std::make_unique<DenseLinear>(weights_.back().dense(), bias));
   }
   for (const NormSpec& norm : spec.norms(block.index())) vectors_.add_norm(block.norm(norm.role), norm.name);

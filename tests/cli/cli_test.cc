@@ -25,7 +25,8 @@ namespace fs = std::filesystem;
 using testing::HasSubstr;
 using Args = std::vector<std::string>;
 
-const char* const kSubcommands[] = {"quantize", "eval-ppl", "compare", "eval-tasks", "inspect", "generate"};
+const char* const kSubcommands[] = {"quantize", "plan",       "info",    "eval-ppl",
+                                    "compare",  "eval-tasks", "inspect", "generate"};
 
 /// A tiny checkpoint, a text, and a directory `results` that starts empty.
 class Cli : public ::testing::Test {
@@ -274,6 +275,41 @@ TEST_F(Cli, JudgesTasksAgainstAnotherModel) {
               1e-12);
   EXPECT_THAT(run_program({"eval-tasks", dense, requests}).out, HasSubstr("acc_norm"));
   expect_fault({"eval-tasks", dense, (scratch_ / "none.jsonl").string()}, ErrorCode::kNotFound, "none.jsonl");
+}
+
+TEST_F(Cli, WritesAPlanThatQuantizeFollows) {
+  const std::string plan = (results_ / "plan.json").string();
+  const Args windows = {"--calib", text_, "--nsamples", "8", "--seqlen", "48"};
+  Args args = {"plan",   checkpoint_.string(), "-o",    plan, "--target-bpw", "1.7",
+               "--keep", "*.o_proj",           "--json"};
+  args.insert(args.end(), windows.begin(), windows.end());
+  const Outcome planned = run_program(args);
+  ASSERT_EQ(planned.status, 0) << planned.err;
+  const auto summary = nlohmann::json::parse(planned.out);
+  EXPECT_LE(summary["stored_bits"], 1.7);
+  EXPECT_LT(summary["quantized_share"], 1);
+  expect_fault(args, ErrorCode::kExists, "--force");
+  const Outcome quantized = run_program(quantize("packed", {"--plan", plan, "--json"}));
+  ASSERT_EQ(quantized.status, 0) << quantized.err;
+  EXPECT_LE(nlohmann::json::parse(quantized.out)["stored_bits"], summary["stored_bits"]);
+  expect_fault(quantize("other", {"--plan", plan, "--nm", "2:4"}), ErrorCode::kUsage, "--nm");
+  expect_fault(quantize("other", {"--plan", text_}), ErrorCode::kUsage, "no plan");
+  expect_fault(quantize("other", {"--code", "2:4"}), ErrorCode::kUsage, "GLOB=N:M");
+}
+
+TEST_F(Cli, SaysWhatEachPresetWouldCost) {
+  const Outcome info = run_program(
+      {"info", checkpoint_.string(), "--calib", text_, "--nsamples", "8", "--seqlen", "48", "--json"});
+  ASSERT_EQ(info.status, 0) << info.err;
+  const auto json = nlohmann::json::parse(info.out);
+  EXPECT_EQ(json["model"]["architecture"], "LlamaForCausalLM");
+  EXPECT_EQ(json["model"]["linears"], 14);
+  for (const auto& preset : json["presets"]) {
+    EXPECT_NE(preset["name"], "stbllm-released");  // has no packed form
+    EXPECT_GT(preset["file_bytes"], 0);
+    EXPECT_GT(preset["peak_memory_bytes"], preset["file_bytes"]);
+  }
+  EXPECT_EQ(json["presets"].size(), 8u);
 }
 
 TEST_F(Cli, MinutesBecomeTrainingThatCanBeHadAgain) {

@@ -279,7 +279,7 @@ TEST(RelativeOutputError, IsTheRatioOfTwoTraces) {
     return (wide.mm(layer.stats.hessian.to(at::kDouble)) * wide).sum().item<double>();
   };
   const double exact = trace(quantized - layer.weight) / trace(layer.weight);
-  EXPECT_NEAR(relative_output_error(layer.weight, quantized, layer.stats.hessian), exact,
+  EXPECT_NEAR(OutputError(layer.weight, layer.stats.hessian)(quantized), exact,
               1e-5 * exact);  // float32 sums of 600 terms
 }
 

@@ -53,6 +53,30 @@ TEST(Recipe, ReadsWhatItWrites) {
   EXPECT_EQ(Recipe::from_json(written).to_json(), written);
 }
 
+TEST(Recipe, OfSeveralRulesTheLastOneCounts) {
+  json file = lean();
+  file["model"]["rules"] = {{{"linears", "*.mlp.*"}, {"code", "3:8"}},
+                            {{"linears", "*.1.*.down_proj"}, {"code", "keep"}},
+                            {{"linears", "*.2.mlp.down_proj"}, {"code", "2:4x3"}}};
+  const Recipe recipe = Recipe::from_json(file);
+  EXPECT_EQ(recipe.to_json()["model"]["rules"], file["model"]["rules"]);
+  const ModelPolicy& model = recipe.model;
+  EXPECT_EQ(model.rule_for("layers.0.self_attn.q_proj"), nullptr);
+  EXPECT_EQ(model.rule_for("layers.1.mlp.up_proj")->code, (Scheme{.nm = {3, 8}, .levels = 1}));
+  EXPECT_TRUE(model.keeps("layers.1.mlp.down_proj"));
+  EXPECT_EQ(model.rule_for("layers.2.mlp.down_proj")->code, (Scheme{.nm = {2, 4}, .levels = 3}));
+  EXPECT_FALSE(model.keeps("layers.2.mlp.down_proj"));
+
+  file["model"]["rules"] = {{{"linears", "*"}, {"code", "2:4x4"}}};
+  expect_refused(file, "expected N:M, or N:Mx2 and N:Mx3");
+  file["model"]["rules"] = {{{"linears", ""}, {"code", "keep"}}};
+  expect_refused(file, "a glob over names");
+  file["model"]["rules"] = {{{"linear", "*"}, {"code", "keep"}}};
+  expect_refused(file, "unknown recipe field 'model.rules.linear'");
+  file["model"]["rules"] = "keep";
+  expect_refused(file, "expected an array");
+}
+
 TEST(Recipe, LeftOutFieldsKeepTheirDefaultsAndNullLeavesAPartOut) {
   Recipe plain = Recipe::from_json(lean());
   EXPECT_EQ(test::lean_of(plain).outliers, OutlierColumns{});

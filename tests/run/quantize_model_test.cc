@@ -89,6 +89,15 @@ class Workplace {
     quantize(recipe, options);
     return options.output;
   }
+  /// The plan that quantize() would follow.
+  nlohmann::json plan(const Recipe& recipe) const {
+    const Checkpoint checkpoint = Checkpoint::open(scratch_ / "checkpoint");
+    QuantizeOptions options;
+    options.plan_only = true;
+    return to_json(plan_quantization(checkpoint, make_calibration(checkpoint, text_, kSamples, 0, kSeqlen, 0),
+                                     recipe, options),
+                   ModelSpec::from_checkpoint(checkpoint));
+  }
   /// A run that stops after its first `blocks` blocks, as one that was killed does.
   void leave_unfinished(const Recipe& recipe, const fs::path& output, int64_t blocks) const {
     // The disk is full when the result is written, and all blocks are in the work directory.
@@ -289,6 +298,99 @@ TEST(QuantizeModelBudget, ADamagedPlanCostsNoFinishedBlock) {
   fs::remove(work / "plan.json");  // as the message says
   place.quantize(recipe, options);
   EXPECT_TRUE(read_all(options.output) == undisturbed);
+}
+
+/// `recipe` with the down projections left alone, and 3:8 in the output projections.
+Recipe with_rules(Recipe recipe) {
+  recipe.model.rules = {{.linears = "*.down_proj", .code = {}},
+                        {.linears = "*.o_proj", .code = Scheme{.nm = {3, 8}, .levels = 1}}};
+  return recipe;
+}
+
+TEST(Rules, GoBeforePatternsAndBudgets) {
+  const Workplace place(test::tiny_llama());
+  for (const Recipe& recipe :
+       {Recipe::load("stbllm"), test::with_budget("stbllm", 1.7), Recipe::load("rtn")}) {
+    QuantizeOptions options;
+    options.output = place.results() / "packed";
+    options.force = true;
+    const QuantizeResult result = place.quantize(with_rules(recipe), options);
+    EXPECT_LT(result.verified_logits, 1e-4);
+    EXPECT_EQ(result.linears.size(), 2 * 6u);
+    const PackedReader reader = PackedReader::open(options.output);
+    const std::string block = "model.layers.1.";
+    EXPECT_FALSE(reader.linears().contains(block + "mlp.down_proj"));
+    EXPECT_TRUE(reader.has_dense(block + "mlp.down_proj.weight"));
+    EXPECT_EQ(reader.linears().at(block + "self_attn.o_proj").layout().nm, (NmPattern{3, 8}));
+    EXPECT_NE(reader.linears().at(block + "mlp.up_proj").layout().nm, (NmPattern{3, 8}));
+    if (std::holds_alternative<BudgetAllocation>(recipe.model.allocation)) {
+      EXPECT_LE(make_ledger(reader).stored_bits, 1.7);
+    }
+  }
+}
+
+TEST(Rules, HoldAfterAnInterruptionAndInTraining) {
+  const Workplace place(test::tiny_llama());
+  Recipe recipe = with_rules(Recipe::load("stbllm"));
+  recipe.training.tune = TrainingPolicy::kDefaultTune;
+  recipe.training.distill = TrainingPolicy::kDefaultDistill;
+  const fs::path undisturbed = place.quantize(recipe, "undisturbed");
+  EXPECT_TRUE(PackedReader::open(undisturbed).has_dense("model.layers.0.mlp.down_proj.weight"));
+  const QuantizeOptions options = place.to_resume(recipe, 1);
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_all(options.output) == read_all(undisturbed));
+}
+
+TEST(Rules, AreRefusedWhereTheyNameNothingOrLeaveNothing) {
+  const Workplace place(test::tiny_llama());
+  Recipe recipe = Recipe::load("stbllm");
+  recipe.model.rules = {{.linears = "*.fc1", .code = {}}};
+  expect_error(ErrorCode::kUsage, "no linear is called '*.fc1'", [&] { place.quantize(recipe, "packed"); });
+  recipe.model.rules = {{.linears = "*", .code = {}}};
+  expect_error(ErrorCode::kUsage, "nothing is left to quantize", [&] { place.quantize(recipe, "packed"); });
+  EXPECT_TRUE(list(place.results()).empty());
+}
+
+TEST(GivenPlan, IsFollowedToTheSameBytes) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = with_rules(test::with_budget("stbllm", 1.7));
+  const std::string direct = read_all(place.quantize(recipe, "direct"));
+  const nlohmann::json plan = place.plan(recipe);
+  EXPECT_TRUE(list(place.results()) == std::vector<std::string>{"direct"});
+  QuantizeOptions options;
+  options.output = place.results() / "planned";
+  options.plan = plan;
+  place.quantize(recipe, options);
+  EXPECT_TRUE(read_all(options.output) == direct);
+
+  options.output = place.results() / "edited";
+  options.plan["model.layers.0.mlp.up_proj"]["code"] = "1:4x2";
+  place.quantize(recipe, options);
+  EXPECT_EQ(PackedReader::open(options.output).linears().at("model.layers.0.mlp.up_proj").layout().nm,
+            (NmPattern{1, 4}));
+}
+
+TEST(GivenPlan, IsRefusedWhereItDoesNotFitTheModel) {
+  const Workplace place(test::tiny_llama());
+  const Recipe recipe = Recipe::load("stbllm");
+  const nlohmann::json plan = place.plan(recipe);
+  const auto refused = [&](const std::string& linear, const nlohmann::json& entry, const std::string& part) {
+    QuantizeOptions options;
+    options.output = place.results() / "packed";
+    options.plan = plan;
+    if (entry.is_null())
+      options.plan.erase(linear);
+    else
+      options.plan[linear] = entry;
+    expect_error(ErrorCode::kUsage, part, [&] { place.quantize(recipe, options); });
+  };
+  const std::string up = "model.layers.0.mlp.up_proj";
+  refused(up, nullptr, "says nothing about " + up);
+  refused(up, "3:8", R"(expected {"code": "3:8"})");
+  refused(up, {{"code", "3:9"}}, "N:M pattern '3:9'");
+  refused(up, {{"code", "3:8"}, {"outlier_limit", -1}}, "outlier_limit is -1");
+  refused("model.layers.7.mlp.up_proj", {{"code", "3:8"}}, "which the model does not have");
+  EXPECT_TRUE(list(place.results()).empty());
 }
 
 TEST(QuantizeModelNm, AcceptsEveryGroupWidth) {

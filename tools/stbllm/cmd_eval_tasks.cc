@@ -46,8 +46,8 @@ std::vector<Answers> answer_all(const std::string& path, const Options& options,
   std::vector<Answers> all;
   for (const QuestionSet& set : sets) {
     log::Progress progress(fmt::format("{} on {}", path, set.task), std::ssize(set.questions));
-    all.push_back(answer(model.decoder, *model.tokenizer, set.questions,
-                         [&](int64_t done) { progress.update(done); }));
+    all.push_back(
+        answer(model.decoder, *model.tokenizer, set.questions, [&](int64_t done) { progress.update(done); }));
   }
   return all;
 }

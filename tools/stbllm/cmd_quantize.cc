@@ -2,11 +2,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <csignal>
 #include <optional>
 
 #include "commands.h"
+#include "quantize_request.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
@@ -21,95 +21,17 @@
 #include "stbllm/run/quantize_model.h"
 #include "stbllm/run/time_budget.h"
 #include "stbllm/run/work_directory.h"
-#include "stbllm/text/corpus.h"
-#include "stbllm/text/unicode.h"
 
 namespace stbllm {
 namespace {
 
-struct Options {
-  std::string checkpoint, recipe = "stbllm-2bit", nm, report, effort = "default";
-  std::vector<std::string> calib, fields;
-  int64_t samples = 0, distill_samples = -1, seqlen = 0;  // until given: as the effort says
-  double target_bits = 0;                                 // 0: none
-  int64_t target_size = 0;
+struct Options : QuantizeRequest {
+  std::string plan, report;
   double minutes = 0;  // 0: as long as it takes
-  uint64_t seed = 0;
   bool dry_run = false, profile = false;
   QuantizeOptions quantize;
   CommonOptions common;
 };
-
-/// "method.descend=2": the value is JSON where it parses as such, else a string. Returns the field's path.
-std::string assign_field(nlohmann::json& recipe, const std::string& assignment) {
-  const size_t equals = assignment.find('=');
-  if (equals == std::string::npos || equals == 0)
-    fail(ErrorCode::kUsage, "--set {}: expected FIELD=VALUE", assignment);
-  if (find_invalid_utf8(assignment) != std::string::npos)
-    fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
-  const std::string text = assignment.substr(equals + 1);
-  const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  const std::string path = assignment.substr(0, equals);
-  set_field(recipe, path, value.is_discarded() ? nlohmann::json(text) : value);
-  return path;
-}
-
-/// What --effort makes of the recipe and of the calibration; what was asked for by name stays.
-void apply_effort(Options& options, nlohmann::json& recipe) {
-  const bool best = options.effort == "best";
-  // Training forgets what it does not see: it wants many short windows rather than few long ones.
-  if (options.distill_samples < 0) options.distill_samples = best && options.samples == 0 ? 480 : 0;
-  if (options.samples == 0) options.samples = best ? 96 : 16;
-  if (options.seqlen == 0) options.seqlen = best ? 512 : 2048;
-  nlohmann::json& training = recipe["training"];
-  if (options.effort == "fast") training = {{"tune", nullptr}, {"distill", nullptr}};
-  if (!best) return;
-  for (const char* stage : {"tune", "distill"})
-    if (training[stage].is_null()) training[stage] = nlohmann::json::object();  // with its defaults
-}
-
-/// The recipe with what the command line changes of it; what the effort decides comes into `options`.
-Recipe assemble_recipe(Options& options) {
-  if (options.target_size < 0 || !std::isfinite(options.target_bits))
-    fail(ErrorCode::kUsage, "--target-size and --target-bpw: expected numbers above 0");
-  nlohmann::json recipe = Recipe::load(options.recipe).to_json();
-  nlohmann::json& model = recipe["model"];
-  std::vector<std::string> asked_for;
-  if (!options.nm.empty()) {
-    if (model["allocation"] == "budget") model["allocation"] = "uniform";  // a budget knows no N:M
-    model["nm"] = options.nm;
-  }
-  const bool more_asked_for = options.distill_samples > 0;
-  apply_effort(options, recipe);
-  for (const std::string& assignment : options.fields) asked_for.push_back(assign_field(recipe, assignment));
-  if (options.target_size > 0) {
-    const ModelPolicy policy = Recipe::from_json(recipe, &asked_for).model;
-    options.target_bits = bits_for_file(Checkpoint::open(options.checkpoint), policy, options.target_size);
-  }
-  if (options.target_bits > 0) model.update({{"allocation", "budget"}, {"target_bpw", options.target_bits}});
-  const Recipe result = Recipe::from_json(recipe, &asked_for);
-  if (!result.training.distill) {
-    if (more_asked_for)
-      fail(
-          ErrorCode::kUsage,
-          "--distill-nsamples {}: nothing is distilled; add --effort best or --set training.distill.epochs=1",
-          options.distill_samples);
-    options.distill_samples = 0;
-  }
-  return result;
-}
-
-/// Text that stands in for a calibration corpus when none was named: never the evaluation split.
-std::string default_calibration() {
-  for (const char* name : {"c4", "wikitext2-valid"}) try {
-      read_corpus(name);
-      return name;
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kNotFound) throw;
-    }
-  fail(ErrorCode::kUsage,
-       "no calibration text: pass --calib FILE, or put c4-sample.txt or wiki.valid.raw into $STBLLM_DATA");
-}
 
 nlohmann::json stages_json(const std::vector<Stage>& stages) {
   nlohmann::json json = nlohmann::json::array();
@@ -156,7 +78,7 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
 void check_inputs(const Options& options) {
   std::error_code ignored;  // what is not there is no input
   const std::filesystem::path report = options.report, output = options.quantize.output;
-  std::vector<std::string> inputs = {options.recipe};
+  std::vector<std::string> inputs = {options.recipe, options.plan};
   for (const std::string& text : options.calib) inputs.push_back(CalibrationText::parse(text).data);
   for (const std::string& input : inputs)
     for (const auto& path : {report, output})
@@ -184,6 +106,15 @@ void check_report(const std::filesystem::path& path, const std::filesystem::path
   std::filesystem::remove(probe);
 }
 
+/// What `stbllm plan` wrote.
+nlohmann::json read_plan(const std::string& path) {
+  const nlohmann::json file = nlohmann::json::parse(read_text(path), nullptr, /*allow_exceptions=*/false);
+  if (!file.is_object() || !file.contains("linears"))
+    fail(ErrorCode::kUsage, "{}: no plan; expected a file as 'stbllm plan' writes it, with \"linears\"",
+         path);
+  return file["linears"];
+}
+
 /// Refuses a request that could fail later for reasons that are known now.
 void check_options(Options& options, const Recipe& recipe, const ProcessGroup& group) {
   if (options.quantize.max_memory < 0) fail(ErrorCode::kUsage, "--max-memory: expected a number above 0");
@@ -196,22 +127,6 @@ void check_options(Options& options, const Recipe& recipe, const ProcessGroup& g
   check_inputs(options);
   if (group.rank() == 0 && !options.dry_run && !options.report.empty())
     check_report(options.report, options.quantize.output, options.quantize.force);
-}
-
-Calibration read_calibration(const Options& options, const Checkpoint& checkpoint, const ModelSpec& spec,
-                             const Recipe& recipe) {
-  std::vector<CalibrationText> texts;
-  for (const std::string& text : options.calib) texts.push_back(CalibrationText::parse(text));
-  if (texts.empty()) texts.push_back({.data = default_calibration()});
-  const int64_t seqlen = std::min(options.seqlen, spec.max_positions);
-  Calibration calibration =
-      make_calibration(checkpoint, texts, options.samples, options.distill_samples, seqlen, options.seed);
-  log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",
-            options.checkpoint, spec.layers, static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
-            options.distill_samples > 0 ? fmt::format("{} + {}", options.samples, options.distill_samples)
-                                        : std::to_string(options.samples),
-            seqlen, calibration.provenance["corpus"].get<std::string>());
-  return calibration;
 }
 
 /// How much training --minutes has time for: what an unfinished run that is continued chose, else by the
@@ -323,6 +238,7 @@ void run(Options options) {
   make_products_reproducible();
   apply(options.common);
   options.quantize.compare_blocks = !options.report.empty();
+  if (!options.plan.empty()) options.quantize.plan = read_plan(options.plan);
   apply_minutes(options);
   const Recipe recipe = assemble_recipe(options);
   const ProcessGroup group = ProcessGroup::from_environment();
@@ -352,70 +268,19 @@ void run(Options options) {
     print_summary(options, calibration, result, memory, ledger);
 }
 
-void add_recipe_options(CLI::App& command, Options& options) {
-  std::string names;
-  for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
-  command
-      .add_option("--recipe", options.recipe,
-                  "A preset (" + names + ") or a .json file like those in configs/")
-      ->capture_default_str();
-  command.add_option("--nm", options.nm,
-                     "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
-  command
-      .add_option("--target-bpw", options.target_bits,
-                  "Choose the scheme of each linear so that they store at most so many bits per weight, "
-                  "everything counted")
-      ->check(CLI::PositiveNumber)
-      ->excludes("--nm");
-  command
-      .add_option("--target-size", options.target_size,
-                  "The same for a file of at most so many bytes (90M, 2G)")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->excludes("--target-bpw")
-      ->excludes("--nm");
-  command.add_option("--set", options.fields,
-                     "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1");
-}
-
-void add_calibration_options(CLI::App& command, Options& options) {
-  command
-      .add_option("--calib", options.calib,
-                  "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
-                  "default: the first of these two that is there. Several times: --calib c4=3 --calib "
-                  "notes.txt takes three windows of the first for one of the second")
-      ->allow_extra_args(false);
-  command
-      .add_option("--effort", options.effort,
-                  "fast: linear algebra alone; default: what the recipe says; best: also tune and distil "
-                  "(--dry-run predicts the minutes)")
-      ->check(CLI::IsMember({"fast", "default", "best"}))
-      ->capture_default_str();
+void add_run_options(CLI::App& command, Options& options) {
+  CLI::Option* plan = command.add_option(
+      "--plan", options.plan, "Give each linear the code that this file says, as 'stbllm plan' writes it");
+  for (const char* other : {"--nm", "--target-bpw", "--target-size", "--code", "--keep"})
+    plan->excludes(other);
   command
       .add_option(
           "--minutes", options.minutes,
           "Train by distillation for as long as lets the run end after about so many minutes; the log "
           "says by which options the same result is had again")
       ->check(CLI::PositiveNumber)
-      ->excludes("--effort");
-  command
-      .add_option("--nsamples", options.samples,
-                  "Calibration windows; default 16, with --minutes 64, best effort 96")
-      ->check(CLI::PositiveNumber);
-  command
-      .add_option("--distill-nsamples", options.distill_samples,
-                  "Windows beside those that only distillation sees; default 480 for best effort without "
-                  "--nsamples, else 0")
-      ->check(CLI::NonNegativeNumber)
-      ->excludes("--minutes");
-  command
-      .add_option("--seqlen", options.seqlen,
-                  "Tokens per window, at most the model's positions; default 2048, best effort and --minutes "
-                  "512")
-      ->check(CLI::PositiveNumber);
-  command.add_option("--seed", options.seed, "Of the windows' places")->capture_default_str();
-}
-
-void add_run_options(CLI::App& command, Options& options) {
+      ->excludes("--effort")
+      ->excludes("--distill-nsamples");
   command.add_option("--blocks", options.quantize.blocks, "Quantize only the first K decoder blocks")
       ->check(CLI::PositiveNumber)
       ->excludes("--target-size");
@@ -453,12 +318,12 @@ void add_quantize(CLI::App& app) {
       "WORLD_SIZE=<processes> RANK=<0, 1, ..> MASTER_ADDR=<host of rank 0> MASTER_PORT=<port>; rank 0 writes "
       "the result.\n\n" +
       app.get_footer());
-  command->add_option("checkpoint", options->checkpoint, "Directory with config.json, weights and tokenizer")
-      ->required();
+  add_checkpoint(*command, *options);
   command->add_option("-o,--output", options->quantize.output, "The packed file to write (.safetensors)")
       ->required();
   add_recipe_options(*command, *options);
   add_calibration_options(*command, *options);
+  add_training_options(*command, *options);
   add_run_options(*command, *options);
   add_common(*command, options->common);
   command->callback([options] { run(*options); });

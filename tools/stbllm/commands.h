@@ -12,6 +12,8 @@
 namespace stbllm {
 
 void add_quantize(CLI::App& app);
+void add_plan(CLI::App& app);
+void add_info(CLI::App& app);
 void add_eval_ppl(CLI::App& app);
 void add_compare(CLI::App& app);
 void add_eval_tasks(CLI::App& app);

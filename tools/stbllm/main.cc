@@ -77,6 +77,7 @@ int run(int argc, char** argv) {
   CLI::App app{
       "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT, Mistral and Qwen "
       "checkpoints.\n\n"
+      "  stbllm info CHECKPOINT\n"
       "  stbllm quantize CHECKPOINT -o model.safetensors --calib text.txt\n"
       "  stbllm eval-ppl model.safetensors --data wikitext2\n"
       "  stbllm compare CHECKPOINT model.safetensors\n"
@@ -95,6 +96,8 @@ int run(int argc, char** argv) {
       "Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 "
       "not supported, 7 text too short,\n"
       "8 output exists, 9 cannot write, 10 verification failed, 11 out of memory, 130 interrupted.");
+  add_info(app);
+  add_plan(app);
   add_quantize(app);
   add_eval_ppl(app);
   add_compare(app);

@@ -12,8 +12,11 @@
 
 namespace stbllm {
 
-/// What the plan decides for each linear, by full name.
+/// What the plan decides for each linear, by full name. A linear that is not in it keeps its weights.
 using Plan = std::map<std::string, LinearPlan>;
+
+/// Those of `linears` that `plan` quantizes.
+std::vector<LinearSpec> planned(const std::vector<LinearSpec>& linears, const Plan& plan);
 
 /// The hidden states in front of a block.
 struct BlockStreams {
@@ -22,10 +25,10 @@ struct BlockStreams {
   DecoderBlock* dense_block = nullptr;  ///< the same block, which stays dense; needed by asymmetric methods
 };
 
-/// Quantizes every linear of `block` on the inputs that the quantized stream makes, and replaces it by the
-/// dense form of the result; `on_linear` is called after each. Sequential methods go from tap to tap, so that
-/// a linear sees what the quantized ones in front of it make. Both streams are then behind the block. Several
-/// processes bring windows of their own, share the work and end with the same block.
+/// Quantizes the planned linears of `block` on the inputs that the quantized stream makes, and replaces it by
+/// the dense form of the result; `on_linear` is called after each. Sequential methods go from tap to tap, so
+/// that a linear sees what the quantized ones in front of it make. Both streams are then behind the block.
+/// Several processes bring windows of their own, share the work and end with the same block.
 QuantizedBlock quantize_block(DecoderBlock& block, const BlockStreams& streams, const Method& method,
                               const Plan& plan, const std::function<void(const LinearResult&)>& on_linear,
                               const ProcessGroup& group = {});
@@ -35,6 +38,6 @@ QuantizedBlock quantize_block(DecoderBlock& block, const BlockStreams& streams, 
 void pass_block(const DecoderBlock& block, const BlockStreams& streams, const Method& method);
 
 /// Throws Error(kCorrupt) where the outputs of a linear were not finite.
-void check_outputs(const LinearReport& report, const std::string& linear);
+void check_outputs(double output_error, const std::string& linear);
 
 }  // namespace stbllm

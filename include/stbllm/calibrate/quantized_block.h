@@ -14,7 +14,7 @@
 namespace stbllm {
 
 struct QuantizedBlock {
-  std::map<std::string, BinarizedWeight> linears;  ///< by full name
+  std::map<std::string, BinarizedWeight> linears;  ///< by full name; without those that keep their weights
   std::map<std::string, at::Tensor>
       tensors;                        ///< norms and biases that training changed, by full name, float32
   std::vector<LinearResult> results;  ///< in the order of the forward pass

@@ -21,10 +21,11 @@ struct ChoiceTokens {
   int64_t scored = 0;
 };
 
-/// As the harness cuts them: white space at the end of a context belongs to the continuation; the continuation
-/// is what the tokens of both together have beyond those of the context; an empty context is the token that
-/// begins a text, or ends one where none begins it. A choice longer than the model's positions loses tokens at
-/// its start. Throws Error(kUnsupported) when a continuation alone has more, or no token of its own.
+/// As the harness cuts them: white space at the end of a context belongs to the continuation; the
+/// continuation is what the tokens of both together have beyond those of the context; an empty context is the
+/// token that begins a text, or ends one where none begins it. A choice longer than the model's positions
+/// loses tokens at its start. Throws Error(kUnsupported) when a continuation alone has more, or no token of
+/// its own.
 ChoiceTokens tokens_of(const Choice& choice, const Tokenizer& tokenizer, int64_t max_positions);
 
 /// The log likelihood of each choice's continuation, in nats. The tokens that all choices begin with pass

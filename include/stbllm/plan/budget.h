@@ -9,18 +9,32 @@ namespace stbllm {
 /// refit and descent on what a few of the windows give it in the dense model. The error of an offer is that
 /// of its block's outputs, relative to each token's norm, with that linear alone replaced: measured for one
 /// scheme, scaled by the relative output errors of the others; late blocks count more. Processes divide the
-/// linears.
+/// linears. Linears with a rule of the recipe are offered nothing else: those that keep their weights are
+/// outside the budget.
 Plan plan_by_budget(const PlanRequest& request);
 
 /// Throws Error(kUsage) where the budget of `recipe` could not even pay for the smallest scheme of every
 /// linear. Does nothing for other allocations.
 void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks);
 
-/// Bytes that the linears of the first `blocks` blocks may take.
-int64_t budget_bytes(const ModelSpec& spec, const BudgetAllocation& budget, int64_t blocks);
+/// Bytes that the quantized linears of the first `blocks` blocks may take.
+int64_t budget_bytes(const ModelSpec& spec, const ModelPolicy& policy, int64_t blocks);
 
-/// The lean method without what a trial has no time for.
-LeanMethod trial_method(const Method& method);
+/// A linear that is quantized once for each scheme of a list, without refit and descent.
+class LinearTrial {
+ public:
+  /// `method` is lean. `stats` and `metrics`, which are those of the linear's tap, outlive this object.
+  LinearTrial(const at::Tensor& weight, const InputStats& stats, const Method& method, LeanMetrics& metrics);
+  /// `error` becomes that of its outputs, relative, in the held-out H where there is one.
+  BinarizedWeight quantize(const Scheme& scheme, double& error) const;
+
+ private:
+  at::Tensor weight_;
+  const InputStats& stats_;
+  LeanMethod method_;
+  LeanMetrics& metrics_;
+  OutputError error_of_;
+};
 
 /// What the plan does beside its statistics.
 struct BudgetWork {

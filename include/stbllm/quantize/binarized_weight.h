@@ -46,11 +46,20 @@ struct BinarizedWeight {
   void expand_scales();
 };
 
-/// tr(D H D^T) / tr(W H W^T), D = quantized - weight: the relative squared error of the linear's outputs. H
-/// is symmetric.
-double relative_output_error(const at::Tensor& weight, const at::Tensor& quantized,
-                             const at::Tensor& hessian);
-/// Operations of its products.
-double output_error_flops(int64_t rows, int64_t cols);
+/// The relative squared error of a linear's outputs, tr(D H D^T) / tr(W H W^T) with D = quantized - weight,
+/// for one W and as many D as there are. H is symmetric; products run where it is.
+class OutputError {
+ public:
+  /// weight (rows, cols), hessian (cols, cols)
+  OutputError(const at::Tensor& weight, const at::Tensor& hessian);
+  /// quantized (rows, cols)
+  double operator()(const at::Tensor& quantized) const;
+  /// Operations of the constructor, and of each call.
+  static double flops(int64_t rows, int64_t cols);
+
+ private:
+  at::Tensor weight_, hessian_;
+  double energy_;
+};
 
 }  // namespace stbllm

@@ -4,6 +4,7 @@
 
 #include <compare>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "stbllm/base/nm_pattern.h"
@@ -17,6 +18,8 @@ struct Scheme {
   auto operator<=>(const Scheme&) const = default;
   /// "3:8", and with several levels "2:4x3".
   std::string str() const;
+  /// Parses what str() writes. Throws Error(kUsage).
+  static Scheme parse(std::string_view text);
 };
 
 /// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".

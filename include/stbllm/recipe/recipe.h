@@ -40,8 +40,25 @@ inline Scheme usual_scheme(const Allocation& allocation) {
 /// How a table of rows (embedding, head) is stored.
 enum class RowCoding { kKeep, kFloat16, kInt8, kInt4 };
 
+/// What some linears get whatever the allocation says.
+struct LinearRule {
+  std::string linears;         ///< a glob over full names: "*.down_proj", "model.layers.0.*"
+  std::optional<Scheme> code;  ///< nothing: they keep the checkpoint's weights
+
+  bool names(const std::string& linear) const;
+  bool operator==(const LinearRule&) const = default;
+};
+
 struct ModelPolicy {
   Allocation allocation;
+  std::vector<LinearRule> rules;  ///< of several that name a linear the last one counts
+
+  /// The rule that counts for a linear, or null.
+  const LinearRule* rule_for(const std::string& linear) const;
+  bool keeps(const std::string& linear) const {
+    const LinearRule* rule = rule_for(linear);
+    return rule != nullptr && !rule->code;
+  }
   RowCoding embedding = RowCoding::kKeep;
   RowCoding head = RowCoding::kKeep;  ///< of a head of its own; a tied head is the embedding
 };

@@ -19,10 +19,13 @@ struct QuantizeOptions {
   /// The packed file; with `dense_output` a HuggingFace directory of dequantized weights.
   std::filesystem::path output;
   bool dense_output = false;
-  bool force = false;   ///< overwrite `output`, discard an unfinished run
-  bool resume = false;  ///< continue the unfinished run beside `output`
+  bool plan_only = false;  ///< for plan_quantization(): there is no output
+  bool force = false;      ///< overwrite `output`, discard an unfinished run
+  bool resume = false;     ///< continue the unfinished run beside `output`
   /// What the work directory remembers for who continues the run (WorkDirectory::remembered); null: nothing.
   nlohmann::json remember;
+  /// A plan to follow (plan/plan.h) in place of what the recipe's allocation and rules say; null: none.
+  nlohmann::json plan;
   int64_t blocks = -1;  ///< quantize only so many blocks, the others stay dense; below 0: all
   /// "cuda": forward passes, Hessians and what quantize_linear() does there run on the current device.
   std::string device = "cpu";
@@ -56,5 +59,8 @@ at::Device calibration_device(const QuantizeOptions& options);
 /// kExists).
 void check_request(const std::filesystem::path& checkpoint, const Recipe& recipe,
                    const QuantizeOptions& options, const ProcessGroup& group);
+
+/// Refuses a plan, rules or a budget that do not fit the model: Error(kUsage).
+void check_plan(const ModelSpec& spec, const Recipe& recipe, const QuantizeOptions& options);
 
 }  // namespace stbllm

@@ -13,6 +13,7 @@
 #include "stbllm/calibrate/calibration.h"
 #include "stbllm/calibrate/results.h"
 #include "stbllm/checkpoint/checkpoint.h"
+#include "stbllm/plan/plan.h"
 #include "stbllm/processes/process_group.h"
 #include "stbllm/recipe/recipe.h"
 #include "stbllm/run/options.h"
@@ -39,5 +40,9 @@ struct QuantizeResult {
 QuantizeResult quantize_model(const Checkpoint& checkpoint, const Calibration& calibration,
                               const Recipe& recipe, const QuantizeOptions& options,
                               const ProcessGroup& group = {});
+
+/// The plan that quantize_model() would follow. Throws as it does. `options` says plan_only.
+Plan plan_quantization(const Checkpoint& checkpoint, const Calibration& calibration, const Recipe& recipe,
+                       const QuantizeOptions& options);
 
 }  // namespace stbllm
