@@ -58,7 +58,8 @@ ChoiceTokens tokens_of(const Choice& choice, const Tokenizer& tokenizer, int64_t
     const int32_t start = tokenizer.prefix().empty() ? tokenizer.eos_id() : tokenizer.prefix().front();
     if (start < 0)
       fail(ErrorCode::kUnsupported,
-           "a question without a context needs a token that begins or ends a text, and the tokenizer has none");
+           "a question without a context needs a token that begins or ends a text, and the tokenizer has "
+           "none");
     if (continuation.empty() || continuation.front() != start) tokens.ids.push_back(start);
     tokens.ids.insert(tokens.ids.end(), continuation.begin(), continuation.end());
     tokens.scored = std::ssize(tokens.ids) - 1;

@@ -84,8 +84,7 @@ std::optional<int64_t> choice_with(const std::vector<Choice>& choices, const std
 std::vector<int64_t> gold_of(const Json& sample, const std::vector<Choice>& choices, const Place& place) {
   const auto checked = [&](int64_t gold) {
     if (gold < 0 || gold >= std::ssize(choices))
-      place.refuse(ErrorCode::kCorrupt, "the right choice is {}, expected 0 to {}", gold,
-                   choices.size() - 1);
+      place.refuse(ErrorCode::kCorrupt, "the right choice is {}, expected 0 to {}", gold, choices.size() - 1);
     return gold;
   };
   if (const auto gold = number_of(sample.value("gold", Json()))) return {checked(*gold)};

@@ -91,8 +91,7 @@ TEST(Choices, AreCutAsTheHarnessDoes) {
   const ChoiceTokens whole = cut("one two three four", " and"), last = cut("one two three four", " and", 6);
   EXPECT_THAT(last.ids, testing::ElementsAreArray(whole.ids.end() - 6, whole.ids.end()));
   EXPECT_EQ(last.scored, 1);
-  test::expect_error(ErrorCode::kUnsupported, "the model takes 3",
-                     [&] { cut("a", " quick brown fox", 3); });
+  test::expect_error(ErrorCode::kUnsupported, "the model takes 3", [&] { cut("a", " quick brown fox", 3); });
 }
 
 TEST(Choices, AreJudgedByLikelihoodPerCharacterByteAndToken) {
@@ -135,8 +134,9 @@ TEST(Choices, AreJudgedByLikelihoodPerCharacterByteAndToken) {
 TEST(Choices, RefuseTokensThatTheModelDoesNotHave) {
   const TinyLm lm(test::tiny_llama());
   const ChoiceTokens foreign{.ids = {1, 2, 5000}, .scored = 1};
-  test::expect_error(ErrorCode::kMismatch, "token id 5000",
-                     [&] { log_likelihoods(*lm.decoder, {foreign, foreign}); });
+  test::expect_error(ErrorCode::kMismatch, "token id 5000", [&] {
+    log_likelihoods(*lm.decoder, {foreign, foreign});
+  });
 }
 
 }  // namespace

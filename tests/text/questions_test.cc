@@ -27,12 +27,14 @@ class Questions : public testing::Test {
 };
 
 TEST_F(Questions, ReadWhatTheHarnessLogs) {
-  const QuestionSet set = read(
-      R"({"doc_id": 0, "doc": {"q": "Sky?"}, "target": "1", "arguments": {"gen_args_0": {"arg_0": "Sky?", "arg_1": " red"}, "gen_args_1": {"arg_0": "Sky?", "arg_1": " blue"}}, "acc": 1.0})"
-      "\n\n"
-      R"({"doc_id": 1, "target": "0", "arguments": [["Sun?", " hot"], ["Sun?", " cold"]]})"
-      "\n",
-      "samples_piqa_mini_2026-01-02T03-04-05.678901.jsonl");
+  const QuestionSet set =
+      read(R"({"doc_id": 0, "doc": {"q": "Sky?"}, "target": "1", "acc": 1.0, "arguments": {)"
+           R"("gen_args_0": {"arg_0": "Sky?", "arg_1": " red"}, )"
+           R"("gen_args_1": {"arg_0": "Sky?", "arg_1": " blue"}}})"
+           "\n\n"
+           R"({"doc_id": 1, "target": "0", "arguments": [["Sun?", " hot"], ["Sun?", " cold"]]})"
+           "\n",
+           "samples_piqa_mini_2026-01-02T03-04-05.678901.jsonl");
   EXPECT_EQ(set.task, "piqa_mini");
   ASSERT_EQ(set.questions.size(), 2u);
   EXPECT_EQ(set.questions[0].choices[1].context, "Sky?");
