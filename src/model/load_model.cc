@@ -38,6 +38,15 @@ std::vector<std::string> calibration_checksums(const nlohmann::json& calibration
   return checksums;
 }
 
+std::vector<std::string> calibration_marks(const nlohmann::json& calibration) {
+  std::vector<std::string> marks;
+  const auto found = calibration.is_object() ? calibration.find("marks") : calibration.end();
+  if (found != calibration.end() && found->is_array())
+    for (const nlohmann::json& mark : *found)
+      if (mark.is_string()) marks.push_back(mark);
+  return marks;
+}
+
 }  // namespace
 
 LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
@@ -61,12 +70,17 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
             Decoder::from_checkpoint(checkpoint, options),
             Tokenizer::load(path),
             chosen.on_cuda() ? "dense on cuda" : "dense",
+            {},
             {}};
   }
   const PackedReader reader = PackedReader::open(path);
-  return {path, Decoder::from_packed(reader, chosen, type),
-          Tokenizer::from_serialized(reader.metadata("tokenizer")), std::string(chosen.name()),
-          calibration_checksums(reader.remark("calibration"))};
+  const nlohmann::json calibration = reader.remark("calibration");
+  return {path,
+          Decoder::from_packed(reader, chosen, type),
+          Tokenizer::from_serialized(reader.metadata("tokenizer")),
+          std::string(chosen.name()),
+          calibration_checksums(calibration),
+          calibration_marks(calibration)};
 }
 
 }  // namespace stbllm

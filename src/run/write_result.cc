@@ -4,6 +4,7 @@
 #include "stbllm/base/heap.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/run/assemble.h"
+#include "stbllm/text/overlap.h"
 #include "stbllm/text/tokenizer.h"
 
 namespace stbllm {
@@ -21,7 +22,9 @@ void add_metadata(PackedWriter& file, const Run& run) {
   file.set_metadata("config", checkpoint.config().dump());
   file.set_metadata("tokenizer", Tokenizer::load(checkpoint.directory())->serialize());
   file.set_metadata("recipe", recipe.to_json().dump());
-  file.set_metadata("calibration", calibration.provenance.dump());
+  nlohmann::json provenance = calibration.provenance;
+  provenance["marks"] = marks_of(calibration.windows);
+  file.set_metadata("calibration", provenance.dump());
   file.set_metadata("results", results.dump());
   file.set_metadata("version", STBLLM_VERSION);
 }

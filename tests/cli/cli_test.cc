@@ -93,7 +93,9 @@ TEST_F(Cli, EverySubcommandExplainsItself) {
 TEST_F(Cli, PrintsItsVersion) {
   const Outcome version = run_program({"--version"});
   EXPECT_EQ(version.status, 0);
-  EXPECT_EQ(version.out, STBLLM_VERSION "\n");
+  EXPECT_THAT(version.out, testing::StartsWith("stbllm " STBLLM_VERSION " ("));
+  EXPECT_THAT(version.out, HasSubstr("libtorch 2."));
+  EXPECT_THAT(version.out, HasSubstr("backends reference, "));
 }
 
 // --- the whole job --------------------------------------------------------------------------------------
@@ -275,6 +277,26 @@ TEST_F(Cli, JudgesTasksAgainstAnotherModel) {
               1e-12);
   EXPECT_THAT(run_program({"eval-tasks", dense, requests}).out, HasSubstr("acc_norm"));
   expect_fault({"eval-tasks", dense, (scratch_ / "none.jsonl").string()}, ErrorCode::kNotFound, "none.jsonl");
+}
+
+TEST_F(Cli, TakesOptionsFromAFile) {
+  const std::string config = (scratch_ / "options.ini").string();
+  write_all(config, "[eval-ppl]\nseqlen = 48\nwindows = 3\n");
+  const Outcome evaluated =
+      run_program({"--config", config, "eval-ppl", checkpoint_.string(), "--data", text_, "--json"});
+  ASSERT_EQ(evaluated.status, 0) << evaluated.err;
+  EXPECT_EQ(nlohmann::json::parse(evaluated.out)["windows"], 3);
+  expect_fault({"--config", (scratch_ / "none.ini").string(), "eval-ppl", checkpoint_.string()},
+               ErrorCode::kUsage, "none.ini");
+}
+
+TEST_F(Cli, WarnsOfATextThatItWasPartlyCalibratedOn) {
+  ASSERT_EQ(run_program(quantize("packed")).status, 0);
+  const std::string part = (scratch_ / "part.txt").string(), text = read_all(text_);
+  write_all(part, text.substr(text.size() / 4));
+  const Outcome evaluated =
+      run_program({"eval-ppl", (results_ / "packed").string(), "--data", part, "--seqlen", "48"});
+  EXPECT_THAT(evaluated.err, HasSubstr("was calibrated on parts of this text"));
 }
 
 TEST_F(Cli, WritesAPlanThatQuantizeFollows) {

@@ -1,8 +1,10 @@
 #include "evaluation_text.h"
 
 #include <algorithm>
+#include <span>
 
 #include "stbllm/base/log.h"
+#include "stbllm/text/overlap.h"
 
 namespace stbllm {
 
@@ -45,9 +47,15 @@ Windows windows_of(const EvaluationText& text, const Corpus& corpus, const Loade
   const int64_t usual = text.protocol == "llama.cpp" ? 512 : 2048;
   const int64_t seqlen = text.seqlen > 0 ? text.seqlen : std::min(usual, model.decoder.spec().max_positions);
   Windows windows = evaluation_windows(ids, seqlen, text.windows, corpus.description);
+  const auto evaluated = std::span(ids).first(windows.size() * static_cast<size_t>(seqlen));
   if (std::ranges::find(model.calibration_sha256, corpus.sha256) != model.calibration_sha256.end())
     log::warn("{} was calibrated on the text it is evaluated on; its perplexity is not comparable",
               model.path);
+  else if (const int64_t seen = count_marks(evaluated, model.calibration_marks); seen > 0)
+    log::warn(
+        "{} was calibrated on parts of this text: {} of {} windows occur in it; its perplexity is not "
+        "comparable",
+        model.path, seen, model.calibration_marks.size());
   log::info("{} on {}: {} tokens, {} windows of {}, backend {}, {}", model.path, corpus.description,
             ids.size(), windows.size(), seqlen, model.backend, text.dtype);
   return windows;

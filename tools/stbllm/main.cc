@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <omp.h>
 #include <sys/resource.h>
+#include <torch/csrc/api/include/torch/version.h>
 
 #include <csignal>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <iostream>
 
 #include "commands.h"
+#include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/heap.h"
 #include "stbllm/base/log.h"
@@ -71,6 +73,21 @@ std::string out_of_memory_message() {
       human_bytes(static_cast<double>(peak_memory_bytes())), bound);
 }
 
+/// The program's version and what it was built with and runs on.
+std::string version_text() {
+  std::string backends;
+  for (const std::string_view name : available_backends())
+    backends += fmt::format("{}{}", backends.empty() ? "" : ", ", name);
+  return fmt::format("stbllm {} ({}), libtorch {}, backends {}, CUDA {}", STBLLM_VERSION, STBLLM_COMMIT,
+                     TORCH_VERSION, backends,
+#ifdef STBLLM_HAS_CUDA
+                     "built in"
+#else
+                     "not built in"
+#endif
+  );
+}
+
 int run(int argc, char** argv) {
   keep_freed_memory();
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of its write
@@ -86,7 +103,8 @@ int run(int argc, char** argv) {
       "  stbllm generate model.safetensors --prompt \"Once upon a time\"\n"
       "  stbllm export model.safetensors DIRECTORY --to hf\n"
       "  stbllm report run.json -o run.html\n"};
-  app.set_version_flag("--version", STBLLM_VERSION);
+  app.set_version_flag("--version", version_text);
+  app.set_config("--config", "", "Read options from this file: lines of NAME = VALUE under [SUBCOMMAND]");
   app.require_subcommand(1);
   std::string level = "info";
   app.add_option("--log-level", level, "debug, info, warning, error or off");

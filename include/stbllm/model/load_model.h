@@ -15,8 +15,9 @@ struct LoadedModel {
   Decoder decoder;
   std::unique_ptr<Tokenizer> tokenizer;
   std::string backend;  ///< "dense" for a checkpoint
-  /// Of the texts a packed model was calibrated on; none for a checkpoint.
-  std::vector<std::string> calibration_sha256;
+  /// Of the texts a packed model was calibrated on, and of their windows (text/overlap.h); none for a
+  /// checkpoint.
+  std::vector<std::string> calibration_sha256, calibration_marks;
 };
 
 /// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense
