@@ -9,6 +9,18 @@ namespace stbllm {
 
 using nlohmann::json;
 
+namespace {
+
+/// A value as a message shows it: the start of a long one.
+std::string shown(const json& value) {
+  constexpr size_t kLongest = 100;
+  std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
+  if (text.size() > kLongest) text.replace(kLongest, std::string::npos, "...");
+  return text;
+}
+
+}  // namespace
+
 JsonFields::JsonFields(const json& object, std::string where) : object_(object), where_(std::move(where)) {
   if (!object.is_object())
     fail(ErrorCode::kCorrupt, "{}expected an object, found {}", where_, object.type_name());
@@ -77,7 +89,8 @@ std::vector<int32_t> JsonFields::ids(std::string_view key) const {
   const json& value = at(key);
   std::vector<int32_t> result;
   for (const json& id : value.is_array() ? value : json::array({value})) {
-    if (!id.is_number_integer()) expected(key, "a token id or a list of them");
+    if (!id.is_number_integer() || !std::in_range<int32_t>(id.get<int64_t>()))
+      expected(key, "a token id or a list of them");
     result.push_back(id.get<int32_t>());
   }
   return result;
@@ -85,7 +98,7 @@ std::vector<int32_t> JsonFields::ids(std::string_view key) const {
 
 void JsonFields::refuse(std::string_view key, std::string_view known) const {
   fail(ErrorCode::kUnsupported, "{}{} = {} is not supported; this program knows {}", where_, key,
-       at(key).dump(), known);
+       shown(at(key)), known);
 }
 
 void JsonFields::expect_size(size_t members) const {
@@ -94,7 +107,7 @@ void JsonFields::expect_size(size_t members) const {
 }
 
 void JsonFields::expected(std::string_view key, std::string_view what) const {
-  fail(ErrorCode::kCorrupt, "{}{} = {} must be {}", where_, key, at(key).dump(), what);
+  fail(ErrorCode::kCorrupt, "{}{} = {} must be {}", where_, key, shown(at(key)), what);
 }
 
 }  // namespace stbllm

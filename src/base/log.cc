@@ -43,6 +43,13 @@ std::string duration(double seconds) {
 
 bool g_line_open = false;  // a progress line without its newline is on the terminal
 
+/// Names from a stranger's file may hold line ends and commands for the terminal.
+std::string printable(std::string text) {
+  for (char& c : text)
+    if (static_cast<unsigned char>(c) < ' ' || c == '\x7f') c = '?';
+  return text;
+}
+
 void close_line() {
   if (!g_line_open) return;
   std::fputc('\n', stderr);
@@ -65,7 +72,7 @@ Level parse_level(std::string_view name) {
 void write(Level level, const std::string& message) {
   if (!logger().should_log(of_spdlog(level))) return;
   close_line();
-  logger().log(of_spdlog(level), message);
+  logger().log(of_spdlog(level), printable(message));
 }
 
 Progress::Progress(std::string what, int64_t total)

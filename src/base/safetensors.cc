@@ -80,7 +80,8 @@ json parse_header(std::string_view text, const std::string& path) {
 std::vector<int64_t> read_numbers(const json& tensor, const char* key, const std::string& path,
                                   const std::string& name) {
   const auto found = tensor.find(key);
-  bool ok = found != tensor.end() && found->is_array();
+  constexpr size_t kMostNumbers = 64;  // torch and numpy have no more dimensions either
+  bool ok = found != tensor.end() && found->is_array() && found->size() <= kMostNumbers;
   std::vector<int64_t> numbers;
   for (size_t i = 0; ok && i < found->size(); ++i) {
     const json& number = (*found)[i];
@@ -92,13 +93,13 @@ std::vector<int64_t> read_numbers(const json& tensor, const char* key, const std
   return numbers;
 }
 
-// The number of bytes of a tensor, or -1 when it does not fit in 63 bits.
+// The number of bytes of a tensor, or -1 when it does not fit in 63 bits. A tensor without elements is held
+// to that as well, because its strides are products of its other sizes.
 int64_t tensor_bytes(std::string_view dtype, const std::vector<int64_t>& shape) {
-  if (std::ranges::find(shape, 0) != shape.end()) return 0;
   int64_t bytes = dtype_bytes(dtype);
   for (const int64_t extent : shape)
-    if (__builtin_mul_overflow(bytes, extent, &bytes)) return -1;
-  return bytes;
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(extent, 1), &bytes)) return -1;
+  return std::ranges::find(shape, 0) != shape.end() ? 0 : bytes;
 }
 
 std::string list(const std::vector<int64_t>& numbers) {
@@ -146,6 +147,8 @@ std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const fs::path& pat
       }
       continue;
     }
+    if (std::ranges::any_of(name, [](char c) { return static_cast<unsigned char>(c) < ' ' || c == '\x7f'; }))
+      fail(ErrorCode::kCorrupt, "{}: the name of tensor '{}' holds control characters", where, name);
     if (!value.is_object() || !value.contains("dtype") || !value["dtype"].is_string())
       fail(ErrorCode::kCorrupt, "{}: tensor '{}': expected an object with a dtype", where, name);
     TensorEntry tensor{

@@ -17,7 +17,8 @@ std::string read_text(const std::filesystem::path& path) {
   std::string text;
   std::array<char, 1 << 16> buffer;
   while (const size_t count = std::fread(buffer.data(), 1, buffer.size(), file.get()))
-    text.append(buffer.data(), count);
+    if (text.append(buffer.data(), count).size() > kMaxTextBytes)
+      fail(ErrorCode::kUnsupported, "{}: more than {} bytes; use a part of it", path.string(), kMaxTextBytes);
   if (std::ferror(file.get()))
     fail(ErrorCode::kNotFound, "{}: cannot read: {}", path.string(), std::strerror(errno));
   return text;

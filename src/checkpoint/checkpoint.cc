@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/checkpoint/sources.h"
 
@@ -17,11 +18,12 @@ namespace {
 
 /// The JSON object in `path`.
 nlohmann::json read_object(const fs::path& path) {
+  const std::string text = read_text(path);
   nlohmann::json object;
   try {
-    object = nlohmann::json::parse(read_text(path));
-  } catch (const nlohmann::json::exception& error) {
-    fail(ErrorCode::kCorrupt, "{}: not JSON: {}", path.string(), error.what());
+    object = parse_json(text);
+  } catch (const std::exception& error) {  // of nlohmann, or Error
+    fail(ErrorCode::kCorrupt, "{}: not JSON that can be read: {}", path.string(), error.what());
   }
   if (!object.is_object()) fail(ErrorCode::kCorrupt, "{}: expected a JSON object", path.string());
   return object;

@@ -97,6 +97,10 @@ struct Storage {
 // Floating-point numbers appear only beside the tensors, so that they are None here.
 using Value = std::variant<None, int64_t, std::string, Global, Sequence, Dict, Storage, PickledTensor>;
 
+// A pickle can name a value again in two bytes, and what it builds then is copied. These bounds keep a small
+// file from asking for much memory in that way.
+constexpr size_t kMostDimensions = 64, kLongestName = 255;
+
 class Unpickler {
  public:
   Unpickler(std::span<const std::byte> data, const std::string& file) : data_(data), file_(file) {}
@@ -107,7 +111,8 @@ class Unpickler {
     std::map<std::string, PickledTensor> tensors;
     for (const auto& [key, value] : get<Dict>(pop()).items) {
       const auto* tensor = std::get_if<PickledTensor>(&values_[value]);
-      if (tensor) tensors.emplace(get<std::string>(key), *tensor);
+      if (tensor && !tensors.emplace(get<std::string>(key), *tensor).second)
+        corrupt("tensor " + get<std::string>(key) + " is there twice");
     }
     return tensors;
   }
@@ -135,7 +140,10 @@ class Unpickler {
   }
   std::string read_line() {
     std::string line;
-    for (char c = read<char>(); c != '\n'; c = read<char>()) line.push_back(c);
+    for (char c = read<char>(); c != '\n'; c = read<char>()) {
+      if (line.size() == kLongestName) corrupt("the name of a global is too long");
+      line.push_back(c);
+    }
     return line;
   }
 
@@ -175,8 +183,10 @@ class Unpickler {
     return *value;
   }
   std::vector<int64_t> integers(Ref ref) {
+    const std::vector<Ref>& items = get<Sequence>(ref).items;
+    if (items.size() > kMostDimensions) corrupt("a tensor of more than 64 dimensions");
     std::vector<int64_t> result;
-    for (Ref item : get<Sequence>(ref).items) result.push_back(get<int64_t>(item));
+    for (Ref item : items) result.push_back(get<int64_t>(item));
     return result;
   }
   void append(const std::vector<Ref>& items) {
@@ -194,7 +204,9 @@ class Unpickler {
     if (id.items.size() != 5 || get<std::string>(id.items[0]) != "storage") corrupt("expected a storage");
     const auto* dtype = std::get_if<at::ScalarType>(&get<Global>(id.items[1]).meaning);
     if (!dtype) corrupt("expected a storage type");
-    return {*dtype, get<std::string>(id.items[2]), get<int64_t>(id.items[4])};
+    const std::string& key = get<std::string>(id.items[2]);
+    if (key.size() > kLongestName) corrupt("the key of a storage is too long");
+    return {*dtype, key, get<int64_t>(id.items[4])};
   }
 
   /// The arguments are (storage, offset, shape, strides, ...).
@@ -215,7 +227,7 @@ class Unpickler {
     bool fits = true, empty = false;
     for (size_t i = 0; i < tensor.shape.size(); ++i) {
       int64_t reach;
-      fits &= tensor.shape[i] >= 0 && tensor.strides[i] >= 0;
+      if (tensor.shape[i] < 0 || tensor.strides[i] < 0) corrupt("impossible shape of a tensor");
       fits &= !__builtin_mul_overflow(tensor.shape[i] - 1, tensor.strides[i], &reach);
       fits &= !__builtin_add_overflow(last, reach, &last);
       fits &= !__builtin_mul_overflow(numel, tensor.shape[i], &numel);

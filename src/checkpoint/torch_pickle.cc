@@ -44,6 +44,7 @@ class TorchPickleSource : public TensorSource {
     try {
       Archive archive(std::make_shared<MappingAdapter>(file_));
       refuse_big_endian(archive);
+      check_size(archive, "data.pkl");
       const auto [pickle, size] = archive.getRecord("data.pkl");
       tensors_ = read_state_dict({static_cast<const std::byte*>(pickle.get()), size}, path.string());
       for (const auto& [name, tensor] : tensors_) open_storage(archive, name, tensor);
@@ -72,6 +73,10 @@ class TorchPickleSource : public TensorSource {
     if (tensor.dtype != at::kFloat && tensor.dtype != at::kHalf && tensor.dtype != at::kBFloat16) {
       refuse_dtype(path(), name, c10::toString(tensor.dtype));
     }
+    if (c10::multiply_integers(tensor.shape) > tensor.storage_numel)
+      fail(ErrorCode::kUnsupported,
+           "{}: tensor {} repeats the {} elements of its storage; save it again with .contiguous()",
+           path().string(), name, tensor.storage_numel);
     const auto& [owner, bytes] = storages_.at(tensor.storage);
     const auto first = bytes.subspan(tensor.offset * c10::elementSize(tensor.dtype));
     return mapped_tensor(owner, first, tensor.shape, tensor.strides, tensor.dtype).contiguous();
@@ -99,6 +104,7 @@ class TorchPickleSource : public TensorSource {
 
   void refuse_big_endian(Archive& archive) const {
     if (!archive.hasRecord("byteorder")) return;
+    check_size(archive, "byteorder");
     const auto [text, size] = archive.getRecord("byteorder");
     const std::string_view order(static_cast<const char*>(text.get()), size);
     if (order != "little") {
@@ -123,6 +129,14 @@ class TorchPickleSource : public TensorSource {
     }
   }
 
+  /// Deflate makes at most 1032 bytes of one: a record that claims more would only take memory.
+  void check_size(Archive& archive, const std::string& record) const {
+    constexpr size_t kMostOfOneByte = 1032;
+    if (archive.getRecordSize(record) / kMostOfOneByte > file_->bytes().size())
+      fail(ErrorCode::kCorrupt, "{}: record {} claims to hold {} bytes, which a file of {} cannot",
+           path().string(), record, archive.getRecordSize(record), file_->bytes().size());
+  }
+
   Storage read_record(Archive& archive, const std::string& record) const {
     const auto file = file_->bytes();
     const size_t begin = archive.getRecordOffset(record), size = archive.getRecordSize(record);
@@ -134,6 +148,7 @@ class TorchPickleSource : public TensorSource {
       }
       return {file_, file.subspan(begin, size)};
     }
+    check_size(archive, record);
     auto inflated = std::make_shared<at::DataPtr>(std::get<0>(archive.getRecord(record)));
     return {inflated, {static_cast<const std::byte*>(inflated->get()), size}};
   }

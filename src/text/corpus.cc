@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/random.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/text/sha256.h"
@@ -41,7 +42,10 @@ std::string read_gzip(const fs::path& path) {
   std::string text;
   char buffer[1 << 16];
   int count;
-  while ((count = gzread(file.get(), buffer, sizeof buffer)) > 0) text.append(buffer, count);
+  while ((count = gzread(file.get(), buffer, sizeof buffer)) > 0)
+    if (text.append(buffer, count).size() > kMaxTextBytes)
+      fail(ErrorCode::kUnsupported, "{}: more than {} bytes of text; use a part of it", path.string(),
+           kMaxTextBytes);
   int status = Z_OK;
   const char* message = gzerror(file.get(), &status);
   if (status == Z_BUF_ERROR) fail(ErrorCode::kCorrupt, "{}: the gzip file is truncated", path.string());
@@ -87,7 +91,7 @@ void check_utf8(std::string_view text, const fs::path& path) {
 
 std::string document_text(std::string_view line, int64_t number, const fs::path& path) {
   try {
-    return nlohmann::json::parse(line).at("text").get<std::string>();
+    return parse_json(line).at("text").get<std::string>();
   } catch (const nlohmann::json::exception& error) {
     fail(ErrorCode::kCorrupt, "{}: line {}: expected a JSON object with a string \"text\": {}", path.string(),
          number, error.what());

@@ -42,7 +42,11 @@ Normalizer parse_normalizer(const nlohmann::json& spec) {
   for_each_component(spec, "normalizers",
                      [&](const nlohmann::json& step) { steps.push_back(parse_step(step)); });
   return [steps = std::move(steps)](std::string& text) {
-    for (const Normalizer& step : steps) step(text);
+    const size_t before = text.size();
+    for (const Normalizer& step : steps) {
+      step(text);
+      check_growth(before, text.size());
+    }
   };
 }
 
@@ -51,6 +55,7 @@ void replace_all(std::string& text, const std::string& pattern, const std::strin
   size_t begin = 0;
   for (size_t hit; (hit = text.find(pattern, begin)) != std::string::npos; begin = hit + pattern.size()) {
     result.append(text, begin, hit - begin).append(content);
+    check_growth(text.size(), result.size());
   }
   if (begin == 0) return;
   text = result.append(text, begin);

@@ -99,7 +99,11 @@ size_t llama3_word_end(const Chars& text, size_t i) {
   if (const size_t end = contraction_end(text, i, /*any_case=*/true); end > i) return end;
   if (text.letter(i)) return text.run_end(i, &Chars::letter);
   if (text.letter(i + 1) && !text.newline(i) && !text.number(i)) return text.run_end(i + 1, &Chars::letter);
-  if (text.number(i)) return std::min(text.run_end(i, &Chars::number), i + kMaxDigits);
+  if (text.number(i)) {  // without a look at the whole run, which each of its pieces would repeat
+    size_t end = i + 1;
+    while (end < i + kMaxDigits && text.number(end)) ++end;
+    return end;
+  }
   const size_t body = i + (text.code(i) == ' ');
   if (text.symbol(body)) return text.run_end(text.run_end(body, &Chars::symbol), &Chars::newline);
   const size_t end = text.run_end(i, &Chars::space);
@@ -238,7 +242,11 @@ PreTokenizer parse_pre_tokenizer(const nlohmann::json& spec) {
   for_each_component(spec, "pretokenizers",
                      [&](const nlohmann::json& step) { steps.push_back(parse_step(step)); });
   return [steps = std::move(steps)](std::vector<std::string>& words, bool at_start) {
-    for (const PreTokenizer& step : steps) step(words, at_start);
+    const size_t before = total_bytes(words);
+    for (const PreTokenizer& step : steps) {
+      step(words, at_start);
+      check_growth(before, total_bytes(words));
+    }
   };
 }
 

@@ -120,6 +120,10 @@ Piece parse_piece(std::string_view bytes) {
     if (field.number() == 2) piece.score = field.value_as_float();
     if (field.number() == 3) piece.type = field.value();
   }
+  constexpr size_t kLongest = 1024;  // merges_by_score() tries every place to divide a piece
+  if (piece.text.size() > kLongest)
+    fail(ErrorCode::kUnsupported, "a piece has {} bytes, at most {} are possible", piece.text.size(),
+         kLongest);
   if (piece.text.empty() || find_invalid_utf8(piece.text) != std::string::npos ||
       !std::isfinite(piece.score)) {
     fail(ErrorCode::kCorrupt, "a piece is empty, not UTF-8 or has no finite score");

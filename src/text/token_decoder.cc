@@ -137,7 +137,11 @@ TokenDecoder parse_token_decoder(const nlohmann::json& spec) {
   for_each_component(spec, "decoders",
                      [&](const nlohmann::json& step) { steps.push_back(parse_step(step)); });
   return [steps = std::move(steps), separator = spec.is_null() ? " " : ""](std::vector<std::string> tokens) {
-    for (const Step& step : steps) step(tokens);
+    const size_t before = total_bytes(tokens);
+    for (const Step& step : steps) {
+      step(tokens);
+      check_growth(before, total_bytes(tokens));
+    }
     return join(tokens, separator);
   };
 }

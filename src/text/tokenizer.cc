@@ -11,6 +11,7 @@
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/json_fields.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/text/sentencepiece_model.h"
 #include "stbllm/text/tokenizer_json.h"
@@ -31,8 +32,12 @@ constexpr const char* kConfig = "tokenizer_config.json";
 constexpr const char* kSpecialTokens = "special_tokens_map.json";
 constexpr const char* kAddedTokens = "added_tokens.json";
 
-/// Positions in a text are 32-bit numbers, and SentencePiece's mark makes three bytes of each space.
-constexpr size_t kMaxTextBytes = size_t{1} << 30;
+/// Special tokens around a text. An item of a template names a list of ids, so that few bytes could ask for
+/// many.
+constexpr size_t kMostAround = 64;
+
+/// Ids that a vocabulary may leave out, beside as many as it has.
+constexpr int64_t kMostGaps = 1 << 16;
 
 const json kNull;  // what absent members are taken for
 
@@ -52,7 +57,7 @@ auto reading(const std::string& where, Read read) {
 json parse_object(const Files& files, const char* name) {
   const auto file = files.find(name);
   if (file == files.end()) return json::object();
-  json object = json::parse(file->second);
+  json object = parse_json(file->second);
   if (!object.is_object()) fail(ErrorCode::kCorrupt, "expected a JSON object, found {}", object.type_name());
   return object;
 }
@@ -199,7 +204,7 @@ void Tokenizer::make_special(const json& named) {
 void Tokenizer::add_tokens_of_config(const Config& config) {
   if (const auto listed = config.tokenizer.find("added_tokens_decoder"); listed != config.tokenizer.end()) {
     for (const auto& [id, token] : listed->items())
-      add_token(parse_added_token(token, parse_id(json::parse(id))));
+      add_token(parse_added_token(token, parse_id(parse_json(id))));
   }
   for (const char* role :
        {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
@@ -227,6 +232,8 @@ bool Tokenizer::parse_post_processor(const json& spec) {
       }
       const json& special = step.at("special_tokens").at(item.at("SpecialToken").at("id").get<std::string>());
       for (const json& id : special.at("ids")) (after_text ? suffix_ : prefix_).push_back(parse_id(id));
+      if (prefix_.size() + suffix_.size() > kMostAround)
+        fail(ErrorCode::kCorrupt, "post_processor TemplateProcessing adds more than {} tokens", kMostAround);
     }
     if (!after_text) fail(ErrorCode::kCorrupt, "post_processor TemplateProcessing has no place for the text");
   });
@@ -259,7 +266,11 @@ void Tokenizer::apply_config(const Config& config, std::string_view source) {
 
 /// Fills what encode and decode look things up in.
 void Tokenizer::index_tokens() {
+  const auto most = 2 * static_cast<int64_t>(encoder_->vocabulary().size() + added_.size()) + kMostGaps;
   const auto place = [&](int32_t id, const std::string& content) {
+    if (id >= most)
+      fail(ErrorCode::kCorrupt, "token \"{}\" has the id {}, expected one below {} in a vocabulary of {}",
+           content, id, most, encoder_->vocabulary().size() + added_.size());
     if (vocab_size() <= id) tokens_.resize(id + 1), special_.resize(id + 1);
     if (!tokens_[id].empty() && tokens_[id] != content)
       fail(ErrorCode::kCorrupt, "the tokens \"{}\" and \"{}\" have the same id {}", tokens_[id], content, id);
@@ -360,7 +371,7 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const std::filesystem::path& director
 
 std::unique_ptr<Tokenizer> Tokenizer::from_serialized(const std::string& serialized) {
   const std::string origin = "serialized tokenizer";
-  Files files = reading(origin, [&] { return json::parse(serialized).get<Files>(); });
+  Files files = reading(origin, [&] { return parse_json(serialized).get<Files>(); });
   if (const auto model = files.find(kTokenizerModel); model != files.end()) {
     std::string bytes;
     for (size_t i = 0; i < model->second.size();) {

@@ -46,5 +46,18 @@ TEST(MappedFile, RefusesWhatIsNotAFileWithContent) {
   EXPECT_EQ(error_of(directory / "empty"), ErrorCode::kCorrupt);
 }
 
+TEST(MappedFileDeathTest, ATruncatedFileEndsTheProgramWithASentence) {
+  const test::ScratchDirectory directory;
+  std::ofstream(directory / "f", std::ios::binary) << std::string(100000, 'x');
+  const auto file = MappedFile::open(directory / "f");
+  std::filesystem::resize_file(directory / "f", 10);
+  EXPECT_EXIT(
+      {
+        exit_when_mapped_file_is_lost();
+        [[maybe_unused]] const volatile std::byte last = file->bytes()[99999];
+      },
+      testing::ExitedWithCode(static_cast<int>(ErrorCode::kCorrupt)), "/f: cannot be read any more");
+}
+
 }  // namespace
 }  // namespace stbllm

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -218,6 +219,28 @@ TEST(TorchPickle, SurvivesEveryChangedByte) {
   }
 }
 
+TEST(TorchPickle, RefusesATensorThatRepeatsItsElements) {
+  // Strides of 0 make any number of elements out of one, which a copy would give memory to.
+  const ScratchDirectory directory;
+  write_archive(directory / "model.bin",
+                Pickle().tensor("FloatStorage", "0", 4, 0, {1 << 30, 1 << 20}, {0, 0}).state_dict_of("w"));
+  const auto source = open_torch_pickle(directory / "model.bin");
+  expect_error(ErrorCode::kUnsupported, "tensor w repeats", [&] { source->load("w"); });
+}
+
+TEST(TorchPickle, RefusesARecordThatClaimsMoreThanDeflateCanHold) {
+  const ScratchDirectory directory;
+  const fs::path path = directory / "model.bin";
+  write_archive(path, four_floats(), /*compress=*/true);
+  std::string bytes = read_all(path);
+  // The size before compression is at byte 24 of a record's entry in the central directory.
+  const size_t entry = bytes.find("PK\x01\x02");
+  ASSERT_NE(entry, std::string::npos);
+  bytes.replace(entry + 24, 4, "\xf0\xff\xff\x7f");
+  write_all(path, bytes);
+  expect_error(ErrorCode::kCorrupt, "claims to hold 2147483632 bytes", [&] { open_torch_pickle(path); });
+}
+
 // --- the unpickler ---------------------------------------------------------------------------------------
 
 TEST(Pickle, RefusesEveryGlobalThatIsNotListed) {
@@ -256,6 +279,23 @@ TEST(Pickle, RefusesTensorsThatReachOutOfTheirStorage) {
   EXPECT_THROW(open(6, 0, {kHuge, kHuge}, {0, 0}), Error);
   EXPECT_THROW(open(6, 0, {3, 3}, {kHuge, kHuge}), Error);
   EXPECT_THROW(open(-1, 0, {1}, {1}), Error);
+}
+
+TEST(Pickle, RefusesOneNameForTwoTensors) {
+  const std::string one = Pickle().tensor("FloatStorage", "0", 4, 0, {4}, {1}).state_dict_of("w");
+  const std::string item = one.substr(3, one.size() - 4);  // without what opens and ends the dictionary
+  expect_error(ErrorCode::kCorrupt, "tensor w is there twice",
+               [&] { unpickle(std::string("\x80\x02}", 3) + item + item + "."); });
+}
+
+TEST(Pickle, RefusesWhatNoTensorHas) {
+  const auto refuse = [](const std::string& part, const std::string& record, std::vector<int64_t> shape) {
+    const std::string pickle = Pickle().tensor("FloatStorage", record, 4, 0, shape, shape).state_dict_of("w");
+    expect_error(ErrorCode::kCorrupt, part, [&] { unpickle(pickle); });
+  };
+  refuse("more than 64 dimensions", "0", std::vector<int64_t>(65, 1));
+  refuse("key of a storage is too long", std::string(256, '0'), {1});
+  refuse("impossible shape", "0", {std::numeric_limits<int64_t>::min()});
 }
 
 TEST(Pickle, SurvivesEveryTruncationAndEveryChangedByte) {

@@ -152,5 +152,14 @@ TEST(PreTokenizer, RefusesByNameWhatItDoesNotImplement) {
                      "\"last\"");
 }
 
+TEST(PreTokenizer, CutsALongRunOfDigitsInOnePass) {
+  // A look at the rest of the run for each piece would take 10^12 steps.
+  std::vector<std::string> words = {std::string(3'000'000, '7')};
+  parse_pre_tokenizer(split_by(kLlama3Pattern))(words, true);
+  ASSERT_EQ(words.size(), 1'000'000u);
+  EXPECT_EQ(words.front(), "777");
+  EXPECT_EQ(words.back(), "777");
+}
+
 }  // namespace
 }  // namespace stbllm

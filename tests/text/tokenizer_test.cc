@@ -485,6 +485,48 @@ TEST(Tokenizer, ReportsDamagedDefinitions) {
   });
 }
 
+TEST(Tokenizer, RefusesStepsThatMultiplyTheText) {
+  // Each step doubles what the one before it left: forty would make a terabyte of one letter.
+  const auto encode_and_decode = [](const char* part, const char* list, const json& step) {
+    json definition = byte_level_tokenizer();
+    definition[part] = {{"type", "Sequence"}, {list, json::array()}};
+    for (int i = 0; i < 40; ++i) definition[part][list].push_back(step);
+    const auto tokenizer = tokenizer_of({{"tokenizer.json", definition}});
+    expect_error(ErrorCode::kUnsupported, "the steps of the tokenizer make more than", [&] {
+      tokenizer->encode("l \u00e9");
+      tokenizer->decode(std::vector<int32_t>{108});  // "l"
+    });
+  };
+  const json replace = {{"type", "Replace"}, {"pattern", {{"String", "l"}}}, {"content", "ll"}};
+  encode_and_decode("normalizer", "normalizers", replace);
+  encode_and_decode("decoder", "decoders", replace);
+  encode_and_decode("pre_tokenizer", "pretokenizers",
+                    {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}});
+}
+
+TEST(Tokenizer, BoundsWhatAFewBytesAskFor) {
+  json definition = byte_level_tokenizer();
+  definition["model"]["vocab"]["far"] = (1 << 24) - 1;
+  expect_error(ErrorCode::kCorrupt, "token \"far\" has the id 16777215", [&] {
+    tokenizer_of({{"tokenizer.json", definition}});
+  });
+
+  definition = byte_level_tokenizer();
+  const json many = std::vector<int>(40, 0), place = {{"SpecialToken", {{"id", "a"}, {"type_id", 0}}}};
+  definition["post_processor"] = {{"type", "TemplateProcessing"},
+                                  {"single", {place, place, {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
+                                  {"special_tokens", {{"a", {{"id", "a"}, {"ids", many}}}}}};
+  expect_error(ErrorCode::kCorrupt, "adds more than 64 tokens", [&] {
+    tokenizer_of({{"tokenizer.json", definition}});
+  });
+
+  definition = byte_level_tokenizer();
+  definition["added_tokens"] = {{{"id", 300}, {"content", std::string(257, 'x')}}};
+  expect_error(ErrorCode::kUnsupported, "added token 300 has 257 bytes", [&] {
+    tokenizer_of({{"tokenizer.json", definition}});
+  });
+}
+
 TEST(Tokenizer, SurvivesDeepNesting) {
   const std::string deep = std::string(200000, '[') + std::string(200000, ']');
   json definition = byte_level_tokenizer();

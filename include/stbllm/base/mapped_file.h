@@ -8,6 +8,11 @@
 
 namespace stbllm {
 
+/// From now on a page of a mapped file that cannot be read, because the file was truncated meanwhile or its
+/// disk fails, ends the program with one sentence on stderr and the exit status of ErrorCode::kCorrupt. The
+/// signal that the system sends then, SIGBUS, would end it without a word. For main().
+void exit_when_mapped_file_is_lost();
+
 class MappedFile {
  public:
   /// Throws Error(kNotFound) when the file cannot be opened, Error(kCorrupt) when it is empty.

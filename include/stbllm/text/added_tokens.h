@@ -4,9 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <set>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
+
+#include "stbllm/text/byte_pair_encoder.h"
 
 namespace stbllm {
 
@@ -25,7 +30,8 @@ struct AddedToken {
 class AddedTokenFinder {
  public:
   /// From now on `token` is found wherever `pattern` (its content, or its normalized content) stands. An
-  /// empty pattern is never found.
+  /// empty pattern is never found. Throws Error(kUnsupported) when it is longer than 256 bytes, which would
+  /// make the search slow.
   void add(std::string pattern, const AddedToken& token);
 
   /// A stretch of the text: a token, or what lies between two tokens.
@@ -37,13 +43,11 @@ class AddedTokenFinder {
   std::vector<Part> split(std::string_view text) const;
 
  private:
-  struct Entry {
-    std::string pattern;
-    AddedToken token;
-  };
-  const Entry* longest_at(std::string_view text, size_t position) const;
+  using Entries = std::unordered_map<std::string, AddedToken, StringHash, std::equal_to<>>;
+  const Entries::value_type* longest_at(std::string_view text, size_t position) const;
 
-  std::vector<Entry> by_first_byte_[256];  // in each, the longest pattern comes first
+  Entries entries_;                                // by pattern
+  std::set<size_t, std::greater<>> lengths_[256];  // of the patterns, by their first byte
 };
 
 }  // namespace stbllm

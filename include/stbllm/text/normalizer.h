@@ -14,7 +14,7 @@ using Normalizer = std::function<void(std::string& text)>;
 /// naming any other.
 Normalizer parse_normalizer(const nlohmann::json& spec);
 
-/// Replaces every occurrence of `pattern` (not empty), left to right.
+/// Replaces every occurrence of `pattern` (not empty), left to right. Throws as check_growth() does.
 void replace_all(std::string& text, const std::string& pattern, const std::string& content);
 
 }  // namespace stbllm

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "stbllm/base/error.h"
 
@@ -19,6 +20,22 @@ inline int32_t parse_id(const nlohmann::json& value) {
          value.is_number() ? value.dump() : value.type_name());
   }
   return static_cast<int32_t>(id);
+}
+
+/// Steps of a tokenizer may make several bytes of one, and a chain of such steps in a stranger's file could
+/// fill the memory. Throws Error(kUnsupported) when `before` bytes have become more than real ones make.
+inline void check_growth(size_t before, size_t after) {
+  constexpr size_t kMostOfOneByte = 32, kMostAdded = 64;
+  if (after > kMostOfOneByte * before + kMostAdded)
+    fail(ErrorCode::kUnsupported, "the steps of the tokenizer make more than {} bytes of {}",
+         kMostOfOneByte * before + kMostAdded, before);
+}
+
+/// Of all strings together.
+inline size_t total_bytes(const std::vector<std::string>& strings) {
+  size_t total = 0;
+  for (const std::string& string : strings) total += string.size();
+  return total;
 }
 
 /// The "type" of a component of tokenizer.json.
