@@ -104,7 +104,7 @@ class CudaMatrix : public PreparedMatrix {
 class CudaBackend : public Backend {
  public:
   std::string_view name() const override { return "cuda"; }
-  bool on_cuda() const override { return true; }
+  std::string_view device() const override { return "cuda"; }
 
   std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const override {
     return std::make_unique<CudaMatrix>(matrix);

@@ -74,7 +74,8 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
         std::make_unique<DenseLinear>(
             weight == quantized.linears.end() ? dense.weight()
                                               : weight->second.to_dense().to(dense.weight().device()),
-            bias == quantized.tensors.end() ? dense.bias() : bias->second, dense.product_dtype()));
+            bias == quantized.tensors.end() ? dense.bias() : bias->second.to(dense.weight().device()),
+            dense.product_dtype()));
   }
   for (const NormSpec& norm : spec.norms(block.index()))
     install(quantized.tensors, block.norm(norm.role), norm.name);
@@ -82,8 +83,9 @@ void install(const QuantizedBlock& quantized, DecoderBlock& block, const ModelSp
 
 void install(const std::map<std::string, at::Tensor>& tensors, NormWeights& norm, const std::string& name) {
   if (const auto weight = tensors.find(name + ".weight"); weight != tensors.end())
-    norm.weight = weight->second;
-  if (const auto bias = tensors.find(name + ".bias"); bias != tensors.end()) norm.bias = bias->second;
+    norm.weight = weight->second.to(norm.weight.device());
+  if (const auto bias = tensors.find(name + ".bias"); bias != tensors.end())
+    norm.bias = bias->second.to(norm.bias.device());
 }
 
 }  // namespace stbllm

@@ -26,46 +26,52 @@ struct Side {
   at::Tensor timed(const Work& work) {
     const double start = seconds_now();
     at::Tensor result = work();
+    if (!result.is_cpu()) result.flatten()[0].item();  // a device is done then
     seconds += seconds_now() - start;
     return result;
   }
 };
 
+/// Sums over positions of (NLL, KL, agreement), float64 (3), where the reference is.
+at::Tensor sums_of(const at::Tensor& nll, const at::Tensor& kl, const at::Tensor& agreement) {
+  return at::stack({nll.sum(at::kDouble), kl.sum(at::kDouble), agreement.sum(at::kDouble)});
+}
+
 /// Adds the means over the scored positions of window `index` of those at hand, whose tokens are `ids`, to
 /// all sides.
 void compare(Side& reference, std::vector<Side>& models, int64_t index, const std::vector<int32_t>& ids,
              int64_t first_token) {
-  const at::Tensor targets = at::tensor(ids, at::kLong).slice(0, first_token).unsqueeze(1);
+  const at::Device device = reference.decoder.device();
+  const at::Tensor targets = at::tensor(ids, at::kLong).slice(0, first_token).unsqueeze(1).to(device);
   const int64_t predicted = targets.size(0);
   int64_t step = tokens_per_head_pass(reference.decoder);
   for (const Side& model : models) step = std::min(step, tokens_per_head_pass(model.decoder));
-  struct Sums {
-    double nll = 0, kl = 0, agreement = 0;
-  };
-  Sums of_reference;
-  std::vector<Sums> of_models(models.size());
+  // (1 + models, 3): of the reference, of which only the first counts, and of each model.
+  at::Tensor sums = at::zeros({std::ssize(models) + 1, 3}, at::kDouble);
   for (int64_t first = 0; first < predicted; first += step) {
     const int64_t last = std::min(first + step, predicted);
     const at::Tensor wanted = targets.slice(0, first, last);
     const auto log_probabilities_of = [&](Side& side) {
       const at::Tensor hidden = side.hidden[index].slice(0, first_token - 1 + first, first_token - 1 + last);
-      return side.timed([&] { return log_probabilities(side.decoder, hidden).cpu(); });
+      return side.timed([&] { return log_probabilities(side.decoder, hidden).to(device); });
     };
     const at::Tensor log_p = log_probabilities_of(reference), p = log_p.exp(), preferred = log_p.argmax(1);
-    of_reference.nll -= log_p.gather(1, wanted).sum(at::kDouble).item<double>();
-    for (size_t m = 0; m < models.size(); ++m) {
-      const at::Tensor log_q = log_probabilities_of(models[m]);
-      of_models[m].nll -= log_q.gather(1, wanted).sum(at::kDouble).item<double>();
-      of_models[m].kl += (p * (log_p - log_q)).sum(at::kDouble).item<double>();
-      of_models[m].agreement += preferred.eq(log_q.argmax(1)).sum().item<double>();
+    const at::Tensor none = at::zeros({1}, log_p.options());
+    std::vector<at::Tensor> found = {sums_of(-log_p.gather(1, wanted), none, none)};
+    for (Side& model : models) {
+      const at::Tensor log_q = log_probabilities_of(model);
+      found.push_back(sums_of(-log_q.gather(1, wanted), p * (log_p - log_q), preferred.eq(log_q.argmax(1))));
     }
+    sums += at::stack(found).cpu();
   }
   const auto positions = static_cast<double>(predicted);
-  reference.window_nll.push_back(of_reference.nll / positions);
-  for (size_t m = 0; m < models.size(); ++m) {
-    models[m].window_nll.push_back(of_models[m].nll / positions);
-    models[m].window_kl.push_back(of_models[m].kl / positions);
-    models[m].window_agreement.push_back(of_models[m].agreement / positions);
+  const at::Tensor mean = sums / positions;
+  const auto means = mean.accessor<double, 2>();
+  reference.window_nll.push_back(means[0][0]);
+  for (int64_t m = 0; m < std::ssize(models); ++m) {
+    models[m].window_nll.push_back(means[m + 1][0]);
+    models[m].window_kl.push_back(means[m + 1][1]);
+    models[m].window_agreement.push_back(means[m + 1][2]);
   }
 }
 

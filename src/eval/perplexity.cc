@@ -59,13 +59,14 @@ at::Tensor token_nll(const Decoder& decoder, const at::Tensor& window_hidden,
   const at::Tensor targets =
       at::tensor(window, at::kLong).slice(0, first_token).unsqueeze(1).to(decoder.device());
   const int64_t step = tokens_per_head_pass(decoder);
-  at::Tensor nll = at::empty({predicted}, at::kDouble);
+  const at::Tensor nll =
+      at::empty({predicted}, at::TensorOptions().dtype(at::kDouble).device(decoder.device()));
   for (int64_t first = 0; first < predicted; first += step) {
     const int64_t last = std::min(first + step, predicted);
     const at::Tensor log_p = log_probabilities(decoder, hidden.slice(0, first, last));
     nll.slice(0, first, last).copy_(-log_p.gather(1, targets.slice(0, first, last)).squeeze(1));
   }
-  return nll;
+  return nll.cpu();
 }
 
 MeanAndError mean_and_error(const std::vector<double>& values) {

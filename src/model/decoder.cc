@@ -117,7 +117,7 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
 Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend, at::ScalarType dtype) {
   check_dtype(dtype);
   const std::string path = packed.file()->file()->path().string();
-  Decoder decoder(ModelSpec::from_packed(packed), dtype, backend.on_cuda() ? at::kCUDA : at::kCPU);
+  Decoder decoder(ModelSpec::from_packed(packed), dtype, device_of(backend));
   const PackedTensors tensors(packed);
   const TensorLoader load = [&](const TensorSpec& tensor) {
     return tensors.load(tensor).to(decoder.device_, dtype, /*non_blocking=*/false, /*copy=*/true);
@@ -171,7 +171,7 @@ int64_t Decoder::bytes() const {
 }
 
 at::Tensor Decoder::embed(const at::Tensor& ids, int64_t first_position) const {
-  at::Tensor hidden = outer_.embedding.look_up(ids.to(device_), dtype_);
+  at::Tensor hidden = outer_.embedding.look_up(ids, dtype_, device_);
   if (outer_.project_in.defined()) hidden = at::linear(hidden, outer_.project_in);
   if (outer_.position_table.defined()) {
     const int64_t first = spec_.position_offset + first_position;

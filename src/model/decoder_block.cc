@@ -73,8 +73,9 @@ Positions::Positions(const ModelSpec& spec, int64_t first, int64_t count, at::Sc
   if (spec.architecture->position == Position::kRotary) {
     const at::Tensor position = at::arange(first, first + count, at::kFloat);
     const at::Tensor angle = at::outer(position, rope_frequencies(spec)).repeat({1, 2});
-    cos = angle.cos().to(device, dtype);
-    sin = angle.sin().to(device, dtype);
+    const at::Tensor both = at::stack({angle.cos(), angle.sin()}).to(device, dtype);  // in one transfer
+    cos = both[0];
+    sin = both[1];
   }
 }
 

@@ -4,6 +4,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <string>
 
 #include "stbllm/base/cpu.h"
 #include "stbllm/base/error.h"
@@ -36,8 +37,15 @@ ActivationView view_of(const at::Tensor& tensor) {
   return {tensor.data_ptr(), element_type(tensor.scalar_type()), tensor.numel() / width, width};
 }
 
+at::Device device_of(const Backend& backend) { return at::Device(std::string(backend.device())); }
+
+void* stream_of(const at::Tensor& x) {
+  if (x.is_cpu()) return nullptr;
+  return c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
+}
+
 at::ScalarType fast_product_dtype(at::Device device) {
-  return device.is_cuda() || multiplies_bfloat16_fast() ? at::kBFloat16 : at::kFloat;
+  return !device.is_cpu() || multiplies_bfloat16_fast() ? at::kBFloat16 : at::kFloat;
 }
 
 DenseLinear::DenseLinear(at::Tensor weight, at::Tensor bias)
@@ -92,10 +100,7 @@ std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, cons
     outputs.push_back(at::empty(shape, x.options()));
     products.push_back({linear->matrix_.get(), view_of(outputs.back())});
   }
-  void* stream = nullptr;
-  if (x.is_cuda())
-    stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
-  packed[0]->backend_.matmul_all(products, view_of(input), stream);
+  packed[0]->backend_.matmul_all(products, view_of(input), stream_of(x));
   for (size_t i = 0; i < packed.size(); ++i)
     if (packed[i]->bias_.defined()) outputs[i].add_(packed[i]->bias_);
   return outputs;

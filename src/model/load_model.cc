@@ -16,7 +16,7 @@ namespace {
 const Backend& choose_backend(const std::string& name) {
   if (name == "auto") log::debug("{}", describe_auto_backend());
   const Backend& chosen = find_backend(name);
-  if (!chosen.on_cuda() || torch_cuda_fault().empty()) return chosen;
+  if (chosen.device() != "cuda" || torch_cuda_fault().empty()) return chosen;
   if (name != "auto" || !backend_of_environment().empty())
     fail(ErrorCode::kUnsupported, "backend 'cuda' cannot run a model here: {}; or use 'cpu'",
          torch_cuda_fault());
@@ -59,7 +59,7 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
          "{}: no such file or directory; expected a packed .safetensors file or a checkpoint directory",
          path);
   const Backend& chosen = choose_backend(backend);
-  const at::Device device = chosen.on_cuda() ? at::kCUDA : at::kCPU;
+  const at::Device device = device_of(chosen);
   if (std::filesystem::is_directory(path)) {
     const Checkpoint checkpoint = Checkpoint::open(path);
     DecoderOptions options;
@@ -69,7 +69,7 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
     return {path,
             Decoder::from_checkpoint(checkpoint, options),
             Tokenizer::load(path),
-            chosen.on_cuda() ? "dense on cuda" : "dense",
+            device.is_cpu() ? "dense" : fmt::format("dense on {}", chosen.device()),
             {},
             {}};
   }

@@ -21,9 +21,9 @@ at::Tensor dense_rows(const QuantizedRows& rows) {
   return dense;
 }
 
-at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
-  if (dense_.defined()) return at::embedding(dense_, ids);
-  const at::Tensor flat = ids.flatten().to(at::kLong).contiguous();
+at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype, at::Device device) const {
+  if (dense_.defined()) return at::embedding(dense_, ids.to(device));
+  const at::Tensor flat = ids.flatten().to(at::kCPU, at::kLong).contiguous();
   const int64_t cols = rows_.layout().cols;
   const at::Tensor found = at::empty({flat.numel(), cols}, at::kFloat);
   for (int64_t i = 0; i < flat.numel(); ++i) {
@@ -34,7 +34,7 @@ at::Tensor Table::look_up(const at::Tensor& ids, at::ScalarType dtype) const {
   }
   std::vector<int64_t> shape = ids.sizes().vec();
   shape.push_back(cols);
-  return found.view(shape).to(dtype);
+  return found.view(shape).to(device, dtype);
 }
 
 at::Tensor Table::multiply(const at::Tensor& x) const {
@@ -43,8 +43,8 @@ at::Tensor Table::multiply(const at::Tensor& x) const {
   STBLLM_CHECK(x.size(-1) == layout.cols, "input width {}, rows of {}", x.size(-1), layout.cols);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = layout.rows;
-  const at::Tensor input = x.contiguous(), y = at::empty(shape, at::kFloat);
-  backend_->matmul(*prepared_, view_of(input), view_of(y));
+  const at::Tensor input = x.contiguous(), y = at::empty(shape, x.options().dtype(at::kFloat));
+  backend_->matmul(*prepared_, view_of(input), view_of(y), stream_of(x));
   return y;
 }
 

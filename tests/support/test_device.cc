@@ -241,12 +241,6 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool) {
   return self;
 }
 
-at::Scalar local_scalar(const at::Tensor& self) {
-  ++counters().waits;
-  const DeviceAccess access(self);
-  return at::_local_scalar_dense(alias_on_host(self));
-}
-
 /// Operations on CUDA whose shape the host has to wait for.
 bool has_shape_by_values(std::string_view name) {
   constexpr std::array<std::string_view, 5> kNames = {"aten::nonzero", "aten::masked_select",
@@ -384,7 +378,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", &resize);
   m.impl("as_strided", &as_strided);
   m.impl("copy_", &copy);
-  m.impl("_local_scalar_dense", &local_scalar);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {

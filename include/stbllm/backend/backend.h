@@ -16,7 +16,7 @@ namespace stbllm {
 
 enum class ElementType { kFloat32, kBFloat16, kFloat16 };
 
-/// A row-major matrix of activations, rows adjacent. Host memory for CPU backends, device memory for CUDA.
+/// A row-major matrix of activations, rows adjacent. They lie where the backend's device() is.
 struct ActivationView {
   void* data = nullptr;
   ElementType type = ElementType::kFloat32;
@@ -43,8 +43,8 @@ class Backend {
   virtual ~Backend() = default;
   /// "reference", "cpu-generic", "cpu-avx2", "cpu-avx512" or "cuda".
   virtual std::string_view name() const = 0;
-  /// Whether activations live in CUDA memory.
-  virtual bool on_cuda() const { return false; }
+  /// Where activations live, as libtorch calls the device: "cpu" or "cuda".
+  virtual std::string_view device() const { return "cpu"; }
   /// The matrix in this backend's own layout.
   virtual std::unique_ptr<PreparedMatrix> prepare(const StructuredBinaryMatrix& matrix) const = 0;
   /// The same for rows of integers, whose bytes may stay where they are (and are kept alive). Null where this

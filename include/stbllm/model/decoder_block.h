@@ -6,7 +6,7 @@
 //
 // and with norms after the sum instead of before the branch where the spec says so. Where the architecture
 // has norms of queries and keys, each head of q(n) and k(n) passes through them before it is rotated. Works
-// in float32 and bfloat16, on the CPU and on CUDA, and under autograd.
+// in float32 and bfloat16, on any device, and under autograd.
 
 #include <ATen/core/Tensor.h>
 

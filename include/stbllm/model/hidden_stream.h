@@ -82,6 +82,8 @@ class HiddenStream {
   int64_t holdout() const { return options_.holdout; }
   const at::Tensor& ids() const { return ids_; }
   const Positions& positions() const { return positions_; }
+  /// Where windows are read to, wherever the states live.
+  at::Device device() const { return device_; }
   /// (windows, seqlen, hidden) as they are.
   const at::Tensor& states() const { return states_; }
   /// A copy (count, seqlen, hidden) of some windows in the dtype that blocks compute in. What lives in a file

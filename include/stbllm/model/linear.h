@@ -26,6 +26,10 @@ at::ScalarType fast_product_dtype(at::Device device = at::kCPU);
 
 /// A contiguous tensor (..., width) of float32, bfloat16 or float16 as what a backend takes: (tokens, width).
 ActivationView view_of(const at::Tensor& tensor);
+/// The stream in which operations on x are queued, for a backend; null on the CPU.
+void* stream_of(const at::Tensor& x);
+/// Where a backend's activations live.
+at::Device device_of(const Backend& backend);
 
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {

@@ -24,9 +24,10 @@ class Table {
   Table(QuantizedRows rows, const Backend& backend, std::unique_ptr<PreparedMatrix> prepared)
       : rows_(std::move(rows)), backend_(&backend), prepared_(std::move(prepared)) {}
 
-  /// ids of any shape, int32 or int64, on the table's device -> the rows (ids..., width), of quantized rows
-  /// in `dtype` and of a dense table in its own dtype. An id outside the table is a logic error.
-  at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype) const;
+  /// ids of any shape, int32 or int64, best on the CPU -> the rows (ids..., width) on `device`, which is the
+  /// table's; of quantized rows in `dtype` and of a dense table in its own dtype. An id outside the table is
+  /// a logic error.
+  at::Tensor look_up(const at::Tensor& ids, at::ScalarType dtype, at::Device device = at::kCPU) const;
   /// x (..., width) -> (..., vocab). A dense table gives x's dtype; quantized rows give float32, as the
   /// backend multiplies, and no gradients.
   at::Tensor multiply(const at::Tensor& x) const;
