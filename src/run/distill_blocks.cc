@@ -16,7 +16,7 @@ void distill_blocks(Run& run) {
   run.result.distill = run.work->load_distilled(run.distilled, inputs);
   if (run.result.distill) return;
   for (int64_t i = 0; i < run.blocks(); ++i) run.distilled[i] = run.work->load(i).value();
-  const Decoder teacher = Decoder::from_checkpoint(run.request.checkpoint);
+  const Decoder teacher = Decoder::from_checkpoint(run.request.checkpoint, {.device = run.decoder.device()});
   const std::unique_ptr<TrainingStore> store = run.work->training_store(inputs);
   run.result.distill = distill({.student = run.decoder,
                                 .teacher = teacher,

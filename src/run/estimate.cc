@@ -116,9 +116,13 @@ class Estimator {
     const HiddenStream stream(decoder, ids_of(std::span(calibration_.windows).first(windows_)), {});
     measured_tokens_ = stream.tokens();
     TapStats taps(linears_, token_weights(recipe_.method));
-    statistics_seconds_ = seconds_of([&] { stream.observe(*block, observer_of(taps)); });
-    forward_seconds_ =
-        seconds_of([&] { stream.outputs(*block).sum().item<float>(); });  // a device is done then
+    // A device works in the order of what it is given, and is done when a number comes back.
+    const at::Tensor last = at::zeros({1}, at::TensorOptions().device(decoder.device()));
+    statistics_seconds_ = seconds_of([&] {
+      stream.observe(*block, observer_of(taps));
+      last.item<float>();
+    });
+    forward_seconds_ = seconds_of([&] { stream.outputs(*block).sum().item<float>(); });
     InputStats stats = taps.finish()[static_cast<size_t>(widest_.tap)];
     if (calibration_.holdout > 0) stats.holdout_hessian = stats.hessian;  // held-out errors cost time too
     const at::Tensor original = block->dense(widest_.role).weight();

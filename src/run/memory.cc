@@ -53,7 +53,7 @@ class MemoryModel {
         quantized_blocks_(options.quantized_blocks(spec)),
         on_host_(options.device == "cpu"),
         in_memory_(!spill && on_host_),
-        copies_products_(fast_product_dtype() != at::kFloat) {
+        copies_products_(fast_product_dtype(calibration_device(options)) != at::kFloat) {
     for (const LinearSpec& linear : spec.linears(0)) {
       const int64_t count = linear.rows * linear.cols, square = linear.cols * linear.cols;
       weights_ += count;

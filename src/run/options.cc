@@ -1,6 +1,7 @@
 #include "stbllm/run/options.h"
 
 #include <ATen/Context.h>
+#include <c10/core/DeviceType.h>
 
 #include "stbllm/base/durable_file.h"
 #include "stbllm/base/error.h"
@@ -13,7 +14,13 @@ namespace fs = std::filesystem;
 
 at::Device calibration_device(const QuantizeOptions& options) {
   if (options.device == "cpu") return at::kCPU;
-  if (options.device != "cuda") fail(ErrorCode::kUsage, "device '{}': expected cpu or cuda", options.device);
+  if (options.device != "cuda") {
+    // A device that the program itself has given libtorch.
+    const bool registered =
+        c10::is_privateuse1_backend_registered() && options.device == c10::get_privateuse1_backend();
+    if (!registered) fail(ErrorCode::kUsage, "device '{}': expected cpu or cuda", options.device);
+    return {at::kPrivateUse1, 0};
+  }
   if (const std::string fault = torch_cuda_fault(); !fault.empty())
     fail(ErrorCode::kUnsupported, "device 'cuda' cannot calibrate here: {}; or use 'cpu'", fault);
   const int index = local_rank(), count = static_cast<int>(at::getNumGPUs());
@@ -39,11 +46,6 @@ void check_recipe(const Recipe& recipe, const QuantizeOptions& options, const Pr
          "recipe '{}' tunes or distils, which works in one process only, and WORLD_SIZE is {}; start one, or "
          "set training.tune and training.distill to null",
          recipe.name, group.size());
-  if (calibration_device(options).is_cuda())
-    fail(ErrorCode::kUnsupported,
-         "recipe '{}' tunes or distils, which works on the CPU only; leave out --device cuda, or set "
-         "training.tune and training.distill to null",
-         recipe.name);
 }
 
 /// Throws where the output cannot or may not be written.

@@ -44,7 +44,8 @@ class FileTrainingStore : public TrainingStore {
     save_blocks(directory_, best);
     SafetensorsWriter file(path(), /*force=*/true);
     visit_state([&](const std::string& name, at::Tensor& tensor) {
-      file.add(name, dtype_name(tensor), tensor.sizes().vec(), bytes_of(tensor));
+      const at::Tensor host = tensor.cpu();
+      file.add(name, dtype_name(host), host.sizes().vec(), bytes_of(host));
     });
     file.set_metadata("inputs", inputs_.dump());
     file.set_metadata("progress", progress.dump());
@@ -64,7 +65,9 @@ class FileTrainingStore : public TrainingStore {
       if (kept == file->tensors().end() || kept->second.data.size() != tensor.nbytes() ||
           checksums.value(name, "") != checksum(kept->second.data))
         refuse("tensor " + name);
-      std::memcpy(tensor.data_ptr(), kept->second.data.data(), tensor.nbytes());
+      const at::Tensor host = at::empty_like(tensor, at::TensorOptions().device(at::kCPU));
+      std::memcpy(host.data_ptr(), kept->second.data.data(), host.nbytes());
+      tensor.copy_(host);
     });
     auto blocks = load_blocks(directory_, best.size());
     if (!blocks) refuse("a block beside it");

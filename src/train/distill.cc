@@ -24,7 +24,7 @@ constexpr double kKeepAfter = 600;
 /// One end of the comparison: normalised hidden states to logits.
 struct Head {
   at::Tensor weight;  // (vocab, width) in the dtype of products
-  explicit Head(const at::Tensor& table) : weight(table.to(fast_product_dtype())) {}
+  explicit Head(const at::Tensor& table) : weight(table.to(fast_product_dtype(table.device()))) {}
   at::Tensor logits(const at::Tensor& x) const {
     return at::linear(x.to(weight.scalar_type()), weight).to(at::kFloat);
   }
@@ -35,17 +35,17 @@ struct Passed {
   at::Tensor input, output;
 };
 
-/// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads; with `gradient`,
-/// its derivative with respect to x goes there.
-double divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y,
-                  at::Tensor* gradient) {
-  double sum = 0;
+/// Sum over tokens of KL(teacher || student) for x, y (tokens, width) in front of the heads, a number of
+/// float64; with `gradient`, its derivative with respect to x goes there.
+at::Tensor divergence(const Head& student, const at::Tensor& x, const Head& teacher, const at::Tensor& y,
+                      at::Tensor* gradient) {
+  at::Tensor sum = at::zeros({}, x.options().dtype(at::kDouble));
   for (int64_t first = 0; first < x.size(0); first += kTokensPerDivergence) {
     const int64_t count = std::min(kTokensPerDivergence, x.size(0) - first);
     const at::Tensor log_p = at::log_softmax(teacher.logits(y.narrow(0, first, count)), -1);
     const at::Tensor log_q = at::log_softmax(student.logits(x.narrow(0, first, count)), -1);
     const at::Tensor p = log_p.exp();
-    sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble).item<double>();
+    sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble);
     if (gradient != nullptr)
       gradient->narrow(0, first, count)
           .copy_(at::mm((log_q.exp() - p).to(student.weight.scalar_type()), student.weight));
@@ -86,7 +86,10 @@ class Distillation {
     for (; epoch_ <= stage_.epochs; ++epoch_, next_ = 0, sum_ = 0) {
       while (next_ < training_) {
         keep_state_if_due();
+        const double started = seconds_now();
         train(next_, std::min(step_, training_ - next_));
+        seconds_ += seconds_now() - started;
+        trained_windows_ += std::min(step_, training_ - next_);
         next_ += step_;
         progress.update(++steps_, fmt::format("divergence {:.4f}",
                                               sum_ / static_cast<double>(std::min(next_, training_))));
@@ -96,6 +99,8 @@ class Distillation {
                 stage_.epochs, sum_ / static_cast<double>(training_), divergence, judged);
       if (divergence < report_.divergence_after) keep_result(divergence);
     }
+    if (seconds_ > 0)
+      report_.tokens_per_second = static_cast<double>(trained_windows_ * states_.seqlen()) / seconds_;
     return report_;
   }
 
@@ -122,7 +127,8 @@ class Distillation {
   /// Divergence per token of the student's hidden states for the windows from `first` on.
   double compare(const at::Tensor& hidden, int64_t first) const {
     const at::Tensor y = targets(first, hidden.size(0)), x = student_.before_head(hidden).flatten(0, 1);
-    return divergence(student_head_, x, teacher_head_, y, nullptr) / static_cast<double>(y.size(0));
+    return divergence(student_head_, x, teacher_head_, y, nullptr).item<double>() /
+           static_cast<double>(y.size(0));
   }
 
   /// The same, and its derivative with respect to `hidden`; the final norm gets its gradients.
@@ -134,13 +140,13 @@ class Distillation {
       const at::AutoGradMode with_grad(true);
       x = student_.before_head(leaf);
     }
-    at::Tensor x_gradient = at::empty({y.size(0), x.size(-1)}, at::kFloat);
-    const double sum = divergence(student_head_, x.detach().flatten(0, 1), teacher_head_, y, &x_gradient);
+    at::Tensor x_gradient = at::empty({y.size(0), x.size(-1)}, x.options().dtype(at::kFloat));
+    const at::Tensor sum = divergence(student_head_, x.detach().flatten(0, 1), teacher_head_, y, &x_gradient);
     {
       const at::AutoGradMode with_grad(true);
       x.backward(x_gradient.view_as(x) / tokens);
     }
-    return {sum / tokens, leaf.grad()};
+    return {sum.item<double>() / tokens, leaf.grad()};
   }
 
   /// One step of Adam on `count` windows.
@@ -242,6 +248,8 @@ class Distillation {
   int64_t steps_ = 0, next_ = 0;  // steps that are done; the next window of this epoch
   double sum_ = 0;                // divergence of this epoch's windows
   double last_kept_ = seconds_now();
+  double seconds_ = 0;  // of steps since the start, and the windows that they saw
+  int64_t trained_windows_ = 0;
 };
 
 }  // namespace

@@ -39,10 +39,7 @@ void TrainedVectors::step(double rate) {
   const AdamStep adam(rate, ++steps_);
   for (Vector& v : vectors_) {
     const bool by_factors = !v.unit.defined();
-    const at::Tensor gradient = (v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit)).contiguous();
-    for (int64_t i = 0; i < gradient.numel(); ++i)
-      v.moved.data_ptr<float>()[i] +=
-          adam(gradient.data_ptr<float>()[i], v.mean.data_ptr<float>()[i], v.square.data_ptr<float>()[i]);
+    v.moved.add_(adam(v.leaf.grad() * (by_factors ? v.leaf.detach() : v.unit), v.mean, v.square));
     update_leaf(v);
     v.leaf.mutable_grad().reset();
   }
@@ -67,7 +64,8 @@ void TrainedVectors::resume(int64_t steps) {
 }
 
 void TrainedVectors::write_back(std::map<std::string, at::Tensor>& tensors) const {
-  for (const Vector& v : vectors_) tensors[v.name] = v.leaf.detach().clone();
+  for (const Vector& v : vectors_)
+    tensors[v.name] = v.leaf.detach().to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
 }
 
 TrainedBlock::TrainedBlock(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock& quantized,

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "stbllm/base/bits.h"
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/train/trained_block.h"
@@ -21,7 +22,8 @@ class Reconstruction {
   Reconstruction(const DecoderBlock& block, const HiddenStream& inputs, const HiddenStream& targets)
       : block_(block), inputs_(inputs), targets_(targets) {
     const std::array<int64_t, 2> sizes = {inputs.windows(), inputs.seqlen()};
-    const at::Tensor norm = at::empty(sizes, at::kFloat), change = at::empty_like(norm);
+    const at::Tensor norm = at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(inputs.device())),
+                     change = at::empty_like(norm);
     for (int64_t w = 0; w < inputs.windows(); ++w) {  // one at a time: these may be most of what is in memory
       const at::Tensor target = read(targets, w, 1)[0];
       norm[w].copy_(target.norm(2, -1).clamp_min(kSmallestNorm));
@@ -76,7 +78,9 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
   report.loss_before = report.loss_after = judge();
   const int64_t total_steps = ceil_div(training, step) * stage.epochs;
   int64_t done = 0;
+  double seconds = 0;
   for (int epoch = 1; epoch <= stage.epochs; ++epoch) {
+    const double started = seconds_now();
     for (int64_t first = 0; first < training; first += step, ++done) {
       check_interrupt();
       {
@@ -85,6 +89,8 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
       }
       trained.step(decayed({.gains = stage.lr, .codes = stage.code_lr}, done, total_steps));
     }
+    at::zeros({1}, at::TensorOptions().device(inputs.device())).item();  // a device is done then
+    seconds += seconds_now() - started;
     const double loss = judge();
     if (loss < report.loss_after) {
       report.loss_after = loss;
@@ -92,6 +98,8 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
       report.changed = trained.write_back();
     }
   }
+  if (seconds > 0)
+    report.tokens_per_second = static_cast<double>(training * inputs.seqlen() * stage.epochs) / seconds;
   return report;
 }
 

@@ -291,7 +291,7 @@ void add_run_options(CLI::App& command, Options& options) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command
       .add_option("--device", options.quantize.device,
-                  "Where forward passes, Hessians and the searches of lean methods run: cpu or cuda")
+                  "Where forward passes, Hessians, searches of lean methods and training run: cpu or cuda")
       ->capture_default_str();
   command
       .add_flag("--dense", options.quantize.dense_output,

@@ -24,6 +24,7 @@ struct TuneReport {
   double loss_before = 0, loss_after = 0;  ///< on the held-out windows, or on all when there are none
   double changed = 0;                      ///< share of weights whose symbol changed
   int epochs = 0;                          ///< until the smallest held-out loss
+  double tokens_per_second = 0;            ///< of steps
 };
 
 struct DistillReport {
@@ -31,6 +32,7 @@ struct DistillReport {
                                                        ///< when there are none
   double changed = 0;                                  ///< share of weights whose symbol changed
   int epochs = 0;                                      ///< until the smallest held-out divergence
+  double tokens_per_second = 0;                        ///< of steps, since the last start
 };
 
 /// The hidden states after a block against those of the dense model, over all calibration windows; tokens
@@ -44,8 +46,9 @@ struct BlockResult {
 /// The seconds of a linear vary from run to run: they have no place in a packed file.
 nlohmann::json to_json(const LinearResult& result, bool with_seconds);
 LinearResult linear_result_from_json(const nlohmann::json& json);
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TuneReport, loss_before, loss_after, changed, epochs)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(DistillReport, divergence_before, divergence_after, changed, epochs)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TuneReport, loss_before, loss_after, changed, epochs, tokens_per_second)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(DistillReport, divergence_before, divergence_after, changed, epochs,
+                                   tokens_per_second)
 void to_json(nlohmann::json& json, const BlockResult& result);
 
 }  // namespace stbllm

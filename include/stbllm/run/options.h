@@ -27,7 +27,8 @@ struct QuantizeOptions {
   /// A plan to follow (plan/plan.h) in place of what the recipe's allocation and rules say; null: none.
   nlohmann::json plan;
   int64_t blocks = -1;  ///< quantize only so many blocks, the others stay dense; below 0: all
-  /// "cuda": forward passes, Hessians and what quantize_linear() does there run on the current device.
+  /// Where forward passes, Hessians, what quantize_linear() does there and training run: "cpu", "cuda" (the
+  /// current device) or the name of a device that the program has registered with libtorch.
   std::string device = "cpu";
   bool compare_blocks = false;  ///< run the dense model beside, for QuantizeResult::blocks
   int64_t max_memory = 0;       ///< bytes; hidden states go to a file where more would be needed. 0: no limit

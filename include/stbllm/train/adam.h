@@ -1,6 +1,8 @@
 #pragma once
 // Adam (Kingma and Ba, 2015) for parameters of our own layout.
 
+#include <ATen/ATen.h>
+
 #include <cmath>
 #include <cstdint>
 
@@ -28,6 +30,12 @@ struct AdamStep {
     mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
     square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
     return -rate * (mean * mean_correction) / (sqrt_of(square * square_correction) + kAdamEpsilon);
+  }
+  /// The same for float32 tensors of one shape, on any device.
+  at::Tensor operator()(const at::Tensor& gradient, const at::Tensor& mean, const at::Tensor& square) const {
+    mean.add_((gradient - mean).mul_(static_cast<float>(1 - kMeanDecay)));
+    square.add_((gradient * gradient).sub_(square).mul_(static_cast<float>(1 - kSquareDecay)));
+    return (mean * mean_correction).mul_(-rate).div_((square * square_correction).sqrt_().add_(kAdamEpsilon));
   }
 };
 

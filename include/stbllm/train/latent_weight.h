@@ -1,13 +1,11 @@
 #pragma once
 // A packed linear while it is trained: the parameters behind it, the weights of the forward pass, Adam.
 //
-// Each weight has a latent value in units of its scale. The forward pass uses the N largest magnitudes of a
-// group with their signs and nearest levels, times scale, times exp(row gain); the gradient goes to the
-// latent as if nothing was rounded (straight-through estimator). Outlier columns are exact and stay.
+// The parameters and what a step does to them are in latent_state.h. Outlier columns are exact and stay.
 //
 // Autograd sees a leaf of dense weights only. Everything behind it is one pass over the rows: gradients of
-// latents, row gains and level gains, Adam, the next projection. Results do not depend on the number of
-// threads.
+// latents, row gains and level gains, Adam, the next projection. On the CPU results do not depend on the
+// number of threads.
 
 #include <ATen/core/Tensor.h>
 
@@ -16,14 +14,9 @@
 #include <vector>
 
 #include "stbllm/quantize/binarized_weight.h"
+#include "stbllm/train/latent_state.h"
 
 namespace stbllm {
-
-/// Adam's steps for the two kinds of parameters.
-struct TuneRates {
-  double gains = 0;  ///< logarithms of row scales and levels
-  double codes = 0;  ///< latents, in units of the scale; 0: codes stay
-};
 
 /// The rates at step `done` of `total`: a short warm-up (Adam's first steps have no variance to go by), then
 /// cosine decay.
@@ -35,12 +28,13 @@ using StateVisitor = std::function<void(const std::string& name, at::Tensor& ten
 
 class LatentWeight {
  public:
-  /// `weight` is lean (one level, or shared levels) and outlives this object; `original` (rows, cols) places
-  /// pruned weights. Without `train_codes` only the gains move.
+  /// `weight` is lean (one level, or shared levels), lies on the CPU and outlives this object; `original`
+  /// (rows, cols) places pruned weights, and training happens on its device. Without `train_codes` only the
+  /// gains move.
   LatentWeight(BinarizedWeight& weight, const at::Tensor& original, bool train_codes);
 
   /// The weights of the forward pass (rows, cols) in fast_product_dtype(), a leaf that requires a gradient.
-  const at::Tensor& dense() const { return dense_; }
+  const at::Tensor& dense() const { return state_.dense; }
   /// One step of Adam from dense().grad(), which is dropped; dense() then holds the new weights.
   void step(const TuneRates& rates);
   void visit_state(const std::string& name, const StateVisitor& visit);
@@ -51,27 +45,14 @@ class LatentWeight {
   int64_t write_back();
 
  private:
-  struct Moments {
-    at::Tensor mean, square;
-  };
-  /// Fills dense_ and, unless null, symbols (rows, cols) from the parameters.
-  void project(int8_t* symbols = nullptr);
-  std::vector<float> levels_now() const;
+  /// Fills the state's dense and, where it is defined, `symbols`, int8 (rows, cols).
+  void project(const at::Tensor& symbols = {}) const;
 
   BinarizedWeight& weight_;
-  bool train_codes_;
+  LatentState state_;
   int64_t steps_ = 0;
-  at::Tensor first_symbols_,
-      first_scales_;  // of the weight: scales are row scales, or all of them when each is stored
-  std::vector<float> levels_;
-  at::Tensor unit_scales_;  // (rows, column blocks): of level 1, before the row gain
-  at::Tensor latent_;       // (rows, cols)
-  at::Tensor row_gain_;     // (rows): logarithm of a factor
-  at::Tensor level_gain_;   // (levels): logarithm of a factor; stays 0 when there is one level
-  Moments latent_moments_, row_moments_, level_moments_;
-  at::Tensor outlier_values_;  // (rows, outliers)
-  std::vector<int32_t> outlier_columns_;
-  at::Tensor dense_;
+  // Of the weight at the start; scales are row scales, or all of them when each is stored.
+  at::Tensor first_symbols_, first_scales_;
 };
 
 }  // namespace stbllm

@@ -27,7 +27,7 @@ class TrainedVectors {
   void step(double rate);
   void visit_state(const StateVisitor& visit);
   void resume(int64_t steps);  ///< as LatentWeight::resume
-  /// Copies of the trained values, by name.
+  /// Copies of the trained values on the CPU, by name.
   void write_back(std::map<std::string, at::Tensor>& tensors) const;
 
  private:
