@@ -42,21 +42,14 @@ void invert_lower(at::Tensor lower) {
 /// With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and H^-1 =
 /// U^T U for U = R^-1. Takes at most 16 bytes for each of H's elements, beside H: for LLaMA-2-7B's widest
 /// linears these are 2 GB.
-at::Tensor factor_in_one_step(const at::Tensor& hessian, at::ScalarType dtype) {
-  at::Tensor h = hessian.flip({0, 1}).to(dtype);
+at::Tensor factor_in_one_step(at::Tensor h) {
+  h = h.flip({0, 1});
+  h = h.to(at::kDouble);
   const auto [lower, info] = at::linalg_cholesky_ex(h);
   h.reset();
   if (info.item<int>() != 0) return {};
   invert_lower(lower);
-  const at::Tensor upper = lower.to(at::kFloat).flip({0, 1});
-  return is_finite(upper) ? upper : at::Tensor();
-}
-
-/// In float32, which takes half the time of float64, and in float64 where float32's rounding makes a Cholesky
-/// fail.
-at::Tensor factor_in_one_step(const at::Tensor& h) {
-  const at::Tensor upper = factor_in_one_step(h, at::kFloat);
-  return upper.defined() ? upper : factor_in_one_step(h, at::kDouble);
+  return lower.to(at::kFloat).flip({0, 1});
 }
 
 }  // namespace
@@ -82,7 +75,7 @@ InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool thr
   for (int retries = 0;; ++retries, damping = damping > 0 ? 10 * damping : 1e-4) {
     at::Tensor h = hessian.clone();
     h.diagonal().add_(dead).add_(damping * mean);
-    const at::Tensor upper = three_steps ? factor_in_three_steps(h) : factor_in_one_step(h);
+    const at::Tensor upper = three_steps ? factor_in_three_steps(h) : factor_in_one_step(std::move(h));
     if (upper.defined() && is_finite(upper)) return {upper.contiguous(), damping, retries};
     if (retries == kMaxRetries)
       fail(ErrorCode::kCorrupt,

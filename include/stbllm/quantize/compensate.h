@@ -16,8 +16,8 @@ struct InverseFactor {
 
 /// hessian: (cols, cols). `three_steps`: Cholesky, inverse, Cholesky in float32 as GPTQ and the released
 /// STBLLM do it, whose rounding decides ties between equal weights; otherwise one Cholesky and one triangular
-/// inverse, in float64 where float32 does not do. Columns with H_jj = 0 get H_jj = 1. Throws Error(kCorrupt)
-/// when H has values that are not finite.
+/// inverse in float64. Columns with H_jj = 0 get H_jj = 1. Throws Error(kCorrupt) when H has values that are
+/// not finite.
 InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool three_steps = false);
 
 }  // namespace stbllm
