@@ -12,8 +12,8 @@ namespace {
 
 using nlohmann::json;
 
-/// With more blocks than this a config.json is damaged.
-constexpr int64_t kMostBlocks = 1 << 16;
+/// With more blocks or wider ones than this a config.json is damaged. Numbers of weights stay below 2^63.
+constexpr int64_t kMostBlocks = 1 << 12, kWidest = 1 << 22;
 
 std::string architecture_class(const json& config) {
   const auto it = config.find("architectures");
@@ -115,6 +115,13 @@ void read_sizes(const JsonFields& config, const Architecture& row, ModelSpec& sp
          kMostBlocks);
   read_heads(config, row, spec);
   spec.ffn = config.count(row.ffn_key);
+  const std::pair<std::string_view, int64_t> widths[] = {
+      {"hidden_size", spec.hidden},
+      {"num_attention_heads x head_dim", spec.heads * spec.head_dim},
+      {row.ffn_key, spec.ffn}};
+  for (const auto& [what, width] : widths)
+    if (width > kWidest)
+      fail(ErrorCode::kCorrupt, "config.json: {} = {} must be at most {}", what, width, kWidest);
   spec.vocab = config.count("vocab_size");
   spec.max_positions = config.count("max_position_embeddings");
   spec.embedding_width =

@@ -5,6 +5,7 @@
 #include "stbllm/base/checksum.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/json_fields.h"
+#include "stbllm/base/parse_json.h"
 
 namespace stbllm {
 namespace {
@@ -63,7 +64,7 @@ QuantizedRows::Layout read_rows_layout(const json& object, const std::string& wh
 }
 
 json parse_object(const std::string& text, std::string_view key, const fs::path& path) {
-  json object = json::parse(text, nullptr, false);
+  json object = try_parse_json(text);
   if (!object.is_object())
     fail(ErrorCode::kCorrupt, "{}: metadata '{}': expected a JSON object", path.string(), key);
   return object;
@@ -141,8 +142,13 @@ PackedReader PackedReader::open(const fs::path& path) {
          kPackedFormatVersion, version);
   reader.metadata("header_checksum");  // compared by SafetensorsFile when there
 
-  // What is left in the end are the dense tensors.
+  // What is left in the end are the dense tensors, which are used in place.
   auto& tensors = reader.dense_ = reader.file_->tensors();
+  for (const auto& [name, tensor] : tensors)
+    if (reinterpret_cast<uintptr_t>(tensor.data.data()) % static_cast<uintptr_t>(dtype_bytes(tensor.dtype)) !=
+        0)
+      fail(ErrorCode::kCorrupt, "{}: tensor '{}' of {} does not start at a multiple of its element size",
+           path.string(), name, tensor.dtype);
   const auto take = [&](const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape) {
     const auto found = tensors.find(name);
     if (found == tensors.end()) fail(ErrorCode::kCorrupt, "{}: tensor '{}' is missing", path.string(), name);
@@ -195,7 +201,7 @@ const std::string& PackedReader::metadata(const std::string& key) const {
 }
 
 json PackedReader::config() const {
-  json value = json::parse(metadata("config"), nullptr, /*allow_exceptions=*/false);
+  json value = try_parse_json(metadata("config"));
   if (value.is_discarded())
     fail(ErrorCode::kCorrupt, "{}: its metadata \"config\" is not valid JSON",
          file_->file()->path().string());
@@ -205,7 +211,7 @@ json PackedReader::config() const {
 json PackedReader::remark(const std::string& key) const {
   const auto found = file_->metadata().find(key);
   if (found == file_->metadata().end()) return nullptr;
-  json value = json::parse(found->second, nullptr, /*allow_exceptions=*/false);
+  json value = try_parse_json(found->second);
   return value.is_discarded() ? json(found->second) : value;
 }
 

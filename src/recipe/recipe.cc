@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 
 namespace stbllm {
@@ -392,7 +393,7 @@ Recipe Recipe::load(const std::string& name_or_path) {
     for (const auto& name : preset_names()) names += (names.empty() ? "" : ", ") + name;
     fail(ErrorCode::kUsage, "--recipe {}: expected a .json file or one of {}", name_or_path, names);
   }
-  const auto json = nlohmann::json::parse(read_text(name_or_path), nullptr, /*allow_exceptions=*/false);
+  const auto json = try_parse_json(read_text(name_or_path));
   if (json.is_discarded()) fail(ErrorCode::kUsage, "{}: the recipe is not valid JSON", name_or_path);
   return from_json(json);
 }

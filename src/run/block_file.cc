@@ -53,6 +53,11 @@ std::optional<QuantizedBlock> load_block(const fs::path& path) {
     quantized.tune = tune.get<TuneReport>();
   for (const auto& [name, matrix] : reader.linears()) quantized.linears.emplace(name, unpack_weight(matrix));
   for (const auto& [name, entry] : reader.dense_tensors()) {
+    if (entry.dtype != "F32")
+      fail(ErrorCode::kCorrupt,
+           "{}: tensor {} has dtype {}, expected F32; remove this file, and --resume makes "
+           "it again",
+           path.string(), name, entry.dtype);
     const at::Tensor tensor =
         at::from_blob(const_cast<std::byte*>(entry.data.data()), entry.shape, at::kFloat).clone();
     const std::string linear = name.ends_with(".weight") ? name.substr(0, name.size() - 7) : "";

@@ -11,6 +11,7 @@
 #include "block_file.h"
 #include "stbllm/base/checksum.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/safetensors.h"
 #include "stbllm/base/text_file.h"
 #include "stbllm/calibrate/pack_weight.h"
@@ -25,7 +26,7 @@ namespace fs = std::filesystem;
 /// No object when the file is missing or damaged.
 nlohmann::json read_json(const fs::path& path) {
   const std::string text = fs::exists(path) ? read_text(path) : "";
-  return nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  return try_parse_json(text);
 }
 
 constexpr const char* kPlan = "plan.json";
@@ -95,9 +96,8 @@ class FileTrainingStore : public TrainingStore {
   }
   nlohmann::json metadata(const SafetensorsFile& file, const char* key) const {
     const auto found = file.metadata().find(key);
-    const auto json = found == file.metadata().end()
-                          ? nlohmann::json(nlohmann::json::value_t::discarded)
-                          : nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
+    const auto json = found == file.metadata().end() ? nlohmann::json(nlohmann::json::value_t::discarded)
+                                                     : try_parse_json(found->second);
     if (json.is_discarded()) refuse(fmt::format("'{}' in its header", key));
     return json;
   }
