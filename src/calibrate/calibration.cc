@@ -17,6 +17,9 @@ namespace {
 /// One window of so many is held out; with fewer windows none is.
 constexpr int64_t kWindowsPerHeldOut = 8;
 
+/// Of all windows together: a gigabyte of ids, a thousand times what calibration takes as a rule.
+constexpr int64_t kMostTokens = int64_t{1} << 28;
+
 /// `total` windows divided by the weights of the texts: rounded down, and what is left over to those that
 /// lost most by that.
 std::vector<int64_t> divide(int64_t total, std::span<const CalibrationText> texts) {
@@ -67,6 +70,12 @@ CalibrationText CalibrationText::parse(const std::string& argument) {
 
 Calibration make_calibration(const Checkpoint& checkpoint, std::span<const CalibrationText> texts,
                              int64_t samples, int64_t distill_samples, int64_t seqlen, uint64_t seed) {
+  const int64_t most = kMostTokens / std::max<int64_t>(seqlen, 1);
+  if (samples > most || distill_samples > most - samples)
+    fail(ErrorCode::kUsage,
+         "{} and {} windows of {} tokens are more than {} tokens; pass a smaller --nsamples, "
+         "--distill-nsamples or --seqlen",
+         samples, distill_samples, seqlen, kMostTokens);
   const auto tokenizer = Tokenizer::load(checkpoint.directory());
   Calibration calibration;
   calibration.holdout = samples / kWindowsPerHeldOut;

@@ -66,7 +66,11 @@ at::Tensor token_nll(const Decoder& decoder, const at::Tensor& window_hidden,
     const at::Tensor log_p = log_probabilities(decoder, hidden.slice(0, first, last));
     nll.slice(0, first, last).copy_(-log_p.gather(1, targets.slice(0, first, last)).squeeze(1));
   }
-  return nll.cpu();
+  const at::Tensor on_host = nll.cpu();
+  if (!std::isfinite(on_host.sum().item<double>()))
+    fail(ErrorCode::kCorrupt,
+         "the logits are not finite; the model's weights are damaged, or its activations overflow");
+  return on_host;
 }
 
 MeanAndError mean_and_error(const std::vector<double>& values) {

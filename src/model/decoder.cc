@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <cmath>
+#include <span>
 
 #include "stbllm/base/error.h"
 #include "stbllm/checkpoint/sources.h"
@@ -99,8 +100,14 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
     at::Tensor owned = mapped.to(options.device, options.dtype, /*non_blocking=*/false, /*copy=*/true);
     checkpoint.release(spec.name);
     if (!std::isfinite(owned.sum().item<float>()))
-      fail(ErrorCode::kCorrupt, "{}: tensor {} holds values that are not finite; check the checkpoint",
-           checkpoint.directory().string(), spec.name);
+      if (const at::Tensor places = owned.isfinite().logical_not().nonzero(); places.size(0) > 0) {
+        const at::Tensor first = places[0].cpu();
+        fail(ErrorCode::kCorrupt,
+             "{}: tensor {} holds values that are not finite, {} of them, the first at [{}]; check the "
+             "checkpoint",
+             checkpoint.directory().string(), spec.name, places.size(0),
+             fmt::join(std::span(first.const_data_ptr<int64_t>(), static_cast<size_t>(first.numel())), ", "));
+      }
     return owned;
   };
   decoder.load_outer(load, [&](const TensorSpec& table) { return Table(load(table)); });

@@ -74,6 +74,7 @@ LoadedModel load_model(const std::string& path, const std::string& backend, cons
             {}};
   }
   const PackedReader reader = PackedReader::open(path);
+  reader.verify_checksums();
   const nlohmann::json calibration = reader.remark("calibration");
   return {path,
           Decoder::from_packed(reader, chosen, type),

@@ -44,7 +44,7 @@ void run(const Options& options) {
     context = printed;
     printed = ids.size();
   };
-  if (!options.common.json) print_rest(/*all=*/true);
+  // The prompt is printed with the first new token: what cannot go on is refused before anything is shown.
   const Generation result = generate(model.decoder, prompt, generate_options, [&](int32_t id) {
     ids.push_back(id);
     if (!options.common.json) print_rest(/*all=*/false);

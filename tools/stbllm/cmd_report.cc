@@ -5,6 +5,7 @@
 #include "commands.h"
 #include "report_page.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 
 namespace stbllm {
@@ -22,7 +23,7 @@ void run(const Options& options) {
          options.output);
   std::string page;
   try {
-    page = report_page(nlohmann::json::parse(report));
+    page = report_page(parse_json(report));
   } catch (const nlohmann::json::exception& error) {
     fail(ErrorCode::kCorrupt, "{}: not a report of 'stbllm quantize --report' ({})", options.input,
          error.what());
