@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 
 namespace stbllm {
@@ -101,7 +102,7 @@ std::vector<int64_t> gold_of(const Json& sample, const std::vector<Choice>& choi
   if (const auto gold = number_of(target)) return {checked(*gold)};
   if (target.is_string()) {
     if (const auto gold = choice_with(choices, target)) return {*gold};
-    target = Json::parse(target.get<std::string>(), nullptr, /*allow_exceptions=*/false);
+    target = try_parse_json(target.get<std::string>());
   }
   std::vector<int64_t> all;
   if (target.is_array())
@@ -133,7 +134,7 @@ QuestionSet read_questions(const std::filesystem::path& path, int64_t limit) {
     const Place place{path, ++number};
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     if (limit > 0 && std::ssize(set.questions) == limit) break;
-    const Json sample = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const Json sample = try_parse_json(line);
     if (!sample.is_object()) place.refuse(ErrorCode::kCorrupt, "expected a JSON object");
     if (set.questions.empty() && sample.contains("task") && sample["task"].is_string())
       set.task = sample["task"];

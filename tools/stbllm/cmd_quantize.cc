@@ -10,6 +10,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/base/profile.h"
 #include "stbllm/base/reproducible.h"
 #include "stbllm/base/text_file.h"
@@ -108,7 +109,7 @@ void check_report(const std::filesystem::path& path, const std::filesystem::path
 
 /// What `stbllm plan` wrote.
 nlohmann::json read_plan(const std::string& path) {
-  const nlohmann::json file = nlohmann::json::parse(read_text(path), nullptr, /*allow_exceptions=*/false);
+  const nlohmann::json file = try_parse_json(read_text(path));
   if (!file.is_object() || !file.contains("linears"))
     fail(ErrorCode::kUsage, "{}: no plan; expected a file as 'stbllm plan' writes it, with \"linears\"",
          path);

@@ -16,6 +16,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/heap.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/mapped_file.h"
 
 namespace stbllm {
 
@@ -90,6 +91,7 @@ std::string version_text() {
 
 int run(int argc, char** argv) {
   keep_freed_memory();
+  exit_when_mapped_file_is_lost();
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of its write
   CLI::App app{
       "Structured binary weights (N:M sparse, signs, few scales) for LLaMA, OPT, Mistral and Qwen "

@@ -5,6 +5,7 @@
 
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
+#include "stbllm/base/parse_json.h"
 #include "stbllm/checkpoint/checkpoint.h"
 #include "stbllm/run/estimate.h"
 #include "stbllm/text/corpus.h"
@@ -21,7 +22,7 @@ std::string assign_field(nlohmann::json& recipe, const std::string& assignment) 
   if (find_invalid_utf8(assignment) != std::string::npos)
     fail(ErrorCode::kUsage, "--set {}...: expected UTF-8", assignment.substr(0, equals));
   const std::string text = assignment.substr(equals + 1);
-  const auto value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const auto value = try_parse_json(text);
   const std::string path = assignment.substr(0, equals);
   set_field(recipe, path, value.is_discarded() ? nlohmann::json(text) : value);
   return path;
