@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+#include <utility>
+#include <vector>
+
 #include "support/calibration_text.h"
 #include "support/expect_error.h"
 #include "support/scratch_directory.h"
@@ -76,6 +80,14 @@ TEST_F(CalibrationOfTexts, RefusesWeightsAndTextsWithoutWindows) {
   // A file whose name looks like a weight is a file.
   test::write_text(path('A') + "=2", std::string(4000, 'C'));
   EXPECT_EQ(letters(make({path('A') + "=2"}, 2, 0)), "CC");
+}
+
+TEST_F(CalibrationOfTexts, RefusesMoreWindowsThanMemoryCouldHold) {
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max(), kBillions = 2'000'000'000;
+  for (const auto& [samples, distill] :
+       std::vector<std::pair<int64_t, int64_t>>{{kLargest, 0}, {kBillions, 0}, {8, kBillions}, {8, kLargest}})
+    expect_error(ErrorCode::kUsage, "pass a smaller --nsamples",
+                 [&] { make({path('A')}, samples, distill); });
 }
 
 }  // namespace

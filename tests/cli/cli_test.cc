@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "child_process.h"
@@ -538,6 +540,71 @@ TEST_F(Cli, ADamagedPackedFile) {
   expect_fault({"inspect", packed.string()}, ErrorCode::kCorrupt, packed.string());
   expect_fault({"eval-ppl", packed.string(), "--data", text_, "--seqlen", "48"}, ErrorCode::kCorrupt,
                packed.string());
+}
+
+TEST_F(Cli, AChangedBitOfAnyTensorIsNamed) {
+  const fs::path packed = results_ / "packed";
+  // Six of the planes, quantized rows and dense tensors.
+  ASSERT_EQ(run_program(quantize("packed", {"--recipe", "stbllm"})).status, 0);
+  const std::string whole = read_all(packed);
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, whole.data(), sizeof header_bytes);
+  const auto header = nlohmann::json::parse(whole.substr(sizeof header_bytes, header_bytes));
+  std::map<std::string, std::pair<std::string, size_t>> first_of;  // suffix -> tensor, its last byte
+  for (const auto& [name, tensor] : header.items())
+    if (name != "__metadata__" && tensor["data_offsets"][1] > tensor["data_offsets"][0])
+      first_of.try_emplace(name.substr(name.rfind('.')), name,
+                           sizeof header_bytes + header_bytes + tensor["data_offsets"][1].get<size_t>() - 1);
+  ASSERT_GE(first_of.size(), 5u);
+  for (const auto& [suffix, tensor] : first_of) {
+    const auto& [name, byte] = tensor;
+    std::string damaged = whole;
+    damaged[byte] ^= 1;
+    write_text(packed, damaged);
+    const std::string linear = name.substr(0, name.rfind('.'));  // what the checks of its values name
+    for (const Args& args : {Args{"inspect", packed.string(), "--verify"},
+                             Args{"eval-ppl", packed.string(), "--data", text_, "--seqlen", "48"},
+                             Args{"generate", packed.string(), "--prompt", "the", "-n", "1"},
+                             Args{"export", packed.string(), (results_ / "hf").string(), "--to", "hf"}})
+      expect_fault(args, ErrorCode::kCorrupt, linear);
+  }
+}
+
+TEST_F(Cli, NothingIsPrintedBeforeARefusal) {
+  auto tokenizer = nlohmann::json::parse(read_all(checkpoint_ / "tokenizer.json"));
+  tokenizer["model"]["vocab"]["zz"] = 300;
+  tokenizer["model"]["merges"].push_back("z z");
+  write_text(checkpoint_ / "tokenizer.json", tokenizer.dump());
+  expect_fault({"generate", checkpoint_.string(), "--prompt", "the zz"}, ErrorCode::kMismatch,
+               "token id 300");
+}
+
+TEST_F(Cli, ValuesThatAreNotFinite) {
+  const fs::path weights = checkpoint_ / "model.safetensors";
+  const std::string whole = read_all(weights);
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, whole.data(), sizeof header_bytes);
+  const auto header = nlohmann::json::parse(whole.substr(sizeof header_bytes, header_bytes));
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const size_t begin = sizeof header_bytes + header_bytes + header[name]["data_offsets"][0].get<size_t>();
+  const auto cols = header[name]["shape"][1].get<size_t>();
+  const auto with = [&](float value, size_t from, size_t count) {
+    std::string changed = whole;
+    for (size_t i = from; i < from + count; ++i)
+      std::memcpy(changed.data() + begin + i * sizeof value, &value, sizeof value);
+    write_text(weights, changed);
+  };
+  for (const float value :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    with(value, 3 * cols + 5, 1);
+    expect_fault(quantize("packed"), ErrorCode::kCorrupt,
+                 name + " holds values that are not finite, 1 of them, the first at [3, 5]");
+  }
+  with(3e38f, 0, cols);  // finite weights, but products beyond float32
+  expect_fault({"eval-ppl", checkpoint_.string(), "--data", text_, "--seqlen", "48"}, ErrorCode::kCorrupt,
+               "the logits are not finite");
+  expect_fault({"generate", checkpoint_.string(), "--prompt", "the"}, ErrorCode::kCorrupt,
+               "the logits are not finite");
 }
 
 TEST_F(Cli, AFileThatIsNoPackedModel) {
