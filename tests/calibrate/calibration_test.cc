@@ -84,10 +84,10 @@ TEST_F(CalibrationOfTexts, RefusesWeightsAndTextsWithoutWindows) {
 
 TEST_F(CalibrationOfTexts, RefusesMoreWindowsThanMemoryCouldHold) {
   constexpr int64_t kLargest = std::numeric_limits<int64_t>::max(), kBillions = 2'000'000'000;
-  for (const auto& [samples, distill] :
-       std::vector<std::pair<int64_t, int64_t>>{{kLargest, 0}, {kBillions, 0}, {8, kBillions}, {8, kLargest}})
+  for (const std::pair<int64_t, int64_t>& counts :
+       {std::pair(kLargest, int64_t{0}), {kBillions, 0}, {8, kBillions}, {8, kLargest}})
     expect_error(ErrorCode::kUsage, "pass a smaller --nsamples",
-                 [&] { make({path('A')}, samples, distill); });
+                 [&] { make({path('A')}, counts.first, counts.second); });
 }
 
 }  // namespace
