@@ -111,7 +111,6 @@ DeviceAllocator& allocator() {
 // --- what libtorch asks of a device ----------------------------------------------------------------------
 
 struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
-  static constexpr c10::DeviceType static_type = kType;
   static c10::Stream only_stream() { return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, 0)); }
   c10::DeviceType type() const override { return kType; }
   c10::Device exchangeDevice(c10::Device) const override { return {kType, 0}; }
