@@ -3,11 +3,12 @@
 // A thread of OpenMP that waits for others spins for as long as it likes when nothing else asks it to stop.
 // Where another program works on the same cores, the thread it waits for does not run meanwhile: with two
 // busy loops beside two threads a quantization took 7.6 times as long as alone. After a few thousand turns,
-// some tens of microseconds, a thread therefore sleeps, which made it 2.5 times, and costs nothing alone.
+// about a tenth of a millisecond, a thread therefore sleeps, which made it 2.5 times, and costs nothing
+// alone.
 //
 // libgomp reads that number from the environment when it is loaded, so the program has to be started again
 // with it. Functions of .preinit_array run before the constructors of all libraries, which are most of what
-// starting costs; the C library is not ready there, so that only system calls and the stack are used.
+// starting costs; the C library is not ready there, so that only system calls and static memory are used.
 
 #include <unistd.h>
 
