@@ -1,10 +1,10 @@
 // Threads that wait give way to other programs.
 //
-// A thread of OpenMP that waits for others spins for as long as it likes when nothing else asks it to stop.
-// Where another program works on the same cores, the thread it waits for does not run meanwhile: with two
-// busy loops beside two threads a quantization took 7.6 times as long as alone. After a few thousand turns,
-// about a tenth of a millisecond, a thread therefore sleeps, which made it 2.5 times, and costs nothing
-// alone.
+// Unless it is told otherwise, libgomp lets a thread that waits for others spin for many milliseconds before
+// it sleeps. Where another program works on the same cores, the thread that is waited for does not run
+// meanwhile: with two busy loops beside two threads a quantization took 5.4 times as long as alone
+// (scripts/busy_loops.sh). With a few thousand turns, about a tenth of a millisecond, it takes 2.0 times as
+// long, and alone as long as before.
 //
 // libgomp reads that number from the environment when it is loaded, so the program has to be started again
 // with it. Functions of .preinit_array run before the constructors of all libraries, which are most of what
