@@ -51,6 +51,15 @@ GroupSymbols group_symbols(const int8_t* symbols, int width, NmPattern nm) {
 
 }  // namespace
 
+Layout layout_of(const LinearSpec& linear, const Scheme& scheme, const Method& method) {
+  return {.rows = linear.rows,
+          .cols = linear.cols,
+          .nm = scheme.nm,
+          .levels = scheme.levels,
+          .column_block = column_block(method),
+          .scale_bits = scale_bits(method)};
+}
+
 Layout layout_of(const BinarizedWeight& weight) {
   return {.rows = weight.rows(),
           .cols = weight.cols(),

@@ -81,16 +81,13 @@ ChoiceTokens tokens_of(const Choice& choice, const Tokenizer& tokenizer, int64_t
 
 std::vector<double> log_likelihoods(const Decoder& decoder, const std::vector<ChoiceTokens>& choices) {
   const c10::InferenceMode inference;
-  const ModelSpec& spec = decoder.spec();
-  for (const ChoiceTokens& choice : choices)
-    for (const int32_t id : choice.ids)
-      if (id < 0 || id >= spec.vocab)
-        fail(ErrorCode::kMismatch,
-             "token id {} is not in the model's vocabulary of {}; is this its tokenizer?", id, spec.vocab);
   const auto count = std::ssize(choices);
   const int64_t shared = shared_tokens(choices);
   int64_t longest = 0;
-  for (const ChoiceTokens& choice : choices) longest = std::max(longest, std::ssize(choice.ids));
+  for (const ChoiceTokens& choice : choices) {
+    check_ids(decoder.spec(), choice.ids);
+    longest = std::max(longest, std::ssize(choice.ids));
+  }
 
   std::optional<KeyValueCache> cache;
   if (shared > 0) {

@@ -10,6 +10,7 @@
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/random.h"
+#include "stbllm/model/hidden_stream.h"
 
 namespace stbllm {
 namespace {
@@ -58,10 +59,7 @@ void check_options(const Decoder& decoder, std::span<const int32_t> prompt, cons
     fail(ErrorCode::kUsage, "temperature = {} must be at least 0", options.temperature);
   if (!(options.top_p > 0 && options.top_p <= 1))
     fail(ErrorCode::kUsage, "top_p = {} must be above 0 and at most 1", options.top_p);
-  for (const int32_t id : prompt)
-    if (id < 0 || id >= decoder.spec().vocab)
-      fail(ErrorCode::kMismatch, "token id {} is not in the model's vocabulary of {}; is this its tokenizer?",
-           id, decoder.spec().vocab);
+  check_ids(decoder.spec(), prompt);
 }
 
 }  // namespace

@@ -32,11 +32,15 @@ void check_windows(const ModelSpec& spec, const Windows& windows) {
     if (window.size() != seqlen)
       fail(ErrorCode::kUsage, "windows have {} and {} tokens; they must be equally long", seqlen,
            window.size());
-    for (const int32_t id : window)
-      if (id < 0 || id >= spec.vocab)
-        fail(ErrorCode::kMismatch,
-             "token id {} is not in the model's vocabulary of {}; is this its tokenizer?", id, spec.vocab);
+    check_ids(spec, window);
   }
+}
+
+void check_ids(const ModelSpec& spec, std::span<const int32_t> ids) {
+  for (const int32_t id : ids)
+    if (id < 0 || id >= spec.vocab)
+      fail(ErrorCode::kMismatch, "token id {} is not in the model's vocabulary of {}; is this its tokenizer?",
+           id, spec.vocab);
 }
 
 HiddenStream::HiddenStream(const Decoder& decoder, at::Tensor ids, const StreamOptions& options)

@@ -201,12 +201,7 @@ void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
       const LinearRule* rule = recipe.model.rule_for(linear.name);
       if (rule != nullptr && !rule->code) continue;
       const Scheme& smallest = rule != nullptr ? *rule->code : kSchemes.front();
-      least += layout_bytes({.rows = linear.rows,
-                             .cols = linear.cols,
-                             .nm = smallest.nm,
-                             .levels = smallest.levels,
-                             .column_block = column_block(recipe.method),
-                             .scale_bits = scale_bits(recipe.method)});
+      least += layout_bytes(layout_of(linear, smallest, recipe.method));
     }
   check_affordable(least, budget_bytes(spec, recipe.model, blocks));
 }

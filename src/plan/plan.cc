@@ -1,18 +1,13 @@
 #include "stbllm/plan/plan.h"
 
 #include <algorithm>
-#include <set>
+#include <optional>
 #include <utility>
 
 #include "stbllm/base/error.h"
-#include "stbllm/pack/structured_binary_matrix.h"
+#include "stbllm/calibrate/pack_weight.h"
 
 namespace stbllm {
-namespace {
-
-constexpr const char* kKeep = "keep";
-
-}  // namespace
 
 Plan uniform_plan(const ModelSpec& spec, const Scheme& scheme) {
   Plan plan;
@@ -26,7 +21,8 @@ nlohmann::json to_json(const Plan& plan, const ModelSpec& spec) {
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) {
       const auto own = plan.find(linear.name);
-      json[linear.name] = {{"code", own == plan.end() ? kKeep : own->second.scheme.str()}};
+      json[linear.name] = {
+          {"code", code_text(own == plan.end() ? std::nullopt : std::optional(own->second.scheme))}};
       if (own != plan.end() && own->second.outlier_limit)
         json[linear.name]["outlier_limit"] = *own->second.outlier_limit;
     }
@@ -35,8 +31,11 @@ nlohmann::json to_json(const Plan& plan, const ModelSpec& spec) {
 
 Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
   if (!json.is_object()) fail(ErrorCode::kUsage, "a plan is an object of linear: {{\"code\": ..}}");
+  const Plan all = uniform_plan(spec, {});
+  for (const auto& [name, entry] : json.items())
+    if (!all.contains(name))
+      fail(ErrorCode::kUsage, "the plan names {}, which the model does not have", name);
   Plan plan;
-  size_t known = 0;
   for (int64_t i = 0; i < spec.layers; ++i)
     for (const LinearSpec& linear : spec.linears(i)) {
       const auto entry = json.find(linear.name);
@@ -44,14 +43,14 @@ Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
         fail(ErrorCode::kUsage,
              "the plan says nothing about {}; add it, with \"code\": \"keep\" to leave it as it is",
              linear.name);
-      ++known;
       const auto code = entry->is_object() ? entry->find("code") : entry->end();
       if (code == entry->end() || !code->is_string())
         fail(ErrorCode::kUsage, "the plan of {}: expected {{\"code\": \"3:8\"}}, found {}", linear.name,
              entry->dump());
-      if (*code == kKeep) continue;
+      const std::optional<Scheme> scheme = parse_code(code->get_ref<const std::string&>());
+      if (!scheme) continue;
       LinearPlan& own = plan[linear.name];
-      own.scheme = Scheme::parse(code->get_ref<const std::string&>());
+      own.scheme = *scheme;
       if (const auto limit = entry->find("outlier_limit"); limit != entry->end()) {
         if (!limit->is_number_integer() || !std::in_range<int>(limit->get<int64_t>()) ||
             limit->get<int64_t>() < 0)
@@ -60,14 +59,6 @@ Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
         own.outlier_limit = limit->get<int>();
       }
     }
-  if (known != json.size()) {
-    std::set<std::string> names;
-    for (int64_t i = 0; i < spec.layers; ++i)
-      for (const LinearSpec& linear : spec.linears(i)) names.insert(linear.name);
-    for (const auto& [name, entry] : json.items())
-      if (!names.contains(name))
-        fail(ErrorCode::kUsage, "the plan names {}, which the model does not have", name);
-  }
   return plan;
 }
 
@@ -88,18 +79,14 @@ int64_t planned_weights(const Plan& plan, const ModelSpec& spec, int64_t blocks)
 
 double stored_bits(const Plan& plan, const ModelSpec& spec, const Method& method, int64_t blocks) {
   const auto* lean = std::get_if<LeanMethod>(&method);
+  const int limit = lean != nullptr && lean->outliers ? lean->outliers->limit : 0;
   int64_t bytes = 0;
   for (int64_t i = 0; i < blocks; ++i)
     for (const LinearSpec& linear : planned(spec.linears(i), plan)) {
       const LinearPlan& own = plan.at(linear.name);
-      const int limit = lean != nullptr && lean->outliers ? lean->outliers->limit : 0;
-      bytes += layout_bytes({.rows = linear.rows,
-                             .cols = linear.cols,
-                             .nm = own.scheme.nm,
-                             .levels = own.scheme.levels,
-                             .column_block = column_block(method),
-                             .scale_bits = scale_bits(method),
-                             .outliers = std::min(limit, own.outlier_limit.value_or(limit))});
+      Layout layout = layout_of(linear, own.scheme, method);
+      layout.outliers = std::min(limit, own.outlier_limit.value_or(limit));
+      bytes += layout_bytes(layout);
     }
   return 8.0 * static_cast<double>(bytes) / static_cast<double>(planned_weights(plan, spec, blocks));
 }

@@ -19,6 +19,17 @@ Scheme Scheme::parse(std::string_view text) {
   return {.nm = NmPattern::parse(text.substr(0, times)), .levels = levels[0] - '0'};
 }
 
+namespace {
+constexpr std::string_view kKeep = "keep";
+}
+
+std::string code_text(const std::optional<Scheme>& code) { return code ? code->str() : std::string(kKeep); }
+
+std::optional<Scheme> parse_code(std::string_view text) {
+  if (text == kKeep) return std::nullopt;
+  return Scheme::parse(text);
+}
+
 std::string describe(const std::vector<Scheme>& schemes) {
   std::map<Scheme, int> counts;
   for (const Scheme& scheme : schemes) ++counts[scheme];

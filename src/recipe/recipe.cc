@@ -252,8 +252,6 @@ Method read_method(const nlohmann::json& json, const std::vector<std::string>* a
   return method;
 }
 
-constexpr const char* kKeep = "keep";
-
 std::vector<LinearRule> read_rules(const nlohmann::json& json) {
   if (!json.is_array())
     refuse("model.rules", "an array of {\"linears\": GLOB, \"code\": \"3:8\" or \"keep\"}");
@@ -267,7 +265,7 @@ std::vector<LinearRule> read_rules(const nlohmann::json& json) {
     reader.refuse_others();
     if (rule.linears.empty())
       refuse("model.rules.linears", "a glob over names of linears, such as *.down_proj");
-    if (code != kKeep) rule.code = Scheme::parse(code);
+    rule.code = parse_code(code);
     rules.push_back(std::move(rule));
   }
   return rules;
@@ -276,7 +274,7 @@ std::vector<LinearRule> read_rules(const nlohmann::json& json) {
 nlohmann::json rules_json(const std::vector<LinearRule>& rules) {
   nlohmann::json json = nlohmann::json::array();
   for (const LinearRule& rule : rules)
-    json.push_back({{"linears", rule.linears}, {"code", rule.code ? rule.code->str() : kKeep}});
+    json.push_back({{"linears", rule.linears}, {"code", code_text(rule.code)}});
   return json;
 }
 

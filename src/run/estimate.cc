@@ -11,6 +11,7 @@
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/calibrate/head_hessian.h"
+#include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/calibrate/quantize_block.h"
 #include "stbllm/calibrate/tap_stats.h"
 #include "stbllm/model/decoder.h"
@@ -159,15 +160,10 @@ class Estimator {
     int64_t bytes = 0;
     for (int64_t i = 0; i < blocks_; ++i)
       for (const LinearSpec& linear : planned(spec_.linears(i), plan_)) {
-        const Scheme& scheme = plan_.at(linear.name).scheme;
-        bytes += layout_bytes({.rows = linear.rows,
-                               .cols = linear.cols,
-                               .nm = scheme.nm,
-                               .levels = scheme.levels,
-                               .column_block = column_block(recipe_.method),
-                               .scale_bits = scale_bits(recipe_.method),
-                               .salient = std::llround(salient_share_ * static_cast<double>(linear.cols)),
-                               .outliers = std::min(outliers_, linear.cols)});
+        Layout layout = layout_of(linear, plan_.at(linear.name).scheme, recipe_.method);
+        layout.salient = std::llround(salient_share_ * static_cast<double>(linear.cols));
+        layout.outliers = std::min(outliers_, linear.cols);
+        bytes += layout_bytes(layout);
       }
     return bytes;
   }
@@ -261,9 +257,7 @@ double bits_for_file(const Checkpoint& checkpoint, const ModelPolicy& policy, in
   if (left <= 0)
     fail(ErrorCode::kUsage,
          "--target-size {}: embedding, norms, kept linears, tokenizer and header alone take {} bytes; raise "
-         "it, or store "
-         "the "
-         "embedding in fewer bits",
+         "it, or store the embedding in fewer bits",
          file_bytes, file_bytes - left);
   return 8.0 * static_cast<double>(left) / static_cast<double>(quantized_weights(spec, policy, spec.layers));
 }

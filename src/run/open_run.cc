@@ -12,9 +12,10 @@ namespace {
 
 std::unique_ptr<WorkDirectory> open_work_directory(const Request& request, const ModelSpec& spec) {
   const auto& [checkpoint, calibration, recipe, options, group] = request;
+  if (options.plan_only) return nullptr;
   const nlohmann::json fingerprint = fingerprint_of(checkpoint, spec, recipe, calibration, options, group);
   std::unique_ptr<WorkDirectory> work;
-  if (group.rank() == 0 && !options.plan_only)
+  if (group.rank() == 0)
     work = std::make_unique<WorkDirectory>(options.output, fingerprint, options.resume, options.force);
   if (work != nullptr && !options.remember.is_null()) work->remember(options.remember);
   check_same_inputs(fingerprint, options, group);

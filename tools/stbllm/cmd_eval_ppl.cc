@@ -64,8 +64,7 @@ void add_eval_ppl(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "eval-ppl", "Perplexity of a packed file or of a HuggingFace checkpoint (GPTQ's protocol)");
-  command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")
-      ->required();
+  add_model(*command, options->model);
   add_evaluation_text(*command, options->text);
   command->add_option("--kl", options->reference,
                       "Also the divergence from this model (the dense checkpoint)");

@@ -121,8 +121,7 @@ void add_eval_tasks(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "eval-tasks", "Multiple-choice tasks by log likelihood, from requests of lm-evaluation-harness");
-  command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")
-      ->required();
+  add_model(*command, options->model);
   command
       ->add_option("requests", options->files,
                    "JSON lines as lm-evaluation-harness writes them with --log_samples, or "
@@ -133,11 +132,7 @@ void add_eval_tasks(CLI::App& app) {
                       "Also the paired difference to this model, such as the dense checkpoint");
   command->add_option("--limit", options->limit, "Only the first so many questions of each task")
       ->check(CLI::PositiveNumber);
-  command->add_option("--backend", options->backend, "Of packed linears, as of eval-ppl")
-      ->capture_default_str();
-  command->add_option("--dtype", options->dtype, "Activations: float32 or bfloat16 (fast)")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_runtime(*command, options->backend, options->dtype);
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

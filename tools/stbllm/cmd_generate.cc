@@ -73,8 +73,7 @@ void run(const Options& options) {
 void add_generate(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("generate", "Continue a text");
-  command->add_option("model", options->model, "A packed .safetensors file or a checkpoint directory")
-      ->required();
+  add_model(*command, options->model);
   command->add_option("-p,--prompt", options->prompt, "The text to continue")->required();
   command->add_option("-n,--tokens", options->generate.max_tokens, "At most so many new tokens")
       ->check(CLI::PositiveNumber)
@@ -88,13 +87,7 @@ void add_generate(CLI::App& app) {
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--seed", options->generate.seed, "Same seed, same text");
-  command
-      ->add_option("--backend", options->backend,
-                   "auto, reference, cpu, cpu-generic, cpu-avx2, cpu-avx512, cuda")
-      ->capture_default_str();
-  command->add_option("--dtype", options->dtype, "Activations: bfloat16 or float32")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_runtime(*command, options->backend, options->dtype);
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
 }

@@ -55,19 +55,19 @@ void run(Options options) {
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   if (!options.common.json) print_model(options.checkpoint, spec);
+  const Calibration calibration = read_calibration(options, checkpoint, spec, assemble_recipe(options));
   std::vector<Cost> costs;
-  const log::Progress progress("presets", std::ssize(Recipe::preset_names()));
-  for (const std::string& preset : Recipe::preset_names()) {
-    options.recipe = preset;
-    const Recipe recipe = assemble_recipe(options);
-    if (!has_packed_form(recipe.method)) continue;
-    QuantizeOptions quantize;
-    quantize.plan_only = true;
-    const Calibration calibration = read_calibration(options, checkpoint, spec, recipe);
-    const Estimate estimate = estimate_quantization(checkpoint, calibration, recipe, quantize);
+  std::vector<Recipe> recipes;
+  for (const std::string& preset : Recipe::preset_names()) recipes.push_back(Recipe::load(preset));
+  std::erase_if(recipes, [](const Recipe& recipe) { return !has_packed_form(recipe.method); });
+  log::Progress progress("preset", std::ssize(recipes));
+  for (const Recipe& recipe : recipes) {
+    const Estimate estimate = estimate_quantization(checkpoint, calibration, recipe, {});
     costs.push_back(
-        {preset, 8 * static_cast<double>(estimate.linear_bytes) / static_cast<double>(spec.linear_weights()),
+        {recipe.name,
+         8 * static_cast<double>(estimate.linear_bytes) / static_cast<double>(spec.linear_weights()),
          estimate});
+    progress.update(std::ssize(costs));
   }
   if (options.common.json) {
     nlohmann::json json = {{"checkpoint", options.checkpoint}, {"model", to_json(spec)}};

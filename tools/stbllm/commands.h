@@ -28,6 +28,9 @@ struct CommonOptions {
   bool json = false;  ///< result as one JSON object on stdout
 };
 void add_common(CLI::App& command, CommonOptions& options);
+/// MODEL, --backend and --dtype of the commands that run one.
+void add_model(CLI::App& command, std::string& model);
+void add_runtime(CLI::App& command, std::string& backend, std::string& dtype);
 void apply(const CommonOptions& options);
 
 /// The packed file that a command was given. Throws Error(kNotFound), Error(kUsage) for a directory, and as

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <span>
 
+#include "commands.h"
 #include "stbllm/base/log.h"
 #include "stbllm/text/overlap.h"
 
@@ -23,17 +24,7 @@ void add_evaluation_text(CLI::App& command, EvaluationText& text) {
       ->check(CLI::PositiveNumber);
   command.add_option("--windows", text.windows, "Only the first so many windows")->check(CLI::PositiveNumber);
   command.add_flag("--second-half", text.evaluation.second_half, "Score the second half of each window only");
-  command
-      .add_option("--backend", text.backend,
-                  "Of packed linears: auto ($STBLLM_BACKEND, else the fastest), reference, cpu, "
-                  "cpu-generic, cpu-avx2, cpu-avx512, cuda; a checkpoint runs dense, on cuda or not")
-      ->capture_default_str();
-  command
-      .add_option(
-          "--dtype", text.dtype,
-          "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_runtime(command, text.backend, text.dtype);
 }
 
 EvaluationOptions scoring(const EvaluationText& text) {

@@ -25,6 +25,24 @@ void add_common(CLI::App& command, CommonOptions& options) {
   command.add_flag("--json", options.json, "Print the result as one JSON object");
 }
 
+void add_model(CLI::App& command, std::string& model) {
+  command.add_option("model", model, "A packed .safetensors file or a checkpoint directory")->required();
+}
+
+void add_runtime(CLI::App& command, std::string& backend, std::string& dtype) {
+  command
+      .add_option("--backend", backend,
+                  "Of packed linears: auto ($STBLLM_BACKEND, else the fastest), reference, cpu, "
+                  "cpu-generic, cpu-avx2, cpu-avx512, cuda; a checkpoint runs dense, on cuda or not")
+      ->capture_default_str();
+  command
+      .add_option(
+          "--dtype", dtype,
+          "Activations: float32 (exact on the CPU; on cuda products round to 11 bits) or bfloat16 (fast)")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+}
+
 void apply(const CommonOptions& options) {
   if (options.threads <= 0) return;
   at::set_num_threads(options.threads);

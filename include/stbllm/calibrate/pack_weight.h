@@ -4,8 +4,11 @@
 #include <span>
 #include <string_view>
 
+#include "stbllm/model/model_spec.h"
 #include "stbllm/pack/structured_binary_matrix.h"
 #include "stbllm/quantize/binarized_weight.h"
+#include "stbllm/quantize/method.h"
+#include "stbllm/quantize/scheme.h"
 
 namespace stbllm {
 
@@ -16,6 +19,8 @@ inline std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
 
 /// How a quantized linear lies in planes.
 Layout layout_of(const BinarizedWeight& weight);
+/// What `method` is going to make of a linear under a scheme, without salient and outlier columns.
+Layout layout_of(const LinearSpec& linear, const Scheme& scheme, const Method& method);
 
 /// The planes of a quantized linear, in memory of their own. matrix.at(r, c) == weight.to_dense()[r][c],
 /// exactly.

@@ -29,7 +29,8 @@ struct ChoiceTokens {
 ChoiceTokens tokens_of(const Choice& choice, const Tokenizer& tokenizer, int64_t max_positions);
 
 /// The log likelihood of each choice's continuation, in nats. The tokens that all choices begin with pass
-/// through the model once, the rest of all choices as one batch. `decoder` keeps its blocks.
+/// through the model once, the rest of all choices as one batch. `decoder` keeps its blocks. Throws as
+/// check_ids() does.
 std::vector<double> log_likelihoods(const Decoder& decoder, const std::vector<ChoiceTokens>& choices);
 
 /// Whether each question was answered rightly (1 or 0).
@@ -38,8 +39,7 @@ struct Answers {
   std::vector<std::vector<double>> log_likelihoods;  ///< by question and choice
 };
 
-/// `on_question` is told the number of questions done. Throws as check of ids does: Error(kMismatch) for
-/// tokens that the model does not have.
+/// `on_question` is told the number of questions done. Throws as tokens_of() and log_likelihoods() do.
 Answers answer(const Decoder& decoder, const Tokenizer& tokenizer, const std::vector<Question>& questions,
                const std::function<void(int64_t done)>& on_question = {});
 

@@ -27,6 +27,8 @@ at::Tensor ids_of(std::span<const std::vector<int32_t>> windows);
 /// Throws Error(kUsage) when windows are empty, unequal, shorter than two tokens or longer than the model's
 /// positions, and Error(kMismatch) for an id beyond the vocabulary.
 void check_windows(const ModelSpec& spec, const Windows& windows);
+/// Throws Error(kMismatch) for an id that is not in the model's vocabulary.
+void check_ids(const ModelSpec& spec, std::span<const int32_t> ids);
 
 struct StreamOptions {
   at::ScalarType dtype = at::kFloat;  ///< of the states between blocks; blocks compute in the decoder's dtype

@@ -37,6 +37,8 @@ struct LinearReport {
 /// regions, first scales and the solves of refit() work in host memory, where the result is. On the CPU
 /// deterministic, and the same for any number of threads unless the arithmetic is kReleased.
 ///
+/// A `report` costs the products of the output errors; without one they are not computed.
+///
 /// `metrics` belong to `stats` and share work between the linears of a tap; null shares nothing and changes
 /// no result. Equations: STBLLM sections 3.2-3.4; feedback: GPTQ.
 BinarizedWeight quantize_linear(const at::Tensor& weight, const InputStats& stats, const Method& method,

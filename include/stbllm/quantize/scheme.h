@@ -3,6 +3,7 @@
 // the magnitude of a kept weight is one of a few levels times its scale.
 
 #include <compare>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -21,6 +22,11 @@ struct Scheme {
   /// Parses what str() writes. Throws Error(kUsage).
   static Scheme parse(std::string_view text);
 };
+
+/// How rules and plans write what a linear gets: Scheme::str(), or "keep" for nothing, the weights that it
+/// has. parse_code() throws as Scheme::parse() does.
+std::string code_text(const std::optional<Scheme>& code);
+std::optional<Scheme> parse_code(std::string_view text);
 
 /// "4:8" when all are equal, else how many linears have each: "2:8 x 20, 2:4x3 x 190".
 std::string describe(const std::vector<Scheme>& schemes);

@@ -52,6 +52,8 @@ struct LinearRule {
 struct ModelPolicy {
   Allocation allocation;
   std::vector<LinearRule> rules;  ///< of several that name a linear the last one counts
+  RowCoding embedding = RowCoding::kKeep;
+  RowCoding head = RowCoding::kKeep;  ///< of a head of its own; a tied head is the embedding
 
   /// The rule that counts for a linear, or null.
   const LinearRule* rule_for(const std::string& linear) const;
@@ -59,8 +61,6 @@ struct ModelPolicy {
     const LinearRule* rule = rule_for(linear);
     return rule != nullptr && !rule->code;
   }
-  RowCoding embedding = RowCoding::kKeep;
-  RowCoding head = RowCoding::kKeep;  ///< of a head of its own; a tied head is the embedding
 };
 
 /// One stage of training by Adam. Rates are relative to the size of what they move.

@@ -29,9 +29,9 @@ struct QuestionSet {
 ///   "arguments"  [[context, continuation], ...], or {"gen_args_0": {"arg_0": context, "arg_1":
 ///                continuation}, ...} as the harness writes them;
 ///   "gold"       the number of the right choice from 0 on; where it is missing,
-///   "target"     that number, a list of such numbers, or the continuation itself, as the harness has it;
-///   where
-///                all continuations are alike (WinoGrande), "doc"."answer" counts the choices from 1 on.
+///   "target"     that number, a list of such numbers, or the continuation itself, as the harness has it.
+/// Where all continuations are alike and the contexts differ (WinoGrande), "doc"."answer" takes the place of
+/// "target" and counts the choices from 1 on.
 /// The name of the task is "task" of the first line, or NAME of a file samples_NAME_DATE.jsonl, or the file's
 /// name. At most `limit` questions when that is positive. Throws Error(kNotFound), Error(kCorrupt) with the
 /// line, and Error(kUnsupported) for requests that are no multiple choice.
