@@ -14,7 +14,7 @@ at::Tensor head_hessian(const Decoder& dense, const Calibration& calibration) {
   const at::NoGradGuard no_grad;
   HiddenStream stream(dense, ids_of(calibration.first_training_windows(kHeadTokens)), {});
   for (int64_t i = 0; i < dense.spec().layers; ++i) stream.advance(*dense.block(i));
-  StatsAccumulator sum(dense.spec().embedding_width, /*token_weights=*/false);
+  StatsAccumulator sum(dense.spec().embedding_width, {});
   for (int64_t w = 0; w < stream.windows(); ++w)
     sum.add(dense.before_head(stream.read(w, 1)), /*holdout=*/false);
   return sum.finish().hessian.cpu();

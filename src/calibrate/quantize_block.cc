@@ -57,7 +57,7 @@ class BlockQuantizer {
         on_linear_(on_linear),
         group_(group),
         linears_(planned(block.linears(), plan)),
-        taps_(block.linears(), token_weights(method)) {}
+        taps_(block.linears(), stats_options(method)) {}
 
   QuantizedBlock run() {
     if (is_sequential(method_))

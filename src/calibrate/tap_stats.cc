@@ -2,10 +2,10 @@
 
 namespace stbllm {
 
-TapStats::TapStats(const std::vector<LinearSpec>& linears, bool token_weights) {
+TapStats::TapStats(const std::vector<LinearSpec>& linears, const StatsOptions& options) {
   for (const LinearSpec& linear : linears)
     if (auto& accumulator = accumulators_[static_cast<size_t>(linear.tap)]; !accumulator)
-      accumulator.emplace(linear.cols, token_weights);
+      accumulator.emplace(linear.cols, options);
 }
 
 void TapStats::add(Tap tap, const at::Tensor& inputs, bool held_out, const Drift& drift) {

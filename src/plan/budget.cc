@@ -15,6 +15,7 @@
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/calibrate/tap_stats.h"
 #include "stbllm/plan/allocate.h"
+#include "stbllm/quantize/rounded_products.h"
 
 namespace stbllm {
 namespace {
@@ -113,10 +114,10 @@ struct Trial {
 };
 
 /// Takes `stream` through the dense block.
-Trial try_block(DecoderBlock& block, int64_t layers, HiddenStream& stream, bool token_weights) {
+Trial try_block(DecoderBlock& block, int64_t layers, HiddenStream& stream, const Method& method) {
   const int64_t judging = stream.holdout() > 0 ? stream.holdout() : stream.windows();  // the last so many
   HiddenStream inputs = stream.last(judging);
-  TapStats taps(block.linears(), token_weights);
+  TapStats taps(block.linears(), stats_options(method));
   stream.advance(block, taps.observer());
   return {.block = block,
           .depth_weight = depth_weight(block.index(), layers),
@@ -136,6 +137,7 @@ LinearTrial::LinearTrial(const at::Tensor& weight, const InputStats& stats, cons
       metrics_(metrics),
       error_of_([&] {
         const StageTimer timer("errors", OutputError::flops(weight.size(0), weight.size(1)));
+        const RoundedProducts rounded;
         return OutputError(weight, stats.holdout_hessian.defined() ? stats.holdout_hessian : stats.hessian);
       }()) {
   method_.refit = method_.descend = 0;
@@ -144,6 +146,7 @@ LinearTrial::LinearTrial(const at::Tensor& weight, const InputStats& stats, cons
 BinarizedWeight LinearTrial::quantize(const Scheme& scheme, double& error) const {
   BinarizedWeight result = quantize_linear(weight_, stats_, method_, {.scheme = scheme}, nullptr, &metrics_);
   const StageTimer timer("errors", OutputError::flops(weight_.size(0), weight_.size(1)));
+  const RoundedProducts rounded;
   error = error_of_(result.to_dense());
   return result;
 }
@@ -164,7 +167,7 @@ Plan plan_by_budget(const PlanRequest& request) {
   log::Progress progress("plan: block", request.blocks);
   for (int64_t i = 0; i < request.blocks; ++i) {
     const auto block = request.decoder.block(i);
-    Trial trial = try_block(*block, spec.layers, stream, method.token_weights);
+    Trial trial = try_block(*block, spec.layers, stream, method);
     std::vector<LinearSpec> linears = block->linears();
     std::erase_if(linears, [&](const LinearSpec& linear) { return policy.keeps(linear.name); });
     const std::vector<int> owners = divide(linears, request.group.size());

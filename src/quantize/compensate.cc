@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
 
@@ -22,21 +23,30 @@ at::Tensor factor_in_three_steps(const at::Tensor& h) {
   return second_info.item<int>() != 0 ? at::Tensor() : upper;
 }
 
-/// Puts the inverse of a lower triangle in its place, by halves: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1],
-/// so that most of it is products.
-void invert_lower(at::Tensor lower) {
-  constexpr int64_t kWhole = 192;
-  const int64_t size = lower.size(0), half = (size + 1) / 2, rest = size - half;
+/// Puts L^-1 in the place of the symmetric `h` = L L^T, L lower triangular, and says whether there is one. By
+/// halves, so that most of it is products, and an interrupt is answered between them:
+///   [A B^T; B C] = L L^T with L = [L_A 0; M L_C], L_A L_A^T = A, M = B L_A^-T, L_C L_C^T = C - M M^T,
+///   and L^-1 = [L_A^-1 0; -L_C^-1 M L_A^-1 L_C^-1].
+bool invert_cholesky(const at::Tensor& h) {
+  check_interrupt();
+  constexpr int64_t kWhole = 512;
+  const int64_t size = h.size(0), half = (size + 1) / 2, rest = size - half;
   if (size <= kWhole) {
-    lower.copy_(at::linalg_solve_triangular(lower, at::eye(size, lower.options()), /*upper=*/false));
-    return;
+    const auto [lower, info] = at::linalg_cholesky_ex(h);
+    if (info.item<int>() != 0) return false;
+    h.copy_(at::linalg_solve_triangular(lower, at::eye(size, h.options()), /*upper=*/false));
+    return true;
   }
-  const at::Tensor first = lower.narrow(0, 0, half).narrow(1, 0, half),
-                   last = lower.narrow(0, half, rest).narrow(1, half, rest);
-  const at::Tensor below = lower.narrow(0, half, rest).narrow(1, 0, half);
-  invert_lower(first);
-  invert_lower(last);
+  const at::Tensor first = h.narrow(0, 0, half).narrow(1, 0, half),
+                   below = h.narrow(0, half, rest).narrow(1, 0, half),
+                   last = h.narrow(0, half, rest).narrow(1, half, rest);
+  if (!invert_cholesky(first)) return false;
+  below.copy_(below.mm(first.t()));
+  last.addmm_(below, below.t(), 1, -1);
+  if (!invert_cholesky(last)) return false;
   below.copy_(last.mm(below.mm(first)).neg_());
+  h.narrow(0, 0, half).narrow(1, half, rest).zero_();
+  return true;
 }
 
 /// With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and H^-1 =
@@ -45,11 +55,8 @@ void invert_lower(at::Tensor lower) {
 at::Tensor factor_in_one_step(at::Tensor h) {
   h = h.flip({0, 1});
   h = h.to(at::kDouble);
-  const auto [lower, info] = at::linalg_cholesky_ex(h);
-  h.reset();
-  if (info.item<int>() != 0) return {};
-  invert_lower(lower);
-  return lower.to(at::kFloat).flip({0, 1});
+  if (!invert_cholesky(h)) return {};
+  return h.to(at::kFloat).flip({0, 1});
 }
 
 }  // namespace
@@ -61,7 +68,8 @@ at::Tensor shrink_hessian(const at::Tensor& hessian, double s) {
 }
 
 InverseFactor inverse_factor(const at::Tensor& hessian, double damping, bool three_steps) {
-  // A Cholesky and the inverse of a triangle, or an inverse of the whole between two of them.
+  // A Cholesky and the inverse of a triangle, or an inverse of the whole between two of them; products of
+  // triangles that are taken as whole matrices do not count.
   const StageTimer timer("factor",
                          (three_steps ? 4. : 2.) / 3 * std::pow(static_cast<double>(hessian.size(0)), 3));
   if (!is_finite(hessian))

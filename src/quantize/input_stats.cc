@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "stbllm/base/error.h"
+#include "stbllm/quantize/rounded_products.h"
 
 namespace stbllm {
 namespace {
@@ -27,12 +28,13 @@ at::Tensor clipping(const at::Tensor& x, double times) {
 
 }  // namespace
 
-StatsAccumulator::StatsAccumulator(int64_t cols, bool token_weights)
-    : cols_(cols), token_weights_(token_weights) {}
+StatsAccumulator::StatsAccumulator(int64_t cols, const StatsOptions& options)
+    : cols_(cols), options_(options) {}
 
 void StatsAccumulator::add(const at::Tensor& inputs, bool holdout, const Drift& drift) {
+  const RoundedProducts rounded(options_.rounded_products);
   at::Tensor x = inputs.to(at::kFloat), weight;  // weight: the square root of w
-  if (token_weights_) weight = clipping(x, 3).sqrt();
+  if (options_.token_weights) weight = clipping(x, 3).sqrt();
   const auto weighted = [&](const at::Tensor& values) {
     return (weight.defined() ? values * weight : values).reshape({-1, values.size(-1)});
   };
@@ -91,7 +93,7 @@ InputStats StatsAccumulator::finish() {
   stats.tokens = seen_.tokens;
   if (held_out_.tokens > 0)
     stats.holdout_hessian = mirrored(held_out_.squares, 2.0 / static_cast<double>(held_out_.tokens));
-  *this = StatsAccumulator(cols_, token_weights_);
+  *this = StatsAccumulator(cols_, options_);
   return stats;
 }
 

@@ -116,7 +116,7 @@ class Estimator {
     const auto block = decoder.block(0);
     const HiddenStream stream(decoder, ids_of(std::span(calibration_.windows).first(windows_)), {});
     measured_tokens_ = stream.tokens();
-    TapStats taps(linears_, token_weights(recipe_.method));
+    TapStats taps(linears_, stats_options(recipe_.method));
     // A device works in the order of what it is given, and is done when a number comes back.
     const at::Tensor last = at::zeros({1}, at::TensorOptions().device(decoder.device()));
     statistics_seconds_ = seconds_of([&] {

@@ -30,7 +30,7 @@ InputStats make_stats(int64_t cols) {
   const at::Tensor mix = at::randn({cols, cols}) / std::sqrt(static_cast<double>(cols)) + at::eye(cols);
   at::Tensor inputs = at::randn({2 * cols + 32, cols}).mm(mix);
   inputs.select(1, 5).mul_(20);
-  StatsAccumulator accumulator(cols, false);
+  StatsAccumulator accumulator(cols, {});
   accumulator.add(inputs, /*holdout=*/false);
   accumulator.add(inputs.narrow(0, 0, 32), /*holdout=*/true);
   return accumulator.finish();

@@ -30,7 +30,7 @@ Layer make_layer(const Scheme& scheme, int scale_bits) {
   at::manual_seed(7);
   Layer layer;
   layer.original = at::randn({kRows, kCols}) * 0.05;
-  StatsAccumulator accumulator(kCols, false);
+  StatsAccumulator accumulator(kCols, {});
   const at::Tensor inputs = at::randn({4 * kCols, kCols});
   inputs.select(1, 3).mul_(30);  // a column that carries outsized activations
   accumulator.add(inputs, false);

@@ -4,12 +4,15 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "stbllm/base/error.h"
 #include "stbllm/quantize/compensate.h"
 #include "stbllm/quantize/lean_weight.h"
 #include "stbllm/quantize/nm_select.h"
 #include "stbllm/quantize/quantize_linear.h"
 #include "stbllm/quantize/tensor_search.h"
+#include "support/processor.h"
 #include "support/recipes.h"
 
 namespace stbllm {
@@ -27,7 +30,7 @@ Layer make_layer(int64_t rows, int64_t cols, uint64_t seed) {
   layer.weight = at::randn({rows, cols}) * 0.05;
   const at::Tensor mix = at::randn({cols, cols}) / std::sqrt(static_cast<double>(cols)) + at::eye(cols);
   layer.inputs = at::randn({2 * cols + 64, cols}).mm(mix);
-  StatsAccumulator accumulator(cols, false);
+  StatsAccumulator accumulator(cols, {});
   accumulator.add(layer.inputs, false);
   accumulator.add(at::randn({cols, cols}).mm(mix), true);
   layer.stats = accumulator.finish();
@@ -296,7 +299,7 @@ TEST(Refit, WithoutLevelsMovesScalesAlone) {
 
 TEST(QuantizeLinear, StoresOutlierColumnsExactly) {
   Layer layer = make_layer(32, 64, 7);
-  StatsAccumulator accumulator(64, false);
+  StatsAccumulator accumulator(64, {});
   layer.inputs.select(1, 17).mul_(100);
   accumulator.add(layer.inputs, false);
   LeanMethod method = lean_method(5);
@@ -399,7 +402,7 @@ TEST(QuantizeLinear, SharesTheMetricOfATapWithoutAChangeInTheResult) {
 
 TEST(QuantizeLinear, APlanMayAllowFewerOutlierColumnsThanTheMethod) {
   Layer layer = make_layer(32, 64, 7);
-  StatsAccumulator accumulator(64, false);
+  StatsAccumulator accumulator(64, {});
   for (const int64_t column : {17, 40}) layer.inputs.select(1, column).mul_(100);
   accumulator.add(layer.inputs, false);
   const InputStats stats = accumulator.finish();
@@ -439,7 +442,7 @@ TEST(QuantizeLinear, AnAsymmetricTargetBringsOutputsCloserToTheDenseModels) {
   const at::Tensor dense = at::randn({tokens, cols}).mm(mix);
   // Half of each input is lost, and noise comes in its place, as behind quantized layers.
   const at::Tensor inputs = 0.5 * dense + 0.3 * at::randn({tokens, cols});
-  StatsAccumulator accumulator(cols, false);
+  StatsAccumulator accumulator(cols, {});
   accumulator.add(inputs, /*holdout=*/false, {.inputs = dense - inputs, .hidden = {}});
   const InputStats stats = accumulator.finish();
   const std::vector<double> errors =
@@ -455,7 +458,7 @@ TEST(QuantizeLinear, AResidualTargetMendsTheHiddenStatesThatOutputsAreAddedTo) {
   const int64_t rows = 48, cols = 64, tokens = 4000;
   const at::Tensor weight = at::randn({rows, cols}) * 0.05, inputs = at::randn({tokens, cols});
   const at::Tensor lost = inputs.mm(at::randn({cols, rows}) * 0.05) + 0.1 * at::randn({tokens, rows});
-  StatsAccumulator accumulator(cols, false);
+  StatsAccumulator accumulator(cols, {});
   accumulator.add(inputs, /*holdout=*/false, {.inputs = at::zeros_like(inputs), .hidden = lost});
   const InputStats stats = accumulator.finish();
   const std::vector<double> errors =
@@ -469,7 +472,7 @@ TEST(StatsAccumulator, SumsUpWhatSeparatesTheQuantizedModelFromTheDenseOne) {
   at::manual_seed(22);
   const at::Tensor inputs = at::randn({3, 20, 8}), dense = at::randn({3, 20, 8}),
                    hidden = at::randn({3, 20, 5});
-  StatsAccumulator accumulator(8, /*token_weights=*/false);
+  StatsAccumulator accumulator(8, {});
   for (int64_t w = 0; w < 2; ++w)
     accumulator.add(inputs[w], /*holdout=*/false, {.inputs = dense[w] - inputs[w], .hidden = hidden[w]});
   accumulator.add(inputs[2], /*holdout=*/true);
@@ -484,6 +487,29 @@ TEST(StatsAccumulator, SumsUpWhatSeparatesTheQuantizedModelFromTheDenseOne) {
   const at::Tensor norm = hidden.norm(2, -1, /*keepdim=*/true);
   const at::Tensor clipped = hidden * (std::get<0>(norm.median(1, /*keepdim=*/true)) / norm).clamp_max(1.0);
   EXPECT_TRUE(at::allclose(stats.hidden_drift, seen(clipped).t().mm(seen(inputs)) * (2.0 / 40), 1e-5, 1e-5));
+}
+
+TEST(StatsAccumulator, RoundedProductsLoseNoMoreThanBfloat16DoesAndEndWithTheirScope) {
+  at::manual_seed(23);
+  const test::Assume fast(assumed_fast_bfloat16, true);
+  constexpr int64_t kTokens = 256, kCols = 384;
+  const at::Tensor inputs = at::randn({1, kTokens, kCols}), dense = at::randn({1, kTokens, kCols});
+  const auto sum_up = [&](bool rounded) {
+    StatsAccumulator accumulator(kCols, {.token_weights = true, .rounded_products = rounded});
+    accumulator.add(inputs, /*holdout=*/false, {.inputs = dense - inputs, .hidden = {}});
+    return accumulator.finish();
+  };
+  const InputStats exact = sum_up(false), rounded = sum_up(true);
+  // Each factor is rounded by at most 2^-9 of itself, and the roundings of 256 tokens hardly add up.
+  const auto distance = [](const at::Tensor& a, const at::Tensor& b) {
+    return ((a - b).norm() / a.norm()).item<double>();
+  };
+  EXPECT_LT(distance(exact.hessian, rounded.hessian), std::ldexp(1, -8));
+  EXPECT_LT(distance(exact.input_drift, rounded.input_drift), std::ldexp(1, -8));
+  const at::Tensor x = inputs[0];
+  EXPECT_LT(distance(x.to(at::kDouble).t().mm(x.to(at::kDouble)), x.t().mm(x).to(at::kDouble)),
+            std::ldexp(1, -18))
+      << "products behind the scope are float32's again";
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ Layer make_layer(NmPattern nm, int levels, int64_t rows = 24, int64_t cols = 72)
   at::manual_seed(7);
   Layer layer;
   layer.original = at::randn({rows, cols}) * 0.05;
-  StatsAccumulator accumulator(cols, false);
+  StatsAccumulator accumulator(cols, {});
   at::Tensor inputs = at::randn({4 * cols, cols});
   inputs.select(1, 3).mul_(30);  // a column that carries outsized activations
   accumulator.add(inputs, false);

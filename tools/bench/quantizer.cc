@@ -43,11 +43,11 @@ at::Tensor random_inputs(int64_t tokens, int64_t cols) {
 }
 
 /// The last eighth of the tokens is held out, as in a run of the command.
-InputStats measure_statistics(const at::Tensor& inputs, bool token_weights) {
+InputStats measure_statistics(const at::Tensor& inputs, const StatsOptions& options) {
   const int64_t tokens = inputs.size(0), cols = inputs.size(1), held_out = tokens / 8;
   // x x^T is symmetric: half of it is enough.
   const StageTimer timer("statistics", static_cast<double>(tokens) * static_cast<double>(cols * (cols + 1)));
-  StatsAccumulator statistics(cols, token_weights);
+  StatsAccumulator statistics(cols, options);
   statistics.add(inputs.narrow(0, 0, tokens - held_out), false);
   if (held_out > 0) statistics.add(inputs.narrow(0, tokens - held_out, held_out), true);
   return statistics.finish();
@@ -160,7 +160,7 @@ void measure_quantizer(const QuantizerOptions& options) {
       const double begin = seconds_on(CLOCK_MONOTONIC);
       while (best.empty() || seconds_on(CLOCK_MONOTONIC) - begin < options.min_seconds) {
         reset_profile();
-        const InputStats stats = measure_statistics(inputs, token_weights(recipe.method));
+        const InputStats stats = measure_statistics(inputs, stats_options(recipe.method));
         {
           const StageTimer timer("linear");
           quantize_linear(weight, stats, recipe.method, {.scheme = usual_scheme(recipe.model.allocation)});

@@ -13,7 +13,7 @@ namespace stbllm {
 
 class TapStats {
  public:
-  TapStats(const std::vector<LinearSpec>& linears, bool token_weights);
+  TapStats(const std::vector<LinearSpec>& linears, const StatsOptions& options);
   /// Adds what a tap has seen: inputs (windows, seqlen, cols of the tap), the rest as in
   /// StatsAccumulator::add().
   void add(Tap tap, const at::Tensor& inputs, bool held_out, const Drift& drift = {});

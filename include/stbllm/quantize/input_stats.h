@@ -34,12 +34,20 @@ struct Drift {
   at::Tensor hidden;  ///< e - h, (..., tokens of a window, hidden); undefined where nothing is added to h
 };
 
-/// Sums up x x^T over batches of inputs, on their device. The order of calls and the device decide the
-/// rounding, nothing else does.
+struct StatsOptions {
+  bool token_weights = false;  ///< each token counts w_t = min(1, 3 median ||x|| / ||x_t||), the median over
+                               ///< its window; else 1
+  /// As rounded_products.h says. SmolLM2-135M by `stbllm` from 16 x 2048 tokens of C4 has a perplexity of
+  /// 105.9 and 78.0 (Wikitext-2 test and validation) with all products of its linears rounded, 105.9 and 76.0
+  /// without.
+  bool rounded_products = false;
+};
+
+/// Sums up x x^T over batches of inputs, on their device. The order of calls, the device and, with
+/// `rounded_products`, the processor decide the rounding, nothing else does.
 class StatsAccumulator {
  public:
-  /// With `token_weights` each token counts min(1, 3 median ||x|| / ||x_t||), the median over its window.
-  StatsAccumulator(int64_t cols, bool token_weights);
+  StatsAccumulator(int64_t cols, const StatsOptions& options);
   /// inputs: (..., tokens of a window, cols), float32 or bfloat16. Held-out batches go to a matrix of their
   /// own. `drift` comes with every call that is not held out or with none.
   void add(const at::Tensor& inputs, bool holdout, const Drift& drift = {});
@@ -58,7 +66,7 @@ class StatsAccumulator {
   Sum seen_, held_out_;
   at::Tensor input_drift_, hidden_drift_;  // times x^T, over the tokens of seen_
   int64_t cols_;
-  bool token_weights_;
+  StatsOptions options_;
 };
 
 }  // namespace stbllm
