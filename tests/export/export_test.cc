@@ -3,10 +3,13 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/eval/perplexity.h"
 #include "stbllm/export/export_gguf.h"
 #include "stbllm/export/export_hf.h"
+#include "stbllm/export/flip_signs.h"
 #include "stbllm/model/load_model.h"
 #include "stbllm/model/table.h"
 #include "stbllm/run/quantize_model.h"
@@ -72,6 +75,39 @@ Recipe ternary_recipe(RowCoding tables = RowCoding::kInt8) {
   Recipe recipe = Recipe::load("gguf-ternary");
   recipe.model.embedding = recipe.model.head = tables;
   return recipe;
+}
+
+// --- flipped signs ----------------------------------------------------------------------------------------
+
+TEST(FlipSigns, FlipsTheAskedShareOutsideOfSalientAndOutlierColumns) {
+  for (const char* preset : {"stbllm", "stbllm-paper"}) {  // outlier columns; salient columns
+    const Workplace place(test::tiny_llama(), Recipe::load(preset));
+    const PackedReader packed = place.packed();
+    const fs::path none = place / "none", some = place / "some", every = place / "every";
+    EXPECT_EQ(flip_signs(packed, none, 0, /*seed=*/0, false).flipped, 0);
+    const FlippedSigns quarter = flip_signs(packed, some, 0.25, /*seed=*/0, false);
+    // Six standard deviations of a binomial distribution.
+    EXPECT_NEAR(static_cast<double>(quarter.flipped), 0.25 * static_cast<double>(quarter.kept),
+                6 * std::sqrt(0.1875 * static_cast<double>(quarter.kept)));
+    const FlippedSigns full = flip_signs(packed, every, 1, /*seed=*/0, false);
+    EXPECT_EQ(full.flipped, full.kept);
+
+    const PackedReader same = PackedReader::open(none), flipped = PackedReader::open(every);
+    flipped.verify_checksums();
+    for (const auto& [name, matrix] : packed.linears()) {
+      const at::Tensor before = unpack_dense(matrix), after = unpack_dense(flipped.linears().at(name));
+      EXPECT_TRUE(unpack_dense(same.linears().at(name)).equal(before)) << name;
+      at::Tensor expected = -before;
+      const BinarizedWeight weight = unpack_weight(matrix);
+      for (const at::Tensor& columns : {weight.salient_columns, weight.outlier_columns})
+        if (columns.defined())
+          expected.index_copy_(1, columns.to(at::kLong), before.index_select(1, columns.to(at::kLong)));
+      EXPECT_TRUE(after.equal(expected)) << name;
+    }
+    EXPECT_TRUE(Workplace::logits(none).equal(Workplace::logits(place.packed_path())));
+    EXPECT_FALSE(Workplace::logits(every).equal(Workplace::logits(place.packed_path())));
+    expect_error(ErrorCode::kExists, "--force", [&] { flip_signs(packed, every, 1, /*seed=*/0, false); });
+  }
 }
 
 // --- HuggingFace ------------------------------------------------------------------------------------------

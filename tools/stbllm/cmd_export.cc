@@ -5,6 +5,7 @@
 #include "stbllm/base/error.h"
 #include "stbllm/export/export_gguf.h"
 #include "stbllm/export/export_hf.h"
+#include "stbllm/export/flip_signs.h"
 
 namespace stbllm {
 namespace {
@@ -14,6 +15,8 @@ namespace fs = std::filesystem;
 struct Options {
   std::string model, output, format, dtype = "float32", type = "tq2_0";
   bool dequantize = false, force = false;
+  double flip_signs = 0;
+  uint64_t seed = 0;
   CommonOptions common;
 };
 
@@ -52,13 +55,26 @@ nlohmann::json write_gguf(const Options& options, const PackedReader& packed) {
   return {{"bytes", summary.bytes}, {"linears", linears}};
 }
 
+nlohmann::json write_packed(const Options& options, const PackedReader& packed) {
+  const FlippedSigns signs =
+      flip_signs(packed, options.output, options.flip_signs, options.seed, options.force);
+  if (!options.common.json)
+    fmt::print("{}: {} of {} signs flipped\n", options.output, signs.flipped, signs.kept);
+  return {{"signs", signs.kept}, {"flipped", signs.flipped}};
+}
+
 void run(const Options& options) {
   apply(options.common);
   const PackedReader packed = open_packed(options.model);
   const bool hf = options.format == "hf";
+  if (options.flip_signs > 0 && options.format != "packed")
+    fail(ErrorCode::kUsage, "--flip-signs goes with --to packed; export that file to {} then",
+         options.format);
   check_output(options, hf);
   packed.verify_checksums();
-  nlohmann::json result = hf ? write_hf(options, packed) : write_gguf(options, packed);
+  nlohmann::json result = hf                           ? write_hf(options, packed)
+                          : options.format == "packed" ? write_packed(options, packed)
+                                                       : write_gguf(options, packed);
   result.update({{"model", options.model}, {"output", options.output}, {"format", options.format}});
   if (options.common.json) print_json(result);
 }
@@ -70,9 +86,11 @@ void add_export(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("export", "A packed file as a HuggingFace checkpoint or as GGUF for llama.cpp");
   command->add_option("model", options->model, "A packed .safetensors file")->required();
-  command->add_option("output", options->output, "A directory (hf) or a file (gguf)")->required();
-  command->add_option("--to", options->format, "hf: a dense checkpoint; gguf: ternary linears, bit for bit")
-      ->check(CLI::IsMember({"hf", "gguf"}))
+  command->add_option("output", options->output, "A directory (hf) or a file")->required();
+  command
+      ->add_option("--to", options->format,
+                   "hf: a dense checkpoint; gguf: ternary linears, bit for bit; packed: with --flip-signs")
+      ->check(CLI::IsMember({"hf", "gguf", "packed"}))
       ->required();
   command
       ->add_option("--dtype", options->dtype,
@@ -86,6 +104,13 @@ void add_export(CLI::App& app) {
       ->capture_default_str();
   command->add_flag("--dequantize", options->dequantize,
                     "gguf: write linears that are not ternary as F16 instead of refusing them");
+  command
+      ->add_option("--flip-signs", options->flip_signs,
+                   "packed: flip so large a share (0 to 1) of the signs of kept weights, to see what the "
+                   "model bears")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--seed", options->seed, "packed: which signs are flipped")->capture_default_str();
   command->add_flag("--force", options->force, "Replace an output that is there");
   add_common(*command, options->common);
   command->callback([options] { run(*options); });
