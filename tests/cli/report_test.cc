@@ -7,9 +7,11 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "browser.h"
 #include "stbllm/base/error.h"
 #include "support/files.h"
 #include "support/scratch_directory.h"
@@ -79,15 +81,6 @@ class ReportCommand : public ::testing::Test {
     const size_t begin = page.find(before) + before.size();
     return page.substr(begin, page.find("</script>", begin) - begin);
   }
-  /// run.html after its script has run; empty without a browser.
-  std::string rendered() {
-    const std::string command =
-        "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=10000 --user-data-dir=" +
-        (scratch_ / "browser").string() + " --dump-dom file://" + (scratch_ / "run.html").string() +
-        " 2> /dev/null > " + (scratch_ / "rendered.html").string();
-    return std::system(command.c_str()) == 0 ? read("rendered.html") : "";
-  }
-
   test::ScratchDirectory scratch_;
 };
 
@@ -118,8 +111,9 @@ TEST_F(ReportCommand, LetsNoTextOfTheReportEndItsElement) {
 TEST_F(ReportCommand, ThePageDrawsWhatTheReportSays) {
   write("run.json", sample_run().dump());
   ASSERT_EQ(run(paths()), 0) << read("err");
-  const std::string page = rendered();
-  if (page.empty()) GTEST_SKIP() << "no browser: chromium is not installed or does not start";
+  const std::string browser = test::find_browser();
+  if (browser.empty()) GTEST_SKIP() << test::kNoBrowser;
+  const std::string page = test::rendered(browser, scratch_ / "run.html");
   EXPECT_THAT(page, HasSubstr("<svg"));
   for (const char* shown : {"<title>q_proj, block 0", "<th>held out</th>", "<td>0.1350</td>", "5:8",
                             "1.250 → 0.875", "Hidden states after each block", "Bit ledger",
@@ -134,8 +128,9 @@ TEST_F(ReportCommand, ThePageDrawsAReportWithoutBlocksLedgerAndStages) {
   for (const char* key : {"blocks", "ledger", "stages", "calibration", "distill"}) json.erase(key);
   write("run.json", json.dump());
   ASSERT_EQ(run(paths()), 0) << read("err");
-  const std::string page = rendered();
-  if (page.empty()) GTEST_SKIP() << "no browser: chromium is not installed or does not start";
+  const std::string browser = test::find_browser();
+  if (browser.empty()) GTEST_SKIP() << test::kNoBrowser;
+  const std::string page = test::rendered(browser, scratch_ / "run.html");
   EXPECT_THAT(page, HasSubstr("<td>0.1350</td>"));
   for (const char* absent : {"<h2>Bit ledger", "<h2>Hidden states", "<h2>Time by stage"})
     EXPECT_THAT(page, Not(HasSubstr(absent)));
@@ -158,6 +153,134 @@ TEST_F(ReportCommand, SaysWhatIsWrongWithTheInput) {
   EXPECT_EQ(run(paths()), static_cast<int>(ErrorCode::kCorrupt));
   EXPECT_THAT(read("err"), HasSubstr("run.json"));
   EXPECT_FALSE(std::filesystem::exists(scratch_ / "run.html"));
+}
+
+TEST_F(ReportCommand, NeverOverwritesWhatItReads) {
+  write("run.json", sample_run().dump());
+  const std::string path = (scratch_ / "run.json").string();
+  EXPECT_EQ(run(path + " -o " + path + " --force"), static_cast<int>(ErrorCode::kUsage));
+  EXPECT_EQ(nlohmann::json::parse(read("run.json")), sample_run());
+}
+
+// --- sweeps -----------------------------------------------------------------------------------------------
+
+/// A line of scripts/sweep.sh.
+nlohmann::json sample_line(const std::string& checkpoint, const std::string& label, double bits) {
+  const nlohmann::json evaluation = {{"data", "text (7 rows)"}, {"perplexity", 100 / bits},
+                                     {"standard_error", 1.5},   {"windows", 8},
+                                     {"seqlen", 512},           {"second_half", false}};
+  nlohmann::json longer = evaluation;
+  longer.update({{"seqlen", 2048}, {"kl", 0.5}, {"reference_perplexity", 12.5}});
+  return {{"options",
+           {{"checkpoint", checkpoint},
+            {"label", label},
+            {"quantize", nlohmann::json::array()},
+            {"eval", {{"--data", "x"}, {"--data", "x", "--kl", checkpoint}}}}},
+          {"stored_bits", bits},
+          {"nominal_bits", bits / 2},
+          {"file_bytes", 1e6 * bits},
+          {"evaluations", {evaluation, longer}},
+          {"seconds", 6.0},
+          {"peak_memory_bytes", 1000000}};
+}
+
+class ReportOfSweeps : public ReportCommand {
+ protected:
+  void write_sweep(const std::string& name, const std::vector<nlohmann::json>& lines) {
+    std::filesystem::create_directory(scratch_ / name);
+    std::string text;
+    for (const nlohmann::json& line : lines) text += line.dump() + "\n";
+    write(name + "/sweep.jsonl", text);
+  }
+  std::string page(const std::string& inputs) {
+    return inputs + " -o " + (scratch_ / "run.html").string() + " --force";
+  }
+  std::string directory(const std::string& name) { return (scratch_ / name).string(); }
+};
+
+TEST_F(ReportOfSweeps, TakesModelsFromSeveralDirectoriesAndNamesWhatDiffers) {
+  write_sweep("a", {sample_line("models/one", "2:4", 1.5), sample_line("models/one", "4:8", 1.75)});
+  write_sweep("b", {sample_line("models/two", "2:4", 1.5)});
+  ASSERT_EQ(run(page(directory("a") + " " + directory("b"))), 0) << read("err");
+  const nlohmann::json sweep = nlohmann::json::parse(embedded_report())["sweep"];
+  EXPECT_EQ(sweep["title"], "Sweep of 2 models");
+  std::vector<std::string> models;
+  for (const nlohmann::json& point : sweep["points"]) models.push_back(point["model"]);
+  EXPECT_EQ(models, (std::vector<std::string>{"one", "one", "two"}));
+  EXPECT_EQ(sweep["texts"],
+            nlohmann::json::parse(R"([{"name": "at 512", "about": "text, 8 windows of 512 tokens"},
+                                      {"name": "at 2048", "about": "text, 8 windows of 2048 tokens"}])"));
+  EXPECT_EQ(sweep["points"][1]["results"][1],
+            (nlohmann::json{{"text", 1}, {"perplexity", 100 / 1.75}, {"standard_error", 1.5}, {"kl", 0.5}}));
+  // The model behind --kl, once for each checkpoint.
+  EXPECT_EQ(sweep["levels"], nlohmann::json::parse(R"([{"label": "one", "text": 1, "perplexity": 12.5},
+                                      {"label": "two", "text": 1, "perplexity": 12.5}])"));
+}
+
+TEST_F(ReportOfSweeps, TellsModelsOfOneNameByTheirPaths) {
+  write_sweep("a", {sample_line("here/one", "2:4", 1.5), sample_line("there/one", "2:4", 1.5)});
+  ASSERT_EQ(run(page(directory("a"))), 0) << read("err");
+  const nlohmann::json points = nlohmann::json::parse(embedded_report())["sweep"]["points"];
+  EXPECT_EQ(points[0]["model"], "here/one");
+  EXPECT_EQ(points[1]["model"], "there/one");
+}
+
+TEST_F(ReportOfSweeps, ReadsPointsOfOtherTools) {
+  write_sweep("a", {sample_line("one", "2:4", 1.5)});
+  write("other.csv",
+        "text, perplexity, tool, label, file_bytes\r\n\r\n"
+        "at 2048, 50.5, \"a \"\"b\"\"\", \"x, y\", 1000\r\n"
+        ",20,checkpoint,bf16,");
+  ASSERT_EQ(run(page(directory("a") + " --points " + directory("other.csv"))), 0) << read("err");
+  const nlohmann::json sweep = nlohmann::json::parse(embedded_report())["sweep"];
+  const nlohmann::json& point = sweep["points"][1];
+  EXPECT_EQ(point["tool"], "a \"b\"");
+  EXPECT_EQ(point["label"], "x, y");
+  EXPECT_EQ(point["file_bytes"], 1000);
+  EXPECT_TRUE(point["bits"].is_null());
+  EXPECT_EQ(point["results"][0]["text"], 1);
+  EXPECT_EQ(sweep["levels"].back(),
+            (nlohmann::json{{"label", "checkpoint bf16"}, {"text", 0}, {"perplexity", 20}}));
+}
+
+TEST_F(ReportOfSweeps, SaysWhereACsvIsWrong) {
+  write_sweep("a", {sample_line("one", "2:4", 1.5)});
+  const std::string head = "tool,label,bits,perplexity,text\n";
+  for (const auto& [text, part] :
+       std::map<std::string, std::string>{{"tool,size\n", "other.csv:1: expected columns among"},
+                                          {head + "a,b,1\n", "other.csv:2: expected 5 fields"},
+                                          {head + "a,b,x,2,\n", "bits: expected a number above 0, found 'x'"},
+                                          {head + "a,b,1,-2,\n", "perplexity: expected a number above 0"},
+                                          {head + "a,b,1,inf,\n", "perplexity: expected a number above 0"},
+                                          {head + "a,b,1,,\n", "expected a tool and a perplexity"},
+                                          {head + "a,\"b,1,2,\n", "a quote is not closed"},
+                                          {head + "a,b,1,2,else\n", "(at 512; at 2048), found 'else'"}}) {
+    write("other.csv", text);
+    EXPECT_EQ(run(page(directory("a") + " --points " + directory("other.csv"))),
+              static_cast<int>(ErrorCode::kCorrupt))
+        << text;
+    EXPECT_THAT(read("err"), HasSubstr(part));
+  }
+  EXPECT_FALSE(std::filesystem::exists(scratch_ / "run.html"));
+}
+
+TEST_F(ReportOfSweeps, SaysWhatIsWrongWithASweep) {
+  std::filesystem::create_directory(scratch_ / "empty");
+  EXPECT_EQ(run(page(directory("empty"))), static_cast<int>(ErrorCode::kNotFound));
+  EXPECT_THAT(read("err"), HasSubstr("sweep.jsonl"));
+  write_sweep("none", {});
+  EXPECT_EQ(run(page(directory("none"))), static_cast<int>(ErrorCode::kNotFound));
+  write_sweep("bad", {sample_line("one", "2:4", 1.5), {{"options", 1}}});
+  EXPECT_EQ(run(page(directory("bad"))), static_cast<int>(ErrorCode::kCorrupt));
+  EXPECT_THAT(read("err"), HasSubstr("sweep.jsonl:2:"));
+  nlohmann::json line = sample_line("one", "2:4", 1.5);
+  line["report"] = "../bad/run.json";  // a name is looked for in the sweep itself
+  write_sweep("bad", {line});
+  write("bad/run.json", "{}");
+  EXPECT_EQ(run(page(directory("bad"))), static_cast<int>(ErrorCode::kCorrupt));
+  EXPECT_THAT(read("err"), HasSubstr("run.json: not a report"));
+  EXPECT_EQ(run(page(directory("bad") + " " + directory("none") + " --linear x")),
+            static_cast<int>(ErrorCode::kUsage));
 }
 
 }  // namespace

@@ -6,14 +6,27 @@
 
 namespace stbllm {
 
-/// tools/stbllm/report.html, compiled in.
+/// The files of tools/stbllm/page/ in one, compiled in.
 extern const std::string_view kReportTemplate;
 
 namespace {
 
 using nlohmann::json;
 
-/// Reads what the page cannot do without, so that another file is refused here and not by an empty page.
+/// JSON that can stand inside a <script> element: "<" occurs within strings only, where \u003c means the
+/// same, and without it neither "</script>" nor "<!--" can end or change the element.
+std::string script_text(const json& figure) {
+  std::string text;
+  for (const char c : figure.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace))
+    if (c == '<')
+      text += "\\u003c";
+    else
+      text += c;
+  return text;
+}
+
+}  // namespace
+
 void check_report(const json& run) {
   run.at("output").get<std::string>();
   run.at("recipe").at("name").get<std::string>();
@@ -24,29 +37,19 @@ void check_report(const json& run) {
   }
 }
 
-/// JSON that can stand inside a <script> element: "<" occurs within strings only, where \u003c means the
-/// same, and without it neither "</script>" nor "<!--" can end or change the element.
-std::string script_text(const json& run) {
-  std::string text;
-  for (const char c : run.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace))
-    if (c == '<')
-      text += "\\u003c";
-    else
-      text += c;
-  return text;
-}
-
-}  // namespace
-
-std::string report_page(const json& run) {
-  check_report(run);
+std::string figure_page(const json& figure) {
   constexpr std::string_view kBefore = R"(type="application/json">)", kEmpty = "null";
   const size_t at = kReportTemplate.find(kBefore);
   STBLLM_CHECK(
       at != std::string_view::npos && kReportTemplate.substr(at + kBefore.size()).starts_with(kEmpty),
       "the template has no place for a report");
   std::string page(kReportTemplate);
-  return page.replace(at + kBefore.size(), kEmpty.size(), script_text(run));
+  return page.replace(at + kBefore.size(), kEmpty.size(), script_text(figure));
+}
+
+std::string report_page(const json& run) {
+  check_report(run);
+  return figure_page(run);
 }
 
 }  // namespace stbllm
