@@ -233,6 +233,7 @@ TEST_F(ReportOfSweeps, ReadsPointsOfOtherTools) {
         ",20,checkpoint,bf16,");
   ASSERT_EQ(run(page(directory("a") + " --points " + directory("other.csv"))), 0) << read("err");
   const nlohmann::json sweep = nlohmann::json::parse(embedded_report())["sweep"];
+  EXPECT_EQ(sweep["title"], "Sweep of one");
   const nlohmann::json& point = sweep["points"][1];
   EXPECT_EQ(point["tool"], "a \"b\"");
   EXPECT_EQ(point["label"], "x, y");

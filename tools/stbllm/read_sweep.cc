@@ -115,7 +115,7 @@ class Sweep {
     for (const auto& path : checkpoints_) paths_of[last_name(path)].insert(path);
     json points = points_;
     for (json& point : points)
-      if (const std::string path = point["model"]; paths_of[last_name(path)].size() <= 1)
+      if (const std::string path = point["model"]; !path.empty() && paths_of[last_name(path)].size() == 1)
         point["model"] = last_name(path);
     json texts = json::array();
     const std::vector<std::string> names = text_names();

@@ -173,9 +173,11 @@ function drawAxes(frame, xs, ys, xName, yName) {
 }
 
 // Perplexities to compare with, as lines across the chart; names that find no place go to `unplaced`.
-function drawLevels(levels, frame, ys, space, unplaced) {
+function drawLevels({levels, texts}, frame, ys, space, unplaced) {
   return levels.flatMap((level) => {
-    const y = ys.at(level.perplexity), name = `${level.label} ${withError(level)}`, width = textWidth(name);
+    const of = texts.length > 1 ? `, ${texts[level.text].name}` : "";
+    const y = ys.at(level.perplexity), name = `${level.label} ${withError(level)}${of}`,
+          width = textWidth(name);
     const line =
         svg("line", {class: "level", x1: frame.left, x2: frame.right, y1: y, y2: y}, svg("title", {}, name));
     space.takeLine([{x: frame.left, y}, {x: frame.right, y}]);
@@ -260,7 +262,7 @@ function drawSweep(sweep, series, {x: placeOf, axis, joinAll}, width) {
     space.takeLine(line);
     content.push(svg("path", {class: "front", stroke: colour, d: pathThrough(line)}));
   }
-  content.push(...drawLevels(sweep.levels, frame, ys, space, unplaced));
+  content.push(...drawLevels(sweep, frame, ys, space, unplaced));
   for (const each of shown) content.push(...each.marks.map((mark) => drawMark(sweep, each, mark)));
   content.push(...drawNames(shown, space, unplaced), ...drawLabels(shown, space));
   // Names for which there is no room stand below the chart.
