@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <iterator>
@@ -101,6 +102,15 @@ class ChildProcess {
 
 inline Outcome run_program(const std::vector<std::string>& args, int64_t largest_file = 0) {
   return ChildProcess(args, largest_file).wait();
+}
+
+/// Standard output of a command of /bin/sh.
+inline std::string output_of(const std::string& command) {
+  std::string output;
+  std::FILE* pipe = ::popen(command.c_str(), "r");
+  for (int c; (c = std::fgetc(pipe)) != EOF;) output += static_cast<char>(c);
+  ::pclose(pipe);
+  return output;
 }
 
 }  // namespace stbllm::test

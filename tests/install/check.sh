@@ -35,4 +35,7 @@ if readelf -d "$prefix/multiply/multiply" | grep -qE 'NEEDED.*(torch|c10)'; then
 run_path=$(readelf -d "$tree/bin/stbllm" | sed -nE 's/.*(RPATH|RUNPATH).*\[(.*)\]/\2/p')
 [[ $run_path = '$ORIGIN/'* && $run_path != *:* ]] || complain "the program looks for libraries in '$run_path'"
 LD_LIBRARY_PATH=$torch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$tree/bin/stbllm" --version | grep -q '^stbllm ' || complain "the program does not start"
+for file in man/man1/stbllm-quantize.1 bash-completion/completions/stbllm zsh/site-functions/_stbllm fish/vendor_completions.d/stbllm.fish; do
+  [ -s "$tree/share/$file" ] || complain "share/$file is missing"
+done
 exit "$failed"

@@ -5,6 +5,7 @@
 #include <csignal>
 #include <optional>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "quantize_request.h"
 #include "stbllm/base/error.h"
@@ -292,7 +293,8 @@ void add_run_options(CLI::App& command, Options& options) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command
       .add_option("--device", options.quantize.device,
-                  "Where forward passes, Hessians, searches of lean methods and training run: cpu or cuda")
+                  "Where forward passes, Hessians, searches of lean methods and training run")
+      ->check(suggest({"cpu", "cuda"}))
       ->capture_default_str();
   command
       .add_flag("--dense", options.quantize.dense_output,

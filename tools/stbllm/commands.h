@@ -21,6 +21,8 @@ void add_inspect(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_report(CLI::App& app);
 void add_export(CLI::App& app);
+void add_completion(CLI::App& app);
+void add_man(CLI::App& app);
 
 /// What several subcommands share.
 struct CommonOptions {

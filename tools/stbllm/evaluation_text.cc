@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <span>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "stbllm/base/log.h"
 #include "stbllm/text/overlap.h"
@@ -12,7 +13,8 @@ namespace stbllm {
 void add_evaluation_text(CLI::App& command, EvaluationText& text) {
   command
       .add_option("--data", text.data,
-                  "'wikitext2', 'wikitext2-valid', 'c4', or a file (.txt, .raw, .jsonl, .jsonl.gz)")
+                  "A text that is looked for in $STBLLM_DATA, or a file (.txt, .raw, .jsonl, .jsonl.gz)")
+      ->check(suggest({"wikitext2", "wikitext2-valid", "c4", "FILE"}))
       ->capture_default_str();
   command
       .add_option("--protocol", text.protocol,

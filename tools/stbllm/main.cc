@@ -11,6 +11,7 @@
 #include <exception>
 #include <iostream>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "stbllm/backend/backend.h"
 #include "stbllm/base/error.h"
@@ -32,8 +33,9 @@ void add_model(CLI::App& command, std::string& model) {
 void add_runtime(CLI::App& command, std::string& backend, std::string& dtype) {
   command
       .add_option("--backend", backend,
-                  "Of packed linears: auto ($STBLLM_BACKEND, else the fastest), reference, cpu, "
-                  "cpu-generic, cpu-avx2, cpu-avx512, cuda; a checkpoint runs dense, on cuda or not")
+                  "Of packed linears; auto: $STBLLM_BACKEND, else the fastest; a checkpoint runs dense, on "
+                  "cuda or not")
+      ->check(suggest({"auto", "reference", "cpu", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda"}))
       ->capture_default_str();
   command
       .add_option(
@@ -127,7 +129,9 @@ int run(int argc, char** argv) {
   app.set_config("--config", "", "Read options from this file: lines of NAME = VALUE under [SUBCOMMAND]");
   app.require_subcommand(1);
   std::string level = "info";
-  app.add_option("--log-level", level, "debug, info, warning, error or off");
+  app.add_option("--log-level", level, "The least grave messages that are shown")
+      ->check(suggest({"debug", "info", "warning", "error", "off"}))
+      ->capture_default_str();
   app.fallthrough();
   app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
   app.footer(
@@ -144,6 +148,8 @@ int run(int argc, char** argv) {
   add_generate(app);
   add_export(app);
   add_report(app);
+  add_completion(app);
+  add_man(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

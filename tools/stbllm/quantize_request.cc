@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "command_tree.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/parse_json.h"
@@ -74,14 +75,14 @@ void add_checkpoint(CLI::App& command, QuantizeRequest& request) {
 }
 
 void add_recipe_options(CLI::App& command, QuantizeRequest& request) {
-  std::string names;
-  for (const std::string& name : Recipe::preset_names()) names += (names.empty() ? "" : ", ") + name;
-  command
-      .add_option("--recipe", request.recipe,
-                  "A preset (" + names + ") or a .json file like those in configs/")
+  std::vector<std::string> recipes = Recipe::preset_names();
+  recipes.emplace_back("FILE");
+  command.add_option("--recipe", request.recipe, "A preset, or a .json file like those in configs/")
+      ->check(suggest(recipes))
       ->capture_default_str();
-  command.add_option("--nm", request.nm,
-                     "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe");
+  command
+      .add_option("--nm", request.nm, "N:M, kept of every group, such as 2:4 or 4:8; overrides the recipe")
+      ->type_name("CODE");
   command
       .add_option("--target-bpw", request.target_bits,
                   "Choose the scheme of each linear so that they store at most so many bits per weight, "
@@ -99,19 +100,24 @@ void add_recipe_options(CLI::App& command, QuantizeRequest& request) {
           "--code", request.codes,
           "GLOB=N:M or GLOB=N:Mx2, x3: what the linears with these names get, whatever the recipe and "
           "the budget say: --code '*.down_proj=3:4x2'; of several the last one counts")
+      ->type_name("GLOB=CODE")
       ->allow_extra_args(false);
   command.add_option("--keep", request.keeps, "GLOB: linears that keep the checkpoint's weights")
+      ->type_name("GLOB")
       ->allow_extra_args(false);
-  command.add_option("--set", request.fields,
-                     "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1");
+  command
+      .add_option("--set", request.fields,
+                  "Override a field of the recipe: --set method.descend=2 --set training.tune.epochs=1")
+      ->type_name("FIELD=VALUE");
 }
 
 void add_calibration_options(CLI::App& command, QuantizeRequest& request) {
   command
       .add_option("--calib", request.calib,
-                  "Calibration text: a file (.txt, .raw, .jsonl, .jsonl.gz), 'c4' or 'wikitext2-valid'; "
+                  "Calibration text: 'c4', 'wikitext2-valid' or a file (.txt, .raw, .jsonl, .jsonl.gz); "
                   "default: the first of these two that is there. Several times: --calib c4=3 --calib "
                   "notes.txt takes three windows of the first for one of the second")
+      ->check(suggest({"c4", "wikitext2-valid", "FILE"}))
       ->allow_extra_args(false);
   command
       .add_option("--nsamples", request.samples,

@@ -1,0 +1,57 @@
+#include "command_tree.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+namespace stbllm {
+namespace {
+
+/// The names between the braces of "TEXT:{fast,default,best}", as CLI::IsMember and suggest() describe them.
+std::vector<std::string> listed_values(const std::string& type) {
+  const size_t open = type.find('{'), close = type.find('}');
+  if (open == std::string::npos || close == std::string::npos || close < open) return {};
+  return CLI::detail::split(type.substr(open + 1, close - open - 1), ',');
+}
+
+OptionFacts facts_of(const CLI::Option& option) {
+  OptionFacts facts;
+  for (const std::string& name : option.get_snames()) facts.names.push_back("-" + name);
+  for (const std::string& name : option.get_lnames()) facts.names.push_back("--" + name);
+  if (!option.nonpositional()) facts.positional = option.get_name(/*positional=*/true);
+  if (option.get_items_expected_max() > 0) {
+    const std::string type = option.get_type_name();
+    facts.value = type.substr(0, type.find(':'));
+    if (facts.value.empty()) facts.value = "TEXT";
+    facts.values = listed_values(type);
+    facts.files = facts.value == "TEXT" && (facts.values.empty() || std::erase(facts.values, "FILE") > 0);
+  }
+  facts.required = option.get_required();
+  facts.repeatable = option.get_items_expected_max() > 1;
+  facts.standard = option.get_default_str();
+  for (const CLI::Option* other : option.get_excludes()) facts.excludes.push_back(other->get_name());
+  std::ranges::sort(facts.excludes);  // CLI11 keeps them by address
+  facts.description = option.get_description();
+  return facts;
+}
+
+}  // namespace
+
+std::vector<OptionFacts> options_of(const CLI::App& command) {
+  std::vector<OptionFacts> all;
+  for (const CLI::Option* option : command.get_options())
+    if (!option->get_group().empty()) all.push_back(facts_of(*option));
+  std::ranges::stable_partition(all, [](const OptionFacts& facts) { return facts.positional.empty(); });
+  return all;
+}
+
+std::vector<const CLI::App*> subcommands_of(const CLI::App& app) {
+  return app.get_subcommands([](const CLI::App* command) { return !command->get_group().empty(); });
+}
+
+CLI::Validator suggest(const std::vector<std::string>& values) {
+  return {[](std::string&) { return std::string(); }, fmt::format("{{{}}}", fmt::join(values, ","))};
+}
+
+}  // namespace stbllm
