@@ -41,7 +41,7 @@ std::vector<double> block_outlier_shares(const Decoder& decoder, HiddenStream& s
                                          const ProcessGroup& group) {
   const ModelSpec& spec = decoder.spec();
   std::vector<double> shares;
-  log::Progress progress("scores for the outlier allocation: block", spec.layers);
+  log::Progress progress("plan: scores of block", spec.layers);
   for (int64_t i = 0; i < spec.layers; ++i) {
     const auto block = decoder.block(i);
     std::array<at::Tensor, kTapCount> norm_sq;

@@ -104,7 +104,8 @@ class Estimator {
         dense_linear_bytes() +
         other_tensor_bytes(checkpoint_, spec_, recipe_.model, recipe_.training.any(), options_.dense_output);
     result.exact = options_.dense_output || bytes_follow_from_layouts();
-    result.seconds = seconds();
+    result.stages = stages();
+    for (const ExpectedStage& stage : result.stages) result.seconds += stage.seconds;
     result.dense_window_seconds =
         static_cast<double>(spec_.layers) * forward_seconds_ / static_cast<double>(windows_);
     result.distilled_window_seconds = passes_per_distilled_epoch() * result.dense_window_seconds;
@@ -194,30 +195,34 @@ class Estimator {
                                           static_cast<double>(spec_.linear_weights());
   }
 
-  double seconds() const {
+  /// By the names that log messages give them.
+  std::vector<ExpectedStage> stages() const {
     const auto& [tune, distill] = recipe_.training;
     // In units of the measured windows.
     const double all = static_cast<double>(calibration_.windows.size()) / static_cast<double>(windows_);
     const double calibrating =
         all - static_cast<double>(calibration_.distill_only) / static_cast<double>(windows_);
     const auto layers = static_cast<double>(spec_.layers), own = static_cast<double>(blocks_);
-    double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
-    if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
-    if (distill) passes += all * layers * passes_per_distilled_epoch() * distill->epochs;
     const double measured = static_cast<double>(measured_tokens_);
-    if (needs_head_hessian(spec_, recipe_.model))
-      passes += static_cast<double>(kHeadTokens) / measured * layers;
     // In units of the measured linear.
     const double model =
         static_cast<double>(spec_.linear_weights()) / static_cast<double>(widest_.rows * widest_.cols);
-    double seconds = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
-                     linear_seconds_ * model * own / layers;
+
+    double prepare = 0, plan = 0, distilling = 0;
+    if (needs_head_hessian(spec_, recipe_.model))
+      prepare = static_cast<double>(kHeadTokens) / measured * layers * forward_seconds_;
     if (options_.plan.is_null() && std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
       const auto [schemes, tokens] = budget_work(spec_);
-      seconds += static_cast<double>(schemes) * trial_seconds_ * model +
-                 layers * forward_seconds_ * static_cast<double>(tokens) / measured;
+      plan = static_cast<double>(schemes) * trial_seconds_ * model +
+             layers * forward_seconds_ * static_cast<double>(tokens) / measured;
     }
-    return seconds;
+    double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
+    if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
+    const double quantizing = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
+                              linear_seconds_ * model * own / layers;
+    if (distill)
+      distilling = forward_seconds_ * all * layers * passes_per_distilled_epoch() * distill->epochs;
+    return {{"prepare", prepare}, {"plan", plan}, {"quantize", quantizing}, {"distill", distilling}};
   }
 
   const Checkpoint& checkpoint_;

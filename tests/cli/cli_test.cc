@@ -100,6 +100,29 @@ TEST_F(Cli, PrintsItsVersion) {
   EXPECT_THAT(version.out, HasSubstr("backends reference, "));
 }
 
+// --- messages -------------------------------------------------------------------------------------------
+
+TEST_F(Cli, QuietPrintsTheResultAlone) {
+  const Outcome quantized = run_program(quantize("packed.safetensors", {"--quiet"}));
+  ASSERT_EQ(quantized.status, 0) << quantized.err;
+  EXPECT_EQ(quantized.err, "");
+  EXPECT_THAT(quantized.out, HasSubstr("packed.safetensors"));
+}
+
+TEST_F(Cli, ProgressIsThatOfTheWholeRun) {
+  const Outcome logged = run_program(quantize("logged.safetensors"));
+  ASSERT_EQ(logged.status, 0) << logged.err;
+  EXPECT_THAT(logged.err, HasSubstr(" left of the run"));
+
+  // On a terminal it is one line, written again and again; what is behind its last version is a message.
+  std::string command = STBLLM_BINARY;
+  for (const std::string& arg : quantize("shown.safetensors")) command += " " + arg;
+  const std::string shown = output_of("script -qec '" + command + "' /dev/null");
+  EXPECT_THAT(shown, HasSubstr("\r\033[K[#"));
+  EXPECT_THAT(shown, testing::ContainsRegex(" %  [0-9]+m[0-9]+s left  quantize: linear 1"));
+  EXPECT_THAT(shown, testing::Not(testing::ContainsRegex("left  quantize[^\r\n]*\r\n")));
+}
+
 // --- the whole job --------------------------------------------------------------------------------------
 
 TEST_F(Cli, QuantizesInspectsEvaluatesAndGenerates) {

@@ -258,7 +258,13 @@ void run(Options options) {
   if (memory.spill)
     log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
   stop_on_signals();
+  std::optional<log::WholeRun> whole;
+  if (log::shows(log::Level::kInfo)) {
+    whole.emplace(estimate_quantization(checkpoint, calibration, recipe, options.quantize).stages);
+    reset_profile();  // which is that of the run alone
+  }
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
+  whole.reset();
   if (!first) return;
   std::optional<Ledger> ledger;
   if (!options.quantize.dense_output) ledger = make_ledger(PackedReader::open(options.quantize.output));

@@ -132,8 +132,11 @@ int run(int argc, char** argv) {
   app.add_option("--log-level", level, "The least grave messages that are shown")
       ->check(suggest({"debug", "info", "warning", "error", "off"}))
       ->capture_default_str();
+  bool quiet = false;
+  app.add_flag("-q,--quiet", quiet, "No progress and no messages but warnings and errors")
+      ->excludes("--log-level");
   app.fallthrough();
-  app.parse_complete_callback([&] { log::set_level(log::parse_level(level)); });
+  app.parse_complete_callback([&] { log::set_level(quiet ? log::Level::kWarn : log::parse_level(level)); });
   app.footer(
       "Exit codes: 0 done, 1 unexpected fault, 2 usage, 3 not found, 4 damaged file, 5 parts do not match, 6 "
       "not supported, 7 text too short,\n"

@@ -2,7 +2,9 @@
 // What a quantization will take, before it is started.
 
 #include <cstdint>
+#include <vector>
 
+#include "stbllm/base/forecast.h"
 #include "stbllm/calibrate/calibration.h"
 #include "stbllm/run/options.h"
 
@@ -13,7 +15,9 @@ struct Estimate {
   int64_t dense_bytes = 0;   ///< all other tensors; the header with its metadata comes on top
   bool exact = false;        ///< the bytes follow from layouts alone; else salient or outlier columns are
                              ///< extrapolated from one linear, or N varies around the target
-  double seconds = 0;        ///< extrapolated from one block's forward pass and one linear
+  /// Of a run, in their order (stages.h): extrapolated from one block's forward pass and one linear.
+  std::vector<ExpectedStage> stages;
+  double seconds = 0;                   ///< of all stages
   double dense_window_seconds = 0;      ///< of `seconds`: one window through the dense model
   double distilled_window_seconds = 0;  ///< one window in one epoch of distillation, whatever the recipe
   int64_t peak_memory_bytes = 0;
