@@ -10,9 +10,9 @@
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/parallel.h"
-#include "stbllm/checkpoint/sources.h"
 #include "stbllm/model/decoder_block.h"
 #include "stbllm/model/model_spec.h"
+#include "stbllm/model/packed_tensors.h"
 
 namespace stbllm {
 namespace {
@@ -78,7 +78,7 @@ class GgufExport {
         options_(options),
         spec_(ModelSpec::from_packed(packed)),
         family_(family_of(spec_)),
-        path_(packed.file()->file()->path().string()) {}
+        tensors_(packed) {}
 
   /// After the tensors, whose types it knows.
   void add_keys(const std::string& name) {
@@ -148,16 +148,6 @@ class GgufExport {
     return spec_.sliding_window;
   }
 
-  /// The numbers of a dense tensor of the file.
-  at::Tensor dense(const TensorSpec& tensor) const {
-    const TensorEntry& entry = packed_.dense(tensor.name);
-    if (entry.shape != tensor.shape)
-      fail(ErrorCode::kMismatch, "{}: tensor {} has another shape than the configuration asks for", path_,
-           tensor.name);
-    void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
-    return at::from_blob(data, entry.shape, scalar_type_of(entry.dtype, path_, tensor.name));
-  }
-
   /// Adds `values` in `dtype`, their rows (dimension 0) in `order`.
   void add_floats(const std::string& name, const at::Tensor& values, at::ScalarType dtype,
                   const RowOrder& order = {}) {
@@ -178,7 +168,7 @@ class GgufExport {
 
   /// Weight or bias of a norm, in float32 as llama.cpp wants it.
   void add_vector(const TensorSpec& tensor, const std::string& name) {
-    add_floats(name + tensor.name.substr(tensor.name.rfind('.')), dense(tensor), at::kFloat);
+    add_floats(name + tensor.name.substr(tensor.name.rfind('.')), tensors_.load(tensor), at::kFloat);
   }
 
   void add_rope_factors() {
@@ -189,12 +179,11 @@ class GgufExport {
 
   /// Embedding or head.
   void add_table(const TensorSpec& table, const std::string& name) {
-    const auto rows = packed_.quantized_rows().find(table.name.substr(0, table.name.rfind('.')));
-    if (rows != packed_.quantized_rows().end()) {
-      add_rows(rows->second, name);
+    if (const QuantizedRows* rows = tensors_.find_rows(table)) {
+      add_rows(*rows, name);
       return;
     }
-    const at::Tensor values = dense(table);
+    const at::Tensor values = tensors_.load(table);
     add_floats(name, values, values.scalar_type());
   }
 
@@ -225,20 +214,16 @@ class GgufExport {
 
   void add_linear(const LinearSpec& linear, const std::string& name) {
     const RowOrder order = row_order(family_, spec_, linear.role);
-    const auto found = packed_.linears().find(linear.name);
-    if (found == packed_.linears().end())
-      add_floats(name + ".weight", dense(linear.weight()), at::kHalf, order);
+    if (const StructuredBinaryMatrix* matrix = tensors_.find_linear(linear))
+      add_matrix(linear, *matrix, order, name + ".weight");
     else
-      add_matrix(linear, found->second, order, name + ".weight");
-    if (linear.has_bias) add_floats(name + ".bias", dense(linear.bias()), at::kFloat, order);
+      add_floats(name + ".weight", tensors_.load(linear.weight()), at::kHalf, order);
+    if (linear.has_bias) add_floats(name + ".bias", tensors_.load(linear.bias()), at::kFloat, order);
   }
 
   void add_matrix(const LinearSpec& linear, const StructuredBinaryMatrix& matrix, const RowOrder& order,
                   const std::string& name) {
     const Layout& layout = matrix.layout();
-    if (layout.rows != linear.rows || layout.cols != linear.cols)
-      fail(ErrorCode::kMismatch, "{}: linear {} is {} x {}, but the configuration asks for {} x {}", path_,
-           linear.name, layout.rows, layout.cols, linear.rows, linear.cols);
     const std::string obstacle = obstacle_to_ternary(layout);
     if (!obstacle.empty() && !options_.dequantize)
       fail(ErrorCode::kUnsupported,
@@ -291,7 +276,7 @@ class GgufExport {
   const GgufOptions& options_;
   const ModelSpec spec_;
   const Family& family_;
-  const std::string path_;
+  const PackedTensors tensors_;
   GgufWriter file_;
   GgufSummary summary_;
 };

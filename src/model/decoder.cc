@@ -7,7 +7,7 @@
 #include <span>
 
 #include "stbllm/base/error.h"
-#include "stbllm/checkpoint/sources.h"
+#include "stbllm/model/packed_tensors.h"
 
 namespace stbllm {
 namespace {
@@ -38,44 +38,6 @@ std::shared_ptr<DecoderBlock> load_block(const ModelSpec& spec, int64_t index, c
     block->set_linear(linear.role, make_linear(linear, linear.has_bias ? load(linear.bias()) : at::Tensor()));
   return block;
 }
-
-/// Tensors of a packed file that are not packed linears: dense ones, and tables as quantized rows, which the
-/// file lists under the table's name without ".weight". load() widens these.
-class PackedTensors {
- public:
-  explicit PackedTensors(const PackedReader& packed)
-      : packed_(packed), path_(packed.file()->file()->path().string()) {}
-
-  /// Null unless the tensor is stored as quantized rows.
-  const QuantizedRows* find_rows(const TensorSpec& spec) const {
-    const auto rows = packed_.quantized_rows().find(spec.name.substr(0, spec.name.rfind('.')));
-    if (!spec.name.ends_with(".weight") || rows == packed_.quantized_rows().end()) return nullptr;
-    check_shape(spec, {rows->second.layout().rows, rows->second.layout().cols});
-    return &rows->second;
-  }
-
-  /// A view of the mapped file where the tensor is dense.
-  at::Tensor load(const TensorSpec& spec) const {
-    if (const QuantizedRows* rows = find_rows(spec)) return dense_rows(*rows);
-    if (!packed_.has_dense(spec.name))
-      fail(ErrorCode::kMismatch, "{}: tensor {} is missing; the model's configuration needs it", path_,
-           spec.name);
-    const TensorEntry& entry = packed_.dense(spec.name);
-    check_shape(spec, entry.shape);
-    void* data = const_cast<std::byte*>(entry.data.data());  // from_blob knows no const; nobody writes to it
-    return at::from_blob(data, entry.shape, scalar_type_of(entry.dtype, path_, spec.name));
-  }
-
- private:
-  void check_shape(const TensorSpec& spec, const std::vector<int64_t>& found) const {
-    if (found != spec.shape)
-      fail(ErrorCode::kMismatch, "{}: tensor {} has shape [{}], but the configuration asks for [{}]", path_,
-           spec.name, fmt::join(found, ", "), fmt::join(spec.shape, ", "));
-  }
-
-  const PackedReader& packed_;
-  std::string path_;
-};
 
 }  // namespace
 
@@ -123,7 +85,6 @@ Decoder Decoder::from_checkpoint(const Checkpoint& checkpoint, const DecoderOpti
 
 Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend, at::ScalarType dtype) {
   check_dtype(dtype);
-  const std::string path = packed.file()->file()->path().string();
   Decoder decoder(ModelSpec::from_packed(packed), dtype, device_of(backend));
   const PackedTensors tensors(packed);
   const TensorLoader load = [&](const TensorSpec& tensor) {
@@ -135,14 +96,9 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
     return prepared == nullptr ? Table(load(table)) : Table(*rows, backend, std::move(prepared));
   });
   const auto make_linear = [&](const LinearSpec& linear, at::Tensor bias) -> std::unique_ptr<Linear> {
-    const auto found = packed.linears().find(linear.name);
-    if (found == packed.linears().end())
-      return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias));
-    const Layout& layout = found->second.layout();
-    if (layout.rows != linear.rows || layout.cols != linear.cols)
-      fail(ErrorCode::kMismatch, "{}: linear {} is {} x {}, but the configuration asks for {} x {}", path,
-           linear.name, layout.rows, layout.cols, linear.rows, linear.cols);
-    return std::make_unique<PackedLinear>(backend, found->second, std::move(bias));
+    if (const StructuredBinaryMatrix* matrix = tensors.find_linear(linear))
+      return std::make_unique<PackedLinear>(backend, *matrix, std::move(bias));
+    return std::make_unique<DenseLinear>(load(linear.weight()), std::move(bias));
   };
   for (int64_t index = 0; index < decoder.spec_.layers; ++index)
     decoder.blocks_.push_back(load_block(decoder.spec_, index, load, make_linear));
