@@ -42,12 +42,23 @@ int integer_variable(const char* name, int least, int most) {
   return value;
 }
 
+#ifdef STBLLM_HAS_GLOO
+
+/// How long another process is waited for.
+std::chrono::seconds time_limit() {
+  constexpr const char* kVariable = "STBLLM_PROCESS_TIMEOUT";
+  constexpr std::chrono::seconds kDefault = std::chrono::minutes(30);
+  if (std::getenv(kVariable) == nullptr) return kDefault;
+  return std::chrono::seconds(integer_variable(kVariable, 1, 7 * 24 * 3600));
+}
+
+#endif
+
 }  // namespace
 
 #ifdef STBLLM_HAS_GLOO
 
 struct ProcessGroup::Gloo {
-  static constexpr std::chrono::seconds kTimeout = std::chrono::minutes(30);
   c10::intrusive_ptr<c10d::ProcessGroupGloo> backend;
 
   /// Runs one exchange; whatever stops it is a process that is gone or silent.
@@ -63,7 +74,7 @@ struct ProcessGroup::Gloo {
            "another process ended or did not answer within {} s, its own message tells more ({}); start all "
            "processes again, "
            "with --resume where blocks are finished",
-           kTimeout.count(), reason.substr(0, reason.find('\n')));
+           time_limit().count(), reason.substr(0, reason.find('\n')));
     }
   }
   void wait(const c10::intrusive_ptr<c10d::Work>& work) const {
@@ -89,7 +100,7 @@ ProcessGroup ProcessGroup::from_environment() {
   options.port = static_cast<uint16_t>(integer_variable("MASTER_PORT", 1, 65535));
   options.isServer = group.rank_ == 0;
   options.numWorkers = group.size_;
-  options.timeout = Gloo::kTimeout;
+  options.timeout = time_limit();
   if (options.isServer)
     log::info("waiting at {}:{} until {} processes are there", address, options.port, group.size_);
   const auto store = [&] {
@@ -106,7 +117,7 @@ ProcessGroup ProcessGroup::from_environment() {
   group.gloo_ = Gloo::guarded([&] {
     auto gloo = std::make_unique<Gloo>();
     gloo->backend = c10::make_intrusive<c10d::ProcessGroupGloo>(
-        store, group.rank_, group.size_, c10d::ProcessGroupGloo::Options::create_default(Gloo::kTimeout));
+        store, group.rank_, group.size_, c10d::ProcessGroupGloo::Options::create_default(time_limit()));
     return gloo;
   });
   return group;

@@ -1,18 +1,14 @@
 // One calibration in two processes: the result is that of one process, and nobody waits for ever.
 
 #include <ATen/ATen.h>
-#include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/socket.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <memory>
 #include <nlohmann/json.hpp>
 
-#include "child_process.h"
+#include "process_pair.h"
 #include "stbllm/base/error.h"
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/pack/packed_file.h"
@@ -27,19 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 using testing::HasSubstr;
 using Args = std::vector<std::string>;
-
-/// A port of this machine that was free a moment ago.
-std::string free_port() {
-  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  ::bind(fd, reinterpret_cast<sockaddr*>(&address), size);
-  ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
-  ::close(fd);
-  return std::to_string(ntohs(address.sin_port));
-}
 
 int code(ErrorCode code) { return static_cast<int>(code); }
 
@@ -63,23 +46,6 @@ class Processes : public ::testing::Test {
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
-  using Pair = std::array<std::unique_ptr<ChildProcess>, 2>;
-  Pair start(const Args& first, const Args& second) const {
-    std::map<std::string, std::string> environment = {
-        {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", free_port()}, {"WORLD_SIZE", "2"}};
-    Pair pair;
-    for (int rank = 0; rank < 2; ++rank) {
-      environment["RANK"] = std::to_string(rank);
-      pair[rank] = std::make_unique<ChildProcess>(rank == 0 ? first : second, 0, environment);
-    }
-    return pair;
-  }
-  /// Outcomes of `args` in two processes.
-  std::array<Outcome, 2> run(const Args& args) const {
-    const Pair pair = start(args, args);
-    return {pair[0]->wait(), pair[1]->wait()};
-  }
-
   TinyModel model_ = tiny_llama();
   ScratchDirectory scratch_;
   const fs::path checkpoint_ = scratch_ / "checkpoint", results_ = scratch_ / "results";
@@ -94,7 +60,7 @@ TEST_P(SameResult, AsInOneProcess) {
   };
   const Outcome alone = run_program(quantize("alone", with_report("alone.json")));
   ASSERT_EQ(alone.status, 0) << alone.err;
-  const auto shared = run(quantize("shared", with_report("shared.json")));
+  const auto shared = run_pair(quantize("shared", with_report("shared.json")));
   ASSERT_EQ(shared[0].status, 0) << shared[0].err;
   ASSERT_EQ(shared[1].status, 0) << shared[1].err;
   EXPECT_TRUE(nlohmann::json::accept(shared[0].out)) << shared[0].out;
@@ -144,14 +110,14 @@ INSTANTIATE_TEST_SUITE_P(Presets, SameResult, ::testing::Values("rtn", "stbllm-p
 
 TEST_F(Processes, GiveTheSameBytesAgain) {
   for (const char* name : {"one", "two"}) {
-    const auto outcomes = run(quantize(name));
+    const auto outcomes = run_pair(quantize(name));
     ASSERT_EQ(outcomes[0].status, 0) << outcomes[0].err;
   }
   EXPECT_TRUE(read_all(results_ / "one") == read_all(results_ / "two"));
 }
 
 TEST_F(Processes, KeepToABudgetTogether) {
-  const auto outcomes = run(quantize("budget", {"--recipe", "stbllm", "--target-bpw", "1.8", "--json"}));
+  const auto outcomes = run_pair(quantize("budget", {"--recipe", "stbllm", "--target-bpw", "1.8", "--json"}));
   ASSERT_EQ(outcomes[0].status, 0) << outcomes[0].err;
   ASSERT_EQ(outcomes[1].status, 0) << outcomes[1].err;
   const double stored = nlohmann::json::parse(outcomes[0].out)["stored_bits"];
@@ -173,7 +139,7 @@ class LongRun : public Processes {
 
 TEST_F(LongRun, EndsWhenAProcessIsLostAndIsResumedToTheSameBytes) {
   {
-    const Pair pair = start(quantize("packed"), quantize("packed"));
+    const Pair pair = start_pair(quantize("packed"));
     ASSERT_TRUE(pair[0]->appears(results_ / "packed.work" / "block_002.safetensors"));
     pair[1]->send(SIGKILL);
     const Outcome first = pair[0]->wait();
@@ -181,27 +147,51 @@ TEST_F(LongRun, EndsWhenAProcessIsLostAndIsResumedToTheSameBytes) {
     EXPECT_THAT(first.err, HasSubstr("--resume"));
     EXPECT_FALSE(fs::exists(results_ / "packed"));
   }
-  const auto resumed = run(quantize("packed", {"--resume"}));
+  const auto resumed = run_pair(quantize("packed", {"--resume"}));
   ASSERT_EQ(resumed[0].status, 0) << resumed[0].err;
-  ASSERT_EQ(run(quantize("undisturbed"))[0].status, 0);
+  ASSERT_EQ(run_pair(quantize("undisturbed"))[0].status, 0);
   EXPECT_TRUE(read_all(results_ / "packed") == read_all(results_ / "undisturbed"));
 }
 
 TEST_F(Processes, MustBeStartedWithTheSameCommand) {
-  const Pair pair = start(quantize("packed"), quantize("packed", {"--seed", "9"}));
+  const Pair pair = start_pair(quantize("packed"), quantize("packed", {"--seed", "9"}));
   const Outcome second = pair[1]->wait(), first = pair[0]->wait();
   EXPECT_EQ(second.status, code(ErrorCode::kMismatch)) << second.err;
   EXPECT_THAT(second.err, HasSubstr("seed: 0 there, 9 here"));
   EXPECT_EQ(first.status, code(ErrorCode::kInterrupted)) << first.err;
 }
 
+TEST_F(Processes, WaitForASilentOneNoLongerThanToldTo) {
+  // SIGSTOP leaves the connections of a process open: only time tells.
+  model_.config["num_hidden_layers"] = 24;
+  write_checkpoint(checkpoint_, model_);
+  const Pair pair = start_pair(quantize("packed"), {{"STBLLM_PROCESS_TIMEOUT", "2"}});
+  ASSERT_TRUE(pair[0]->appears(results_ / "packed.work" / "block_001.safetensors"));
+  pair[1]->send(SIGSTOP);
+  const Outcome first = pair[0]->wait();
+  EXPECT_EQ(first.status, code(ErrorCode::kInterrupted)) << first.err;
+  EXPECT_THAT(first.err, HasSubstr("did not answer within 2 s"));
+}
+
+TEST_F(Processes, WaitForOneThatNeverComesNoLongerThanToldTo) {
+  const Outcome alone = ChildProcess(quantize("packed"), 0,
+                                     {{"MASTER_ADDR", "127.0.0.1"},
+                                      {"MASTER_PORT", free_port()},
+                                      {"WORLD_SIZE", "2"},
+                                      {"RANK", "0"},
+                                      {"STBLLM_PROCESS_TIMEOUT", "1"}})
+                            .wait();
+  EXPECT_EQ(alone.status, code(ErrorCode::kUsage)) << alone.err;
+  EXPECT_THAT(alone.err, HasSubstr("cannot meet"));
+}
+
 TEST_F(Processes, RefuseWhatWorksInOneOnly) {
   for (const char* field : {"training.tune.epochs=1", "training.distill.epochs=1"})
-    for (const Outcome& outcome : run(quantize("packed", {"--set", field}))) {
+    for (const Outcome& outcome : run_pair(quantize("packed", {"--set", field}))) {
       EXPECT_EQ(outcome.status, code(ErrorCode::kUnsupported)) << outcome.err;
       EXPECT_THAT(outcome.err, HasSubstr("one process only"));
     }
-  for (const Outcome& outcome : run(quantize("packed", {"--nsamples", "1"}))) {
+  for (const Outcome& outcome : run_pair(quantize("packed", {"--nsamples", "1"}))) {
     EXPECT_EQ(outcome.status, code(ErrorCode::kUsage)) << outcome.err;
     EXPECT_THAT(outcome.err, HasSubstr("--nsamples"));
   }

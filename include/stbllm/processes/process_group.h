@@ -22,9 +22,9 @@ class ProcessGroup {
   /// One process on its own: nothing is exchanged.
   ProcessGroup();
   /// The processes that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT speak of; waits until all have come.
-  /// One process when WORLD_SIZE is not set or 1. Another process is waited for at most half an hour, here
-  /// and in every call below. Throws Error(kUsage) for variables that make no sense, Error(kUnsupported) in a
-  /// build without Gloo, Error(kInterrupted).
+  /// One process when WORLD_SIZE is not set or 1. Another process is waited for at most half an hour, or
+  /// STBLLM_PROCESS_TIMEOUT seconds, here and in every call below. Throws Error(kUsage) for variables that
+  /// make no sense, Error(kUnsupported) in a build without Gloo, Error(kInterrupted).
   static ProcessGroup from_environment();
   /// Whether this build can run in more than one process.
   static bool supported();
