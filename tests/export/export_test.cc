@@ -62,14 +62,6 @@ test::TinyModel ternary_model(test::TinyModel model) {
   model.config.update({{"hidden_size", 256}, {"intermediate_size", 96}, {"num_hidden_layers", 1}});
   return model;
 }
-test::TinyModel tiny_qwen2() {
-  test::TinyModel model = test::tiny_llama();
-  model.config.update({{"architectures", nlohmann::json::array({"Qwen2ForCausalLM"})},
-                       {"model_type", "qwen2"},
-                       {"attention_bias", true},
-                       {"tie_word_embeddings", true}});
-  return model;
-}
 
 Recipe ternary_recipe(RowCoding tables = RowCoding::kInt8) {
   Recipe recipe = Recipe::load("gguf-ternary");
@@ -182,7 +174,7 @@ TEST(ExportGguf, HoldsTheWeightsOfThePackedFile) {
   };
   const Case cases[] = {
       {ternary_model(test::tiny_llama()), GgufType::kTQ2_0, RowCoding::kInt8, kTQ2, kQ8},
-      {ternary_model(tiny_qwen2()), GgufType::kTQ1_0, RowCoding::kInt4, kTQ1, kQ4},
+      {ternary_model(test::tiny_qwen2()), GgufType::kTQ1_0, RowCoding::kInt4, kTQ1, kQ4},
       {ternary_model(test::tiny_mistral()), GgufType::kTQ1_0, RowCoding::kFloat16, kTQ1, kF16},
   };
   for (const Case& c : cases) {

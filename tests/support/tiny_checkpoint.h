@@ -152,6 +152,16 @@ inline TinyModel tiny_mistral() {
   return model;
 }
 
+/// Biases of queries, keys and values, tied head.
+inline TinyModel tiny_qwen2() {
+  TinyModel model = tiny_llama();
+  model.config.update({{"architectures", nlohmann::json::array({"Qwen2ForCausalLM"})},
+                       {"model_type", "qwen2"},
+                       {"attention_bias", true},
+                       {"tie_word_embeddings", true}});
+  return model;
+}
+
 /// Norms of queries and keys, heads wider than hidden / heads.
 inline TinyModel tiny_qwen3() {
   TinyModel model = tiny_llama();

@@ -31,7 +31,7 @@ struct QuantizeResult {
 
 /// Throws before the first expensive step: as check_request and plan_memory, and Error(kMismatch); later
 /// Error(kWriteFailed | kVerifyFailed | kInterrupted, see base/interrupt.h). Deterministic, after a resume
-/// too and whatever the number of threads (trained: one or two).
+/// too and whatever the number of threads (trained: one or two) where base/reproducible.h was called.
 ///
 /// Several processes, all called with the same arguments, calibrate on their part of the windows and quantize
 /// their part of the linears. Process 0 alone has the work directory and writes the output; the others return
