@@ -38,14 +38,10 @@ inline Pair start_pair(const std::vector<std::string>& first, const std::vector<
   }
   return pair;
 }
-inline Pair start_pair(const std::vector<std::string>& args,
-                       const std::map<std::string, std::string>& environment = {}) {
-  return start_pair(args, args, environment);
-}
 
 /// What both left behind.
 inline std::array<Outcome, 2> run_pair(const std::vector<std::string>& args) {
-  const Pair pair = start_pair(args);
+  const Pair pair = start_pair(args, args);
   return {pair[0]->wait(), pair[1]->wait()};
 }
 

@@ -139,7 +139,7 @@ class LongRun : public Processes {
 
 TEST_F(LongRun, EndsWhenAProcessIsLostAndIsResumedToTheSameBytes) {
   {
-    const Pair pair = start_pair(quantize("packed"));
+    const Pair pair = start_pair(quantize("packed"), quantize("packed"));
     ASSERT_TRUE(pair[0]->appears(results_ / "packed.work" / "block_002.safetensors"));
     pair[1]->send(SIGKILL);
     const Outcome first = pair[0]->wait();
@@ -165,7 +165,7 @@ TEST_F(Processes, WaitForASilentOneNoLongerThanToldTo) {
   // SIGSTOP leaves the connections of a process open: only time tells.
   model_.config["num_hidden_layers"] = 24;
   write_checkpoint(checkpoint_, model_);
-  const Pair pair = start_pair(quantize("packed"), {{"STBLLM_PROCESS_TIMEOUT", "2"}});
+  const Pair pair = start_pair(quantize("packed"), quantize("packed"), {{"STBLLM_PROCESS_TIMEOUT", "2"}});
   ASSERT_TRUE(pair[0]->appears(results_ / "packed.work" / "block_001.safetensors"));
   pair[1]->send(SIGSTOP);
   const Outcome first = pair[0]->wait();

@@ -363,7 +363,7 @@ TEST_P(SoakModel, IsTheSameFromTwoProcessesAgainAndAfterTheLossOfOne) {
   const std::chrono::duration<double> whole = std::chrono::steady_clock::now() - started;
   expect_file_is_sound(scratch_ / "undisturbed", random);
   {
-    const test::Pair pair = test::start_pair(command("resumed"));
+    const test::Pair pair = test::start_pair(command("resumed"), command("resumed"));
     pair[0]->appears(work_path(scratch_ / "resumed"));  // when both have met
     std::this_thread::sleep_for(random.share() * whole);
     pair[random.between(0, 1)]->send(random.any_of({SIGKILL, SIGTERM}));
