@@ -4,9 +4,9 @@
 //   multiplied
 //             by all tokens. float32 activations go this way and are used as they are; so do others where
 //             there is neither lookup nor integer product.
-//   integers  The same with weights as integer levels and activations as multiples of a power of two per
-//   token and
-//             chunk. This is the way of many tokens.
+//   words     The same in 16 bits, for many tokens: weights as integer levels and activations as multiples of
+//   a power
+//             of two per token and chunk, or both in bfloat16 where the processor has tiles for it.
 //   rows      Dot products with rows of integers (embedding and head), for few tokens.
 //   lookups   For each chunk, a table holds what every state of a group contributes to the dot product with
 //   these
@@ -39,9 +39,13 @@ constexpr int64_t kTableBudget = 512 * 1024;
 // A thread is worth its start from about this many products of weight and token on.
 constexpr int64_t kProductsPerThread = 1 << 17;
 
-// Threads share a tile at multiples of so many tokens: these are whole passes of a kernel, and enough of them
-// to be worth decoding the tile twice.
+// Where panels are multiplied, threads share a tile at multiples of so many tokens.
 constexpr int64_t kShareTokens = 24;
+
+// Panels of 16 bits: tiles whose products with one chunk of activations come one after the other, and the
+// tokens of a turn. The chunk (128 KiB) and the sums (512 KiB) then stay in the second-level cache.
+constexpr int64_t kTurnTiles = 4;
+constexpr int64_t kTurnTokens = 512;
 
 // How many threads `products` (weights times tokens) in `parts` parts are worth.
 int64_t useful_threads(int64_t products, int64_t parts) {
@@ -85,15 +89,25 @@ bool same_outliers(const MatrixView& a, const MatrixView& b) {
                     b.outlier_columns + b.outliers);
 }
 
-// Calls visit(tile, first token, last token) for what a thread multiplies: tiles times tokens are dealt out
-// in equal shares, so that nobody waits. Where two threads share a tile, both decode it.
+// Some tiles and tokens that a thread multiplies.
+struct Share {
+  int64_t tile, tiles, first_token, last_token;
+};
+
+// Calls visit(share) for what a thread multiplies: tiles times tokens are dealt out in equal shares, so that
+// nobody waits. Threads share a tile at multiples of `step` tokens, which are whole passes of a kernel and
+// enough of them to be worth decoding the tile twice. Whole tiles come up to most_tiles at a time.
 template <typename Visit>
-void for_each_share(const ThreadPlace& place, int64_t tiles, int64_t tokens, const Visit& visit) {
-  const int64_t parts = ceil_div(tokens, kShareTokens), last = place.end(tiles * parts);
+void for_each_share(const ThreadPlace& place, int64_t tiles, int64_t tokens, int64_t step, int64_t most_tiles,
+                    const Visit& visit) {
+  const int64_t parts = ceil_div(tokens, step), last = place.end(tiles * parts);
   for (int64_t at = place.begin(tiles * parts), next; at < last; at = next) {
-    const int64_t tile = at / parts;
-    next = std::min(last, (tile + 1) * parts);
-    visit(tile, at % parts * kShareTokens, std::min(tokens, (next - tile * parts) * kShareTokens));
+    const int64_t whole = at % parts == 0 ? std::min((last - at) / parts, most_tiles) : 0, tile = at / parts;
+    next = whole > 0 ? at + whole * parts : std::min(last, (tile + 1) * parts);
+    visit(Share{.tile = tile,
+                .tiles = std::max<int64_t>(whole, 1),
+                .first_token = at % parts * step,
+                .last_token = whole > 0 ? tokens : std::min(tokens, (next - tile * parts) * step)});
   }
 }
 
@@ -149,7 +163,8 @@ void multiply_panels(const Kernels& kernels, const MatrixView& m, const Activati
     const ThreadPlace place = ThreadPlace::among(useful);
     float* const panel = buffers + place.thread * thread_floats;
     float* const sums = panel + panel_floats;
-    for_each_share(place, m.tiles, tokens, [&](int64_t tile, int64_t first, int64_t last) {
+    for_each_share(place, m.tiles, tokens, kShareTokens, 1, [&](const Share& share) {
+      const auto& [tile, tiles, first, last] = share;
       std::fill_n(sums, (last - first) * kTileRows, 0.0f);
       for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
         kernels.decode(m, tile, chunk, panel);
@@ -196,7 +211,7 @@ void multiply_rows(const Kernels& kernels, const MatrixView& m, const Activation
   });
 }
 
-// --- integers and lookups ---
+// --- panels of 16 bits and lookups ---
 
 // Loads the activations of one token's chunk, with zeros at outlier columns and after the last column.
 void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
@@ -227,114 +242,151 @@ void add_outliers(const Kernels& kernels, const TileSums& to, const ActivationVi
   kernels.multiply(scratch, m.outliers, values, to.tokens, to.sums, to.stride);
 }
 
-// --- integers ---
+// --- panels of 16 bits ---
 
 // A matrix among those that are multiplied together, and the activations it shares with others.
-struct IntegerProduct {
+struct WordProduct {
   const MatrixView& m;
   const ActivationView& y;
-  int64_t first_tile;           // of all matrices in a row
-  size_t maker = 0;             // whose integers serve this one
-  int16_t* integers = nullptr;  // (chunks, tokens, chunk_columns): what one panel needs lies together
-  float* steps = nullptr;       // (chunks, tokens)
+  int64_t first_tile;         // of all matrices in a row
+  size_t maker = 0;           // whose activations serve this one
+  uint16_t* words = nullptr;  // (chunks, padded tokens, chunk_columns): what one panel needs lies together
+  float* steps = nullptr;     // (chunks, padded tokens)
 };
 
-// Whether two matrices take the same activations as the same integers: those with as wide sums and the same
+// Whether two matrices take the same activations as the same words: those with as wide sums and the same
 // outlier columns.
-bool share_integers(const MatrixView& a, const MatrixView& b) {
+bool share_words(const MatrixView& a, const MatrixView& b) {
   return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
 }
 
-std::vector<IntegerProduct> plan_integers(std::span<const Product> products, int64_t tokens) {
-  std::vector<IntegerProduct> all;
-  int64_t tiles = 0, integer_count = 0, step_count = 0;
+// All products with the same activations. Tokens are padded to whole steps of the kernels.
+struct WordPlan {
+  std::vector<WordProduct> all;
+  int64_t padded_tokens;
+  int64_t tiles = 0;
+  int64_t useful = 1;       // threads
+  int64_t panel_words = 0;  // of a thread, as are the following
+  int64_t sum_floats = 0, outlier_floats = 0;
+  uint16_t* panels = nullptr;  // (useful, panel_words)
+  float* floats = nullptr;     // (useful, thread_floats)
+
+  int64_t thread_floats() const { return kTileRows + sum_floats + outlier_floats; }
+  const WordProduct& product_of(int64_t tile) const {
+    return *std::find_if(all.rbegin(), all.rend(),
+                         [&](const WordProduct& each) { return each.first_tile <= tile; });
+  }
+};
+
+WordPlan plan_words(const WordKernels& words, std::span<const Product> products, const ActivationView& x) {
+  WordPlan plan = {.all = {}, .padded_tokens = ceil_div(x.tokens, words.token_step) * words.token_step};
+  const int64_t turn_tokens = std::min(plan.padded_tokens, kTurnTokens);
+  int64_t rows = 0, word_count = 0, step_count = 0;
   for (const Product& product : products) {
     const MatrixView& m = matrix_of(product);
-    all.push_back({.m = m, .y = product.y, .first_tile = tiles});
-    all.back().maker = find_maker(all, share_integers);
-    tiles += m.tiles;
-    if (all.back().maker + 1 != all.size()) continue;
-    integer_count += tokens * m.chunks * m.chunk_columns;
-    step_count += tokens * m.chunks;
+    plan.all.push_back({.m = m, .y = product.y, .first_tile = plan.tiles});
+    plan.all.back().maker = find_maker(plan.all, share_words);
+    plan.tiles += m.tiles;
+    rows += m.rows;
+    plan.outlier_floats = std::max(plan.outlier_floats, outlier_floats(m, turn_tokens));
+    if (plan.all.back().maker + 1 != plan.all.size()) continue;
+    word_count += plan.padded_tokens * m.chunks * m.chunk_columns;
+    step_count += plan.padded_tokens * m.chunks;
   }
-  thread_local AlignedVector<int16_t> integer_scratch;
-  thread_local AlignedVector<float> step_scratch;
-  int16_t* integers = grow(integer_scratch, integer_count);
+  plan.useful =
+      useful_threads(x.tokens * rows * x.width, plan.tiles * ceil_div(x.tokens, words.share_tokens));
+  plan.panel_words = kChunkColumns * kTileRows;
+  plan.sum_floats = kTurnTiles * turn_tokens * kTileRows;
+
+  thread_local AlignedVector<uint16_t> word_scratch, panel_scratch;
+  thread_local AlignedVector<float> step_scratch, float_scratch;
+  uint16_t* at = grow(word_scratch, word_count);
   float* steps = grow(step_scratch, step_count);
-  for (size_t i = 0; i < all.size(); ++i) {
-    IntegerProduct& own = all[i];
+  plan.panels = grow(panel_scratch, plan.useful * plan.panel_words);
+  plan.floats = grow(float_scratch, plan.useful * plan.thread_floats());
+  for (size_t i = 0; i < plan.all.size(); ++i) {
+    WordProduct& own = plan.all[i];
     if (own.maker != i) {
-      own.integers = all[own.maker].integers;
-      own.steps = all[own.maker].steps;
+      own.words = plan.all[own.maker].words;
+      own.steps = plan.all[own.maker].steps;
       continue;
     }
-    own.integers = integers;
+    own.words = at;
     own.steps = steps;
-    integers += tokens * own.m.chunks * own.m.chunk_columns;
-    steps += tokens * own.m.chunks;
+    at += plan.padded_tokens * own.m.chunks * own.m.chunk_columns;
+    steps += plan.padded_tokens * own.m.chunks;
   }
-  return all;
+  return plan;
 }
 
-void multiply_integers(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
-  const int64_t tokens = x.tokens;
-  const std::vector<IntegerProduct> all = plan_integers(products, tokens);
-  int64_t tiles = 0, rows = 0, most_outlier_floats = 0;
-  for (const IntegerProduct& each : all) {
-    tiles += each.m.tiles;
-    rows += each.m.rows;
-    most_outlier_floats = std::max(most_outlier_floats, outlier_floats(each.m, tokens));
-  }
-  const int64_t useful = useful_threads(tokens * rows * x.width, tiles * ceil_div(tokens, kShareTokens));
-  const int64_t thread_floats = kTileRows + tokens * kTileRows + most_outlier_floats;
-  constexpr int64_t kPanelIntegers = kChunkColumns * kTileRows;
-  thread_local AlignedVector<int16_t> panel_scratch;
-  thread_local AlignedVector<float> float_scratch;
-  int16_t* const panels = grow(panel_scratch, useful * kPanelIntegers);
-  float* const floats = grow(float_scratch, useful * thread_floats);
-
-#pragma omp parallel num_threads(team_size(useful))
-  {
-    for (size_t i = 0; i < all.size(); ++i) {
-      const IntegerProduct& own = all[i];
-      if (own.maker != i) continue;
+// The threads bring the activations into 16 bits together, and wait for each other.
+void arrange_words(const Kernels& kernels, const WordKernels& words, const WordPlan& plan,
+                   const ActivationView& x) {
+  for (size_t i = 0; i < plan.all.size(); ++i) {
+    const WordProduct& own = plan.all[i];
+    if (own.maker != i) continue;
 #pragma omp for schedule(static) nowait
-      for (int64_t token = 0; token < tokens; ++token)
-        for (int64_t chunk = 0; chunk < own.m.chunks; ++chunk) {
-          alignas(64) float values[kChunkColumns];
-          load_chunk(kernels, own.m, x, token, chunk, values);
-          kernels.to_integers(own.m, values, own.integers + (chunk * tokens + token) * own.m.chunk_columns,
-                              own.steps + chunk * tokens + token);
-        }
-    }
-#pragma omp barrier
-
-    const ThreadPlace place = ThreadPlace::among(useful);
-    int16_t* const panel = panels + place.thread * kPanelIntegers;
-    float* const scales = floats + place.thread * thread_floats;
-    float* const sums = scales + kTileRows;
-    float* const scratch = sums + tokens * kTileRows;
-    for_each_share(place, tiles, tokens, [&](int64_t at, int64_t first, int64_t last) {
-      const IntegerProduct& own = *std::find_if(
-          all.rbegin(), all.rend(), [&](const IntegerProduct& each) { return each.first_tile <= at; });
-      const MatrixView& m = own.m;
-      const TileSums result = {.m = m,
-                               .tile = at - own.first_tile,
-                               .first_token = first,
-                               .tokens = last - first,
-                               .sums = sums,
-                               .stride = kTileRows};
-      std::fill_n(sums, result.tokens * kTileRows, 0.0f);
-      for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
-        kernels.decode_integers(m, result.tile, chunk, panel, scales);
-        kernels.multiply_integers({.panel = panel, .scales = scales, .columns = m.chunk_columns},
-                                  {.x = own.integers + (chunk * tokens + first) * m.chunk_columns,
-                                   .steps = own.steps + chunk * tokens + first,
-                                   .tokens = result.tokens},
-                                  sums, kTileRows);
+    for (int64_t token = 0; token < plan.padded_tokens; ++token)
+      for (int64_t chunk = 0; chunk < own.m.chunks; ++chunk) {
+        const int64_t at = chunk * plan.padded_tokens + token;
+        alignas(64) float values[kChunkColumns] = {};
+        if (token < x.tokens) load_chunk(kernels, own.m, x, token, chunk, values);
+        words.arrange(own.m, values, own.words + at * own.m.chunk_columns, own.steps + at);
       }
-      add_outliers(kernels, result, x, scratch);
-      store_tile(kernels, result, own.y);
+  }
+#pragma omp barrier
+}
+
+// Some tiles of one matrix times some tokens.
+void multiply_share(const Kernels& kernels, const WordKernels& words, const WordPlan& plan,
+                    const WordProduct& own, const Share& share, const ActivationView& x, int64_t thread) {
+  const MatrixView& m = own.m;
+  const int64_t tokens = share.last_token - share.first_token,
+                padded = ceil_div(tokens, words.token_step) * words.token_step;
+  uint16_t* const panel = plan.panels + thread * plan.panel_words;
+  float* const scales = plan.floats + thread * plan.thread_floats();
+  float* const sums = scales + kTileRows;  // (tiles, padded, 64)
+  std::fill_n(sums, share.tiles * padded * kTileRows, 0.0f);
+  for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+    const int64_t first = chunk * plan.padded_tokens + share.first_token;
+    for (int64_t i = 0; i < share.tiles; ++i) {
+      words.decode(m, share.tile + i, chunk, panel, scales);
+      words.multiply({.panel = panel, .scales = scales, .columns = m.chunk_columns},
+                     {.x = own.words + first * m.chunk_columns, .steps = own.steps + first, .tokens = padded},
+                     sums + i * padded * kTileRows, kTileRows);
+    }
+  }
+  for (int64_t i = 0; i < share.tiles; ++i) {
+    const TileSums result = {.m = m,
+                             .tile = share.tile + i,
+                             .first_token = share.first_token,
+                             .tokens = tokens,
+                             .sums = sums + i * padded * kTileRows,
+                             .stride = kTileRows};
+    add_outliers(kernels, result, x, sums + plan.sum_floats);
+    store_tile(kernels, result, own.y);
+  }
+}
+
+void multiply_words(const Kernels& kernels, const WordKernels& words, std::span<const Product> products,
+                    const ActivationView& x) {
+  const WordPlan plan = plan_words(words, products, x);
+#pragma omp parallel num_threads(team_size(plan.useful))
+  {
+    arrange_words(kernels, words, plan, x);
+    const ThreadPlace place = ThreadPlace::among(plan.useful);
+    for_each_share(place, plan.tiles, x.tokens, words.share_tokens, kTurnTiles, [&](Share share) {
+      const int64_t last_tile = share.tile + share.tiles, last_token = share.last_token;
+      for (; share.tile < last_tile; share.tile += share.tiles) {
+        const WordProduct& own = plan.product_of(share.tile);
+        share.tiles = std::min(last_tile, own.first_tile + own.m.tiles) - share.tile;
+        Share turn = share;
+        turn.tile -= own.first_tile;
+        for (; turn.first_token < last_token; turn.first_token = turn.last_token) {
+          turn.last_token = std::min(last_token, turn.first_token + kTurnTokens);
+          multiply_share(kernels, words, plan, own, turn, x, place.thread);
+        }
+      }
     });
   }
 }
@@ -516,17 +568,19 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   }
 }
 
-enum class Way { kPanels, kRows, kIntegers, kLookups };
+enum class Way { kPanels, kRows, kIntegers, kBfloat16, kLookups };
 
 /// From so many tokens on, enough of them share the decoding of a weight.
 constexpr int64_t kManyTokens = 32;
 
 Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x) {
-  const bool integers = kernels.multiply_integers != nullptr;
+  const bool integers = kernels.integers != nullptr;
   if (m.form == CodeForm::kRows && x.tokens <= kFewTokens) return Way::kRows;
   if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
-  if (m.form == CodeForm::kRows) return integers ? Way::kIntegers : Way::kPanels;
+  const bool bfloat16 = kernels.bfloat16 != nullptr && x.type == ElementType::kBFloat16;
+  if (m.form == CodeForm::kRows) return bfloat16 ? Way::kBfloat16 : integers ? Way::kIntegers : Way::kPanels;
   if (x.tokens < kManyTokens) return Way::kLookups;
+  if (bfloat16) return Way::kBfloat16;
   if (integers && !permutes_fast()) return Way::kIntegers;
   // Where rows are few, making a table costs more than looking things up in it. The two met at 6 to 30 rows
   // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512).
@@ -555,7 +609,7 @@ class CpuBackend : public Backend {
 
   void matmul_all(std::span<const Product> products, const ActivationView& x,
                   void* = nullptr) const override {
-    std::vector<Product> looked_up, as_integers;
+    std::vector<Product> looked_up, as_integers, as_bfloat16;
     for (const Product& product : products) {
       const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
       STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
@@ -572,12 +626,16 @@ class CpuBackend : public Backend {
         case Way::kIntegers:
           as_integers.push_back(product);
           break;
+        case Way::kBfloat16:
+          as_bfloat16.push_back(product);
+          break;
         case Way::kLookups:
           looked_up.push_back(product);
           break;
       }
     }
-    if (!as_integers.empty()) multiply_integers(kernels_, as_integers, x);
+    if (!as_integers.empty()) multiply_words(kernels_, *kernels_.integers, as_integers, x);
+    if (!as_bfloat16.empty()) multiply_words(kernels_, *kernels_.bfloat16, as_bfloat16, x);
     if (!looked_up.empty()) multiply_lookups(kernels_, looked_up, x);
   }
 
@@ -590,7 +648,7 @@ class CpuBackend : public Backend {
 
 const Backend& cpu_backend(CpuIsa isa) {
   static const cpu::CpuBackend generic(cpu::kGenericKernels), avx2(cpu::kAvx2Kernels),
-      avx512(cpu::kAvx512Kernels);
+      avx512(cpu::kAvx512Kernels), amx(cpu::kAmxKernels);
   switch (isa) {
     case CpuIsa::kGeneric:
       return generic;
@@ -598,6 +656,8 @@ const Backend& cpu_backend(CpuIsa isa) {
       return avx2;
     case CpuIsa::kAvx512:
       return avx512;
+    case CpuIsa::kAmx:
+      return amx;
   }
   return generic;
 }
@@ -620,6 +680,10 @@ std::string_view missing_cpu_feature(CpuIsa isa) {
     STBLLM_NEED("avx512vnni");
   }
 #undef STBLLM_NEED
+  if (isa >= CpuIsa::kAmx) {
+    if (!has_amx_bf16()) return "amx-bf16";
+    if (!may_use_amx()) return "amx-bf16 that the system allows to use";
+  }
   return {};
 }
 

@@ -56,7 +56,9 @@ class CpuMatrix : public PreparedMatrix {
   void prepare_plane(const StructuredBinaryMatrix& matrix);
   void prepare_lookups(const StructuredBinaryMatrix& matrix);
   void make_terms();
-  void make_unit_tables();
+  void make_value_tables();
+  template <typename Value>
+  AlignedVector<uint8_t> make_unit_tables(const Value& value_of_level) const;
   void store_codes(const StructuredBinaryMatrix& matrix);
   void prepare_scales(const StructuredBinaryMatrix& matrix);
   void prepare_columns(const StructuredBinaryMatrix& matrix);
@@ -65,7 +67,8 @@ class CpuMatrix : public PreparedMatrix {
   MatrixView view_{};
   QuantizedRows rows_;   // kRows
   bool digits_ = false;  // words that hold symbols in place of stored codes
-  AlignedVector<uint8_t> codes_, expand_, unit_tables_, half_base_, scale_codes_, salient_signs_;
+  AlignedVector<uint8_t> codes_, expand_, unit_tables_, integer_tables_, bfloat16_tables_, half_base_,
+      scale_codes_, salient_signs_;
   AlignedVector<uint64_t> magnitudes_;
   AlignedVector<int16_t> terms_;
   AlignedVector<uint16_t> half_scales_, outlier_values_;

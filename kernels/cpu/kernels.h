@@ -84,8 +84,12 @@ struct MatrixView {
   int64_t table_bytes;  ///< entries * 2
   int term_count;
   const int16_t* terms;  ///< (term_count, entries): which sources each state adds up, see kNoSource
-  /// (group, table_bytes): the tables of the unit vectors, with level l worth l + 1.
+  /// (group, table_bytes): the tables of the unit vectors, from which weights are decoded. Level l is worth l
+  /// + 1,
   const uint8_t* unit_tables;
+  const uint8_t* integer_tables;   ///< or a number of integer_unit,
+  const uint8_t* bfloat16_tables;  ///< or a bfloat16 number of bfloat16_unit.
+  float integer_unit, bfloat16_unit;
   const uint8_t* half_base;  ///< kHalves, (128): first right index by left index
 
   // scale(row, block, slot) = half scale, or row_scale * factor[code] * level[slot].
@@ -104,18 +108,32 @@ struct MatrixView {
   const uint16_t* outlier_values;  ///< (outliers, tiles * 64), fp16
 };
 
-/// Weights of a tile's chunk as integers, and what these are to be multiplied by.
-struct IntegerPanel {
-  const int16_t* panel;  ///< (pairs of columns, 64 rows, 2)
-  const float* scales;   ///< (64)
+/// Weights of a tile's chunk in 16 bits, and what these are to be multiplied by.
+struct WordPanel {
+  const uint16_t* panel;  ///< (pairs of columns, 64 rows, 2)
+  const float* scales;    ///< (64)
   int64_t columns;
 };
 
-/// The activations of some tokens on grids of powers of two.
-struct IntegerActivations {
-  const int16_t* x;    ///< (tokens, columns)
+/// The activations of some tokens in 16 bits, and what these are to be multiplied by.
+struct WordActivations {
+  const uint16_t* x;   ///< (tokens, columns)
   const float* steps;  ///< (tokens)
   int64_t tokens;
+};
+
+/// Products of panels of 16-bit numbers, for all forms but kPlane. They leave out the outlier columns.
+struct WordKernels {
+  /// Tokens that are multiplied at once: the number of a WordActivations is a multiple of token_step, and
+  /// threads share a tile at multiples of share_tokens.
+  int64_t token_step, share_tokens;
+  /// A token's chunk in 16 bits. x is zero at outlier columns, whose weights therefore do not matter, and
+  /// behind the last column.
+  void (*arrange)(const MatrixView&, const float* x, uint16_t* to, float* step);
+  /// What WordPanel says, of a tile's chunk.
+  void (*decode)(const MatrixView&, int64_t tile, int64_t chunk, uint16_t* panel, float* scales);
+  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]
+  void (*multiply)(const WordPanel&, const WordActivations&, float* y, int64_t y_stride);
 };
 
 /// One chunk of tiles [first_tile, last_tile), which begin at a strip, for some tokens.
@@ -141,16 +159,9 @@ struct Kernels {
   void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
                    int64_t y_stride);
 
-  // The same with integers, for all forms but kPlane; null where the machine has no such product. The
-  // products leave out the outlier columns.
-  /// A token's chunk on a grid of *step, a power of two, fine enough that no sum overflows. x is zero at
-  /// outlier columns, whose weights therefore do not matter, and behind the last column.
-  void (*to_integers)(const MatrixView&, const float* x, int16_t* to, float* step);
-  /// panel (pairs of columns, 64 rows, 2): weights as integers; scales (64): what these are to be multiplied
-  /// by.
-  void (*decode_integers)(const MatrixView&, int64_t tile, int64_t chunk, int16_t* panel, float* scales);
-  /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]
-  void (*multiply_integers)(const IntegerPanel&, const IntegerActivations&, float* y, int64_t y_stride);
+  /// With activations on a grid of *step, a power of two, fine enough that no sum overflows, and with
+  /// bfloat16 activations as they are. Null where the machine has no such product.
+  const WordKernels *integers, *bfloat16;
 
   /// kRows, up to kFewTokens tokens: y[t][0..63] = the rows of a tile times x, whose chunks are in the order
   /// of the integers as they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
@@ -168,6 +179,9 @@ struct Kernels {
 };
 
 // Constants, so that a machine that cannot run them can still read them.
-extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+
+/// kernels_amx.cc: WordKernels::multiply for bfloat16, whose steps are all 1.
+void multiply_tiles(const WordPanel&, const WordActivations&, float* y, int64_t y_stride);
 
 }  // namespace stbllm::cpu

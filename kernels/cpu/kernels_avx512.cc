@@ -18,6 +18,7 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "plain_loops.h"
@@ -596,7 +597,7 @@ STBLLM_INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
 
 // For the first Tokens tokens of `in`.
 template <int Tokens>
-void multiply_tokens_integers(const IntegerPanel& weights, const IntegerActivations& in, float* y,
+void multiply_tokens_integers(const WordPanel& weights, const WordActivations& in, float* y,
                               int64_t y_stride) {
   __m512i sums[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
@@ -638,10 +639,9 @@ void multiply(const float* panel, int64_t columns, const float* x, int64_t token
   });
 }
 
-void multiply_integers(const IntegerPanel& weights, const IntegerActivations& in, float* y,
-                       int64_t y_stride) {
+void multiply_integers(const WordPanel& weights, const WordActivations& in, float* y, int64_t y_stride) {
   in_token_passes(in.tokens, [&](int64_t t, auto count) {
-    const IntegerActivations part = {.x = in.x + t * weights.columns, .steps = in.steps + t, .tokens = count};
+    const WordActivations part = {.x = in.x + t * weights.columns, .steps = in.steps + t, .tokens = count};
     multiply_tokens_integers<count>(weights, part, y + t * y_stride, y_stride);
   });
 }
@@ -649,7 +649,7 @@ void multiply_integers(const IntegerPanel& weights, const IntegerActivations& in
 // Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8 bits, the largest of
 // several levels has at most 13, and activations are then at most 2^18 together. 32639 is what step_of()
 // leaves of 2^15.
-void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) {
+void to_integers(const MatrixView& m, const float* x, uint16_t* to, float* step) {
   __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < m.chunk_columns; c += 16) {
     const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
@@ -666,32 +666,92 @@ void to_integers(const MatrixView& m, const float* x, int16_t* to, float* step) 
         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
 }
 
-// What an integer level is worth: a power of two of which the largest level is 4096 .. 8191 multiples, so
-// that an fp16 number is one of them.
-float level_unit(const MatrixView& m) {
-  const float largest = largest_level(m);
-  return float_of_bits(bits_of_float(largest > 0 ? largest : 1.0f) & 0x7f800000u) * 0x1p-12f;
+void to_bfloat16(const MatrixView& m, const float* x, uint16_t* to, float* step) {
+  for (int64_t c = 0; c < m.chunk_columns; c += 16)  // these floats came from bfloat16: nothing is cut off
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to + c),
+        _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(x + c)), 16)));
+  *step = 1.0f;
 }
 
-void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* panel, float* scales) {
-  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
-  decode_symbols(m, tile, chunk, symbols);
-  const float unit = m.levels == 1 ? 1.0f : level_unit(m);
-  alignas(64) int16_t level[32] = {};  // by the five low bits of a symbol
-  for (int l = 0; l < m.levels; ++l) {
-    level[1 + l] = m.levels == 1 ? int16_t{1} : static_cast<int16_t>(__builtin_rintf(m.level[l] / unit));
-    level[31 - l] = static_cast<int16_t>(-level[1 + l]);
+// The weights of one column of a group, in the lanes of two sums: what the column's unit vector meets.
+template <bool Bfloat16, typename Form, typename Index>
+STBLLM_INLINE void look_up_weights(const Form& form, const Index& index, const uint8_t* table,
+                                   __m512i (&weights)[2]) {
+  weights[0] = weights[1] = _mm512_setzero_si512();
+  constexpr bool kSigned = std::is_same_v<Form, Bytes<true>>;
+  if constexpr (Bfloat16 && kSigned) {  // the sign of bfloat16 is a bit
+    Index positive = index;
+    positive.negative[0] = positive.negative[1] = 0;
+    form.add(positive, form.load_table(table), weights);
+    for (int half = 0; half < 2; ++half)
+      weights[half] =
+          _mm512_xor_si512(weights[half], _mm512_maskz_set1_epi16(index.negative[half], INT16_MIN));
+  } else {
+    form.add(index, form.load_table(table), weights);
   }
-  const __m512i levels = load(level);
+}
+
+// (pairs of columns, 64 rows, 2) from a lookup form. Even lanes of the first sum are rows 0..15 of the tile,
+// odd ones rows 16..31.
+template <bool Bfloat16>
+STBLLM_INLINE void decode_lookup_pairs(const MatrixView& m, int64_t tile, int64_t chunk, uint16_t* panel) {
+  const uint8_t* const tables = Bfloat16 ? m.bfloat16_tables : m.integer_tables;
+  Strip strip = strip_of(m, chunk, tile - tile % m.strip_tiles);
+  strip.first = tile % m.strip_tiles;
+  with_form(m, [&](const auto& form, auto, auto) {
+    form.template for_each_group<1>(
+        strip, kChunkColumns / m.group, [&](int g, const auto& index) __attribute__((always_inline)) {
+          for (int c = 0; c < m.group; c += 2) {
+            __m512i even[2], odd[2];
+            look_up_weights<Bfloat16>(form, index[0], tables + c * m.table_bytes, even);
+            look_up_weights<Bfloat16>(form, index[0], tables + (c + 1) * m.table_bytes, odd);
+            uint16_t* to = panel + (g * m.group + c) * kTileRows;
+            for (int half = 0; half < 2; ++half, to += 64) {
+              constexpr __mmask32 kOddLanes = 0xaaaaaaaa;
+              _mm512_store_si512(
+                  to, _mm512_mask_blend_epi16(kOddLanes, even[half], _mm512_slli_epi32(odd[half], 16)));
+              _mm512_store_si512(
+                  to + 32, _mm512_mask_blend_epi16(kOddLanes, _mm512_srli_epi32(even[half], 16), odd[half]));
+            }
+          }
+        });
+  });
+}
+
+// Integers of 8 bits as bfloat16, which holds them all.
+STBLLM_INLINE __m512i bfloat16_bits(const int8_t* integers) {
+  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(integers));
+  return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
+
+// The same from rows of integers.
+template <bool Bfloat16>
+STBLLM_INLINE void decode_row_pairs(const MatrixView& m, int64_t tile, int64_t chunk, uint16_t* panel) {
+  alignas(64) int8_t symbols[kChunkColumns][kTileRows];
+  decode_rows_by_shuffles(m, tile, chunk, symbols);
   for (int64_t c = 0; c < m.chunk_columns; c += 2)
-    for (int v = 0; v < 4; ++v) {
-      const __m128i even = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c] + 16 * v));
-      const __m128i odd = _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[c + 1] + 16 * v));
-      const __m512i pairs =
-          _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)));
-      _mm512_store_si512(panel + c * kTileRows + 32 * v,
-                         m.form == CodeForm::kRows ? pairs : _mm512_permutexvar_epi16(pairs, levels));
+    for (int row = 0; row < kTileRows; row += 16) {
+      const int8_t *even = symbols[c] + row, *odd = symbols[c + 1] + row;
+      __m512i pairs;
+      if constexpr (Bfloat16) {
+        pairs = _mm512_or_si512(_mm512_srli_epi32(bfloat16_bits(even), 16), bfloat16_bits(odd));
+      } else {
+        const __m128i a = _mm_load_si128(reinterpret_cast<const __m128i*>(even)),
+                      b = _mm_load_si128(reinterpret_cast<const __m128i*>(odd));
+        pairs = _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+      }
+      _mm512_store_si512(panel + c * kTileRows + 2 * row, pairs);
     }
+}
+
+template <bool Bfloat16>
+void decode_words(const MatrixView& m, int64_t tile, int64_t chunk, uint16_t* panel, float* scales) {
+  if (m.form == CodeForm::kRows)
+    decode_row_pairs<Bfloat16>(m, tile, chunk, panel);
+  else
+    decode_lookup_pairs<Bfloat16>(m, tile, chunk, panel);
+  const float unit = m.form == CodeForm::kRows ? 1.0f : Bfloat16 ? m.bfloat16_unit : m.integer_unit;
   for (int v = 0; v < 4; ++v) {
     const int64_t row = tile * kTileRows + 16 * v;
     __m512 scale = _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, row), _mm512_set1_ps(unit));
@@ -702,22 +762,43 @@ void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int16_t* 
   }
 }
 
+constexpr WordKernels kIntegers = {
+    .token_step = 1,
+    .share_tokens = 4 * kPassTokens,
+    .arrange = to_integers,
+    .decode = decode_words<false>,
+    .multiply = multiply_integers,
+};
+
+// Tiles of AMX hold 16 tokens; two of them at a time share the loading of weights.
+constexpr WordKernels kBfloat16 = {
+    .token_step = 16,
+    .share_tokens = 32,
+    .arrange = to_bfloat16,
+    .decode = decode_words<true>,
+    .multiply = multiply_tiles,
+};
+
+constexpr Kernels kernels_named(const char* name, const WordKernels* bfloat16) {
+  return {
+      .name = name,
+      .can_look_up = can_look_up,
+      .decode = decode,
+      .decode_outliers = decode_outliers,
+      .multiply = multiply,
+      .integers = &kIntegers,
+      .bfloat16 = bfloat16,
+      .multiply_rows = multiply_rows,
+      .tabulate = tabulate,
+      .look_up = look_up,
+      .load_floats = load_floats,
+      .store_floats = store_floats,
+  };
+}
+
 }  // namespace
 
-constinit const Kernels kAvx512Kernels = {
-    .name = "cpu-avx512",
-    .can_look_up = can_look_up,
-    .decode = decode,
-    .decode_outliers = decode_outliers,
-    .multiply = multiply,
-    .to_integers = to_integers,
-    .decode_integers = decode_integers,
-    .multiply_integers = multiply_integers,
-    .multiply_rows = multiply_rows,
-    .tabulate = tabulate,
-    .look_up = look_up,
-    .load_floats = load_floats,
-    .store_floats = store_floats,
-};
+constinit const Kernels kAvx512Kernels = kernels_named("cpu-avx512", nullptr);
+constinit const Kernels kAmxKernels = kernels_named("cpu-amx", &kBfloat16);
 
 }  // namespace stbllm::cpu

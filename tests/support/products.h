@@ -62,11 +62,17 @@ inline Buffer run(std::string_view backend, const QuantizedRows& rows, Buffer& x
   return y;
 }
 
-/// How far every result may be from the reference, in the order of the results.
-inline std::vector<float> tolerances(const StructuredBinaryMatrix& matrix, Buffer& x) {
+/// How far a result may be from the reference.
+struct Tolerance {
+  float any;    ///< of every backend and way
+  float tiles;  ///< the same where levels are rounded to bfloat16: many tokens of bfloat16 by cpu-amx
+};
+
+/// Of every result, in their order.
+inline std::vector<Tolerance> tolerances(const StructuredBinaryMatrix& matrix, Buffer& x) {
   const Layout& layout = matrix.layout();
-  std::vector<float> result(static_cast<size_t>(x.tokens * layout.rows)),
-      row(static_cast<size_t>(layout.cols));
+  std::vector<Tolerance> result(static_cast<size_t>(x.tokens * layout.rows));
+  std::vector<float> row(static_cast<size_t>(layout.cols));
   for (int64_t r = 0; r < layout.rows; ++r) {
     matrix.decode_row(r, row.data());
     for (int64_t t = 0; t < x.tokens; ++t) {
@@ -84,10 +90,12 @@ inline std::vector<float> tolerances(const StructuredBinaryMatrix& matrix, Buffe
         largest_chunk = std::max(largest_chunk, chunk);
         magnitudes += chunk;
       }
-      float& tolerance = result[t * layout.rows + r];
+      auto& [tolerance, tiles] = result[t * layout.rows + r];
       // A float32 addition per column, each rounding a partial sum of at most sum |w||x|, and two roundings
       // of a scale. A wrong weight would show at about 2^-8.
       tolerance = static_cast<float>(layout.cols + 2) * 0x1p-24f * products;
+      // Eight bits of a level, half a unit of which is lost at most. One level is exact.
+      tiles = tolerance + (layout.levels > 1 ? 0x1p-9f * products : 0);
       if (x.type == ElementType::kFloat32) continue;
       // Lookups and integers round activations by at most 2^-15 of the sum of their magnitudes in 128
       // columns: errors of random sign, uniformly distributed, and 3 is five deviations. Levels as integers

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdlib>
 
+#include "stbllm/base/cpu.h"
 #include "timing.h"
 
 namespace stbllm::bench {
@@ -71,6 +72,26 @@ STBLLM_RATE(bf16_rate, "avx512f", STBLLM_BF16)
 STBLLM_RATE(word_lookup_rate, "avx512f", STBLLM_WORDS)
 STBLLM_RATE(byte_lookup_rate, "avx512f", STBLLM_BYTES)
 
+// The same for the tiles of AMX: 16 x 16 sums of 32 products each, in four of the eight registers.
+double tile_rate() {
+  alignas(64) uint8_t layout[64] = {1};  // palette; bytes per row from byte 16 on, rows from byte 48 on
+  for (int tile = 0; tile < 8; ++tile) {
+    layout[16 + 2 * tile] = 64;
+    layout[48 + tile] = 16;
+  }
+  asm volatile("ldtilecfg %0" : : "m"(layout));  // which fills tiles with zeros
+  const double seconds = best_seconds(1, 0.05, 1, [](int) {
+    for (int round = 0; round < kRounds / 4; ++round)
+      asm volatile(
+          "tdpbf16ps %tmm6, %tmm4, %tmm0\n\t"
+          "tdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+          "tdpbf16ps %tmm6, %tmm5, %tmm2\n\t"
+          "tdpbf16ps %tmm7, %tmm5, %tmm3");
+  });
+  asm volatile("tilerelease");
+  return 2.0 * 16 * 16 * 32 * kRounds / seconds;
+}
+
 }  // namespace
 
 Ceilings measure_ceilings(int threads) {
@@ -85,6 +106,8 @@ Ceilings measure_ceilings(int threads) {
     ceilings.per_core["int16 vpdpwssd"] = word_product_rate(64);
   }
   if (__builtin_cpu_supports("avx512bf16")) ceilings.per_core["bf16 vdpbf16ps"] = bf16_rate(64);
+  if (__builtin_cpu_supports("avx512f") && has_amx_bf16() && may_use_amx())
+    ceilings.per_core["bf16 tdpbf16ps"] = tile_rate();
   if (__builtin_cpu_supports("avx512vbmi")) ceilings.per_core["vpermi2b lookups"] = byte_lookup_rate(64);
   return ceilings;
 }

@@ -12,8 +12,8 @@ namespace stbllm {
 const Backend& reference_backend();
 
 /// Slowest first.
-enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
-inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512};
+enum class CpuIsa { kGeneric, kAvx2, kAvx512, kAmx };
+inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAmx};
 
 /// The backend compiled for `isa`, whether this machine can run it or not.
 const Backend& cpu_backend(CpuIsa isa);

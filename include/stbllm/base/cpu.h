@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <optional>
@@ -25,6 +27,14 @@ inline bool has_amx_bf16() {
   constexpr unsigned kTileState = 3u << 17;
   asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (eax & kTileState) == kTileState;
+}
+
+/// Whether Linux lets this process use the tile registers of AMX, which a process has to ask for. It asks
+/// once.
+inline bool may_use_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
 }
 #endif
 
