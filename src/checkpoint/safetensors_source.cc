@@ -52,7 +52,18 @@ at::ScalarType scalar_type_of(const std::string& dtype, const std::filesystem::p
 }
 
 std::string_view dtype_name(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kBFloat16 ? "BF16" : tensor.scalar_type() == at::kHalf ? "F16" : "F32";
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return "F32";
+    case at::kHalf:
+      return "F16";
+    case at::kBFloat16:
+      return "BF16";
+    case at::kShort:
+      return "I16";
+    default:
+      STBLLM_CHECK(false, "no name for {}", at::toString(tensor.scalar_type()));
+  }
 }
 
 std::shared_ptr<const TensorSource> open_safetensors(const std::filesystem::path& path) {

@@ -19,7 +19,7 @@
 namespace stbllm {
 namespace {
 
-constexpr int64_t kFloatBytes = 4, kMomentBytes = 2;
+constexpr int64_t kFloatBytes = 4, kLatentBytes = 2, kMeanBytes = 2;
 
 /// In use: what has been freed will serve again.
 int64_t resident_bytes() {
@@ -104,10 +104,10 @@ class MemoryModel {
   int64_t dense_block() const { return (kFloatBytes + (copies_products_ ? product_bytes() : 0)) * weights_; }
   /// A symbol for each weight, and its share of the scales.
   int64_t quantized_block() const { return weights_ + weights_ / 8; }
-  /// A latent value, where codes are trained its two moments in bfloat16, and what the forward pass uses, in
+  /// A latent value, where codes are trained the mean of its gradients, and what the forward pass uses, in
   /// the dtype of products.
   int64_t trained_block(const TrainingStage& stage) const {
-    return (kFloatBytes + (stage.code_lr > 0 ? 2 * kMomentBytes : 0) + product_bytes()) * weights_;
+    return (kLatentBytes + (stage.code_lr > 0 ? kMeanBytes : 0) + product_bytes()) * weights_;
   }
   /// Those of one block exist at a time, in the dtype of products.
   int64_t gradients() const { return product_bytes() * weights_; }

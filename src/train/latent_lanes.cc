@@ -11,9 +11,11 @@
 #include <limits>
 #include <numeric>
 
+#include "stbllm/base/bits.h"
 #include "stbllm/base/lanes.h"
 #include "stbllm/train/adam.h"
 #include "stbllm/train/latent_state.h"
+#include "stbllm/train/stochastic_rounding.h"
 
 namespace stbllm::by_lanes {
 namespace {
@@ -110,14 +112,26 @@ Products products_of(const at::Tensor& tensor, int64_t first = 0) {
 
 /// A row of a matrix in training.
 struct Row {
-  float* latent;
-  uint16_t *mean, *square;  // bfloat16; null when codes stay
-  Products values;          // the weights when projecting, their gradients when stepping
+  int16_t* latent;
+  float latent_step;
+  Products values;  // the weights when projecting, their gradients when stepping
   const float* unit_scales;
   int8_t* symbols;  // null unless wanted
   int64_t cols;
   int column_block, keep;
   float gain;
+
+  STBLLM_INLINE Lanes latents(int64_t first, int count) const {
+    return __builtin_convertvector(load_short_lanes(latent + first, count), Lanes) * latent_step;
+  }
+};
+
+/// How the latents of a row move.
+struct LatentMove {
+  uint16_t* mean = nullptr;               // (cols) bfloat16; null when codes stay
+  float row_square = 0;                   // of the row, over the mean of all rows
+  const float* column_square = nullptr;   // (cols)
+  uint32_t rounding_seed = 0, place = 0;  // of the row's first column
 };
 
 /// Calls visit(first column, columns, scale) for at most kLanes columns under one scale at a time.
@@ -136,7 +150,7 @@ template <int M>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
   for_each_scaled_lanes(
       row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-        const Lanes latent = load_lanes(row.latent + first, count);
+        const Lanes latent = row.latents(first, count);
         const IntLanes kept = keep_largest<M>(latent, row.keep);
         row.values.store(first, (Lanes)((IntLanes)(levels.value(latent) * scale) & kept), count);
         if (row.symbols == nullptr) return;
@@ -146,25 +160,36 @@ STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
       });
 }
 
+/// In steps, rounded up with the chance of what is left, within the range of 16 bits.
+STBLLM_INLINE IntLanes round_latents(Lanes latent, float latent_step, Lanes chances) {
+  constexpr float kLimit = std::numeric_limits<int16_t>::max();
+  Lanes steps = latent / latent_step + chances;
+  const Lanes zero = {}, limit = zero + kLimit;
+  steps = steps > limit ? limit : steps;
+  steps = steps < -limit ? -limit : steps;
+  const IntLanes towards_zero = __builtin_convertvector(steps, IntLanes);
+  return towards_zero + (__builtin_convertvector(towards_zero, Lanes) > steps);  // -1 where that was upwards
+}
+
 /// Moves the latents; adds the row's share of the gradients of the levels' gains, whose sum is that of the
 /// row's own gain.
 template <int M>
-STBLLM_INLINE void step_row_of(const Row& row, const LevelSteps& levels, const AdamStep& adam,
-                               float* level_gradient) {
+STBLLM_INLINE void step_row_of(const Row& row, const LatentMove& move, const LevelSteps& levels,
+                               const AdamStep& adam, float* level_gradient) {
   Lanes sums[kMaxLevels] = {};
   for_each_scaled_lanes(
       row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-        const Lanes latent = load_lanes(row.latent + first, count),
-                    gradient = row.values.load(first, count) * scale;
+        const Lanes latent = row.latents(first, count), gradient = row.values.load(first, count) * scale;
         const IntLanes kept = keep_largest<M>(latent, row.keep);
         const Lanes share = (Lanes)((IntLanes)(gradient * levels.value(latent)) & kept);
         for (int l = 0; l < levels.count; ++l) sums[l] += levels.where_level_is(l, latent, share);
-        if (row.mean == nullptr) return;
-        Lanes mean = load_bfloat16_lanes(row.mean + first, count),
-              square = load_bfloat16_lanes(row.square + first, count);
-        store_lanes(row.latent + first, latent + adam(gradient, mean, square), count);
-        store_bfloat16_lanes(row.mean + first, round_to_bfloat16(mean), count);
-        store_bfloat16_lanes(row.square + first, round_to_bfloat16(square), count);
+        if (move.mean == nullptr) return;
+        Lanes mean = load_bfloat16_lanes(move.mean + first, count);
+        const Lanes square = load_lanes(move.column_square + first, count) * move.row_square;
+        const Lanes moved = latent + adam.with_square(gradient, mean, square);
+        const Lanes chances = rounding_chances(move.rounding_seed, move.place + static_cast<uint32_t>(first));
+        store_short_lanes(row.latent + first, round_latents(moved, row.latent_step, chances), count);
+        store_bfloat16_lanes(move.mean + first, round_to_bfloat16(mean), count);
       });
   for (int l = 0; l < levels.count; ++l)
     for (int lane = 0; lane < kLanes; ++lane) level_gradient[l] += sums[l][lane];
@@ -175,17 +200,17 @@ STBLLM_CLONES void project_row_8(const Row& row, const LevelSteps& levels) { pro
 STBLLM_CLONES void project_row_16(const Row& row, const LevelSteps& levels) {
   project_row_of<16>(row, levels);
 }
-STBLLM_CLONES void step_row_4(const Row& row, const LevelSteps& levels, const AdamStep& adam,
-                              float* level_gradient) {
-  step_row_of<4>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_4(const Row& row, const LatentMove& move, const LevelSteps& levels,
+                              const AdamStep& adam, float* level_gradient) {
+  step_row_of<4>(row, move, levels, adam, level_gradient);
 }
-STBLLM_CLONES void step_row_8(const Row& row, const LevelSteps& levels, const AdamStep& adam,
-                              float* level_gradient) {
-  step_row_of<8>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_8(const Row& row, const LatentMove& move, const LevelSteps& levels,
+                              const AdamStep& adam, float* level_gradient) {
+  step_row_of<8>(row, move, levels, adam, level_gradient);
 }
-STBLLM_CLONES void step_row_16(const Row& row, const LevelSteps& levels, const AdamStep& adam,
-                               float* level_gradient) {
-  step_row_of<16>(row, levels, adam, level_gradient);
+STBLLM_CLONES void step_row_16(const Row& row, const LatentMove& move, const LevelSteps& levels,
+                               const AdamStep& adam, float* level_gradient) {
+  step_row_of<16>(row, move, levels, adam, level_gradient);
 }
 
 void project_row(int group, const Row& row, const LevelSteps& levels) {
@@ -199,29 +224,69 @@ LevelSteps level_steps(const LatentState& state) {
   return {now, state.train_codes ? now : std::vector<float>(start, start + state.levels.numel())};
 }
 
+Row row_of(const LatentState& state, int64_t r, const Products& values) {
+  const int64_t cols = state.latent.size(1), blocks = state.unit_scales.size(1);
+  return {.latent = state.latent.data_ptr<int16_t>() + r * cols,
+          .latent_step = state.latent_step,
+          .values = values,
+          .unit_scales = state.unit_scales.data_ptr<float>() + r * blocks,
+          .symbols = nullptr,
+          .cols = cols,
+          .column_block = state.column_block,
+          .keep = state.nm.keep,
+          .gain = std::exp(state.row_gain.const_data_ptr<float>()[r])};
+}
+
+/// Adds the squares of a row's gradients to `column_sums` (cols), and returns their sum.
+STBLLM_CLONES float add_squares(const Row& row, float* column_sums) {
+  Lanes sum = {};
+  for_each_scaled_lanes(
+      row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
+        const Lanes gradient = row.values.load(first, count) * scale, square = gradient * gradient;
+        store_lanes(column_sums + first, load_lanes(column_sums + first, count) + square, count);
+        sum += square;
+      });
+  return sum_of(sum);
+}
+
+/// Takes the squares of a gradient into the averages of rows and columns. Returns the mean of those of the
+/// rows.
+double update_squares(const LatentState& state, const at::Tensor& gradient) {
+  constexpr int64_t kRowsPerSum = 64;  // in an order that does not depend on the number of threads
+  const int64_t rows = state.latent.size(0), cols = state.latent.size(1), parts = ceil_div(rows, kRowsPerSum);
+  const at::Tensor part_sums = at::zeros({parts, cols}, at::kFloat);
+  float* row_square = state.row_square.data_ptr<float>();
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t r = p * kRowsPerSum; r < std::min(rows, (p + 1) * kRowsPerSum); ++r) {
+        const float sum = add_squares(row_of(state, r, products_of(gradient, r * cols)),
+                                      part_sums.data_ptr<float>() + p * cols);
+        row_square[r] = next_square(row_square[r], sum / static_cast<float>(cols));
+      }
+  });
+  float* column_square = state.column_square.data_ptr<float>();
+  at::parallel_for(0, cols, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      float sum = 0;
+      for (int64_t p = 0; p < parts; ++p) sum += part_sums.const_data_ptr<float>()[p * cols + c];
+      column_square[c] = next_square(column_square[c], sum / static_cast<float>(rows));
+    }
+  });
+  return std::accumulate(row_square, row_square + rows, 0.) / static_cast<double>(rows);
+}
+
 }  // namespace
 
 void project(const LatentState& state, const at::Tensor& symbols) {
   const LevelSteps levels = level_steps(state);
-  const int64_t cols = state.latent.size(1), blocks = state.unit_scales.size(1),
-                outliers = state.outlier_columns.numel();
+  const int64_t cols = state.latent.size(1), outliers = state.outlier_columns.numel();
   const at::Tensor dense = state.dense.detach();
   at::parallel_for(0, state.latent.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float gain = std::exp(state.row_gain.const_data_ptr<float>()[r]);
       const Products values = products_of(dense, r * cols);
-      project_row(state.nm.group,
-                  {.latent = state.latent.data_ptr<float>() + r * cols,
-                   .mean = nullptr,
-                   .square = nullptr,
-                   .values = values,
-                   .unit_scales = state.unit_scales.data_ptr<float>() + r * blocks,
-                   .symbols = symbols.defined() ? symbols.data_ptr<int8_t>() + r * cols : nullptr,
-                   .cols = cols,
-                   .column_block = state.column_block,
-                   .keep = state.nm.keep,
-                   .gain = gain},
-                  levels);
+      Row row = row_of(state, r, values);
+      if (symbols.defined()) row.symbols = symbols.data_ptr<int8_t>() + r * cols;
+      project_row(state.nm.group, row, levels);
       for (int64_t k = 0; k < outliers; ++k)
         values.store(state.outlier_columns.const_data_ptr<int64_t>()[k],
                      Lanes{} + state.outlier_values.const_data_ptr<float>()[r * outliers + k], 1);
@@ -232,30 +297,26 @@ void project(const LatentState& state, const at::Tensor& symbols) {
 void step(const LatentState& state, const at::Tensor& gradient, const TuneRates& rates, int64_t number) {
   const AdamStep of_latents(rates.codes, number), of_gains(rates.gains, number);
   const bool move_latents = state.train_codes && rates.codes > 0;
-  const int64_t rows = state.latent.size(0), cols = state.latent.size(1), blocks = state.unit_scales.size(1),
+  const int64_t rows = state.latent.size(0), cols = state.latent.size(1),
                 level_count = state.level_gain.numel();
   const LevelSteps levels = level_steps(state);
   const at::Tensor level_gradients = at::zeros({rows, level_count}, at::kFloat);
   const int group = state.nm.group;
   const auto step_row = group == 4 ? step_row_4 : group == 8 ? step_row_8 : step_row_16;
+  const double row_mean = move_latents ? update_squares(state, gradient) : 0;
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float& log_gain = state.row_gain.data_ptr<float>()[r];
       float* level_gradient = level_gradients.data_ptr<float>() + r * level_count;
-      const auto moments = [&](const at::Tensor& of) {
-        return move_latents ? static_cast<uint16_t*>(of.data_ptr()) + r * cols : nullptr;
-      };
-      step_row({.latent = state.latent.data_ptr<float>() + r * cols,
-                .mean = moments(state.latent_moments.mean),
-                .square = moments(state.latent_moments.square),
-                .values = products_of(gradient, r * cols),
-                .unit_scales = state.unit_scales.data_ptr<float>() + r * blocks,
-                .symbols = nullptr,
-                .cols = cols,
-                .column_block = state.column_block,
-                .keep = state.nm.keep,
-                .gain = std::exp(log_gain)},
-               levels, of_latents, level_gradient);
+      LatentMove move;
+      if (move_latents)
+        move = {.mean = static_cast<uint16_t*>(state.latent_mean.data_ptr()) + r * cols,
+                .row_square =
+                    row_mean > 0 ? static_cast<float>(state.row_square.data_ptr<float>()[r] / row_mean) : 0,
+                .column_square = state.column_square.data_ptr<float>(),
+                .rounding_seed = rounding_seed(number),
+                .place = static_cast<uint32_t>(r * cols)};
+      step_row(row_of(state, r, products_of(gradient, r * cols)), move, levels, of_latents, level_gradient);
       const float gain_gradient = std::accumulate(level_gradient, level_gradient + level_count, 0.f);
       log_gain += of_gains(gain_gradient, state.row_moments.mean.data_ptr<float>()[r],
                            state.row_moments.square.data_ptr<float>()[r]);

@@ -3,10 +3,28 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
+
 #include "stbllm/train/adam.h"
 #include "stbllm/train/latent_state.h"
+#include "stbllm/train/stochastic_rounding.h"
 
 namespace stbllm::by_tensors {
+
+at::Tensor rounding_chances(uint32_t seed, const at::Tensor& like) {
+  // Words of 32 bits in numbers of 64; the second factor is taken from 2^32 so that no product overflows.
+  constexpr int64_t kWord = 0xffffffff, kFirst = 0x7feb352d, kSecond = int64_t{0x846ca68b} - kWord - 1;
+  at::Tensor x = at::arange(like.numel(), like.options().dtype(at::kLong));
+  x.bitwise_and_(kWord).bitwise_xor_(static_cast<int64_t>(seed));
+  const auto mix = [&](int64_t shift) { x.bitwise_xor_(x.__rshift__(shift)); };
+  mix(16);
+  x.mul_(kFirst).bitwise_and_(kWord);
+  mix(15);
+  x.mul_(kSecond).bitwise_and_(kWord);
+  mix(16);
+  return x.__rshift__(8).to(at::kFloat).mul_(0x1p-24f).view(like.sizes());
+}
+
 namespace {
 
 /// One number for each column block of a row -> for each column (rows, cols).
@@ -71,23 +89,25 @@ struct TensorLevels {
 
 void project(const LatentState& state, const at::Tensor& symbols) {
   const TensorLevels levels(state);
-  const at::Tensor magnitude = state.latent.abs(), kept = keep_largest(magnitude, state.nm);
+  const at::Tensor latent = state.latents(), magnitude = latent.abs(),
+                   kept = keep_largest(magnitude, state.nm);
   const at::Tensor dense = state.dense.detach();
-  dense.copy_(at::where(kept, levels.value(magnitude, state.latent) * scales(state), 0));
+  dense.copy_(at::where(kept, levels.value(magnitude, latent) * scales(state), 0));
   if (state.outlier_columns.numel() > 0)
     dense.index_copy_(1, state.outlier_columns, state.outlier_values.to(dense.scalar_type()));
   if (!symbols.defined()) return;
   const at::Tensor symbol = (levels.level(magnitude) + 1) * kept;
-  symbols.copy_(at::where(state.latent.signbit(), -symbol, symbol));
+  symbols.copy_(at::where(latent.signbit(), -symbol, symbol));
 }
 
 void step(const LatentState& state, const at::Tensor& gradient, const TuneRates& rates, int64_t number) {
   const AdamStep of_latents(rates.codes, number), of_gains(rates.gains, number);
   const bool move_latents = state.train_codes && rates.codes > 0;
   const TensorLevels levels(state);
-  const at::Tensor magnitude = state.latent.abs(), of_latent = gradient.to(at::kFloat) * scales(state);
+  const at::Tensor latent = state.latents(), magnitude = latent.abs(),
+                   of_latent = gradient.to(at::kFloat) * scales(state);
   const at::Tensor share =
-      at::where(keep_largest(magnitude, state.nm), of_latent * levels.value(magnitude, state.latent), 0);
+      at::where(keep_largest(magnitude, state.nm), of_latent * levels.value(magnitude, latent), 0);
   at::Tensor of_level;  // (rows, levels)
   if (levels.borders.empty()) {
     of_level = share.sum(1, /*keepdim=*/true);
@@ -99,11 +119,21 @@ void step(const LatentState& state, const at::Tensor& gradient, const TuneRates&
     of_level = at::stack(sums, 1);
   }
   if (move_latents) {
-    const auto& [mean, square] = state.latent_moments;
-    const at::Tensor wide_mean = mean.to(at::kFloat), wide_square = square.to(at::kFloat);
-    state.latent.add_(of_latents(of_latent, wide_mean, wide_square));
-    mean.copy_(wide_mean);
-    square.copy_(wide_square);
+    const at::Tensor squares = of_latent.square();
+    const auto take_in = [](const at::Tensor& average, const at::Tensor& now) {
+      average.add_((now - average).mul_(static_cast<float>(1 - kSquareDecay)));
+    };
+    take_in(state.row_square, squares.mean(1));
+    take_in(state.column_square, squares.mean(0));
+    const at::Tensor row_mean = state.row_square.mean(), mean = state.latent_mean.to(at::kFloat);
+    const at::Tensor share = at::where(row_mean.gt(0), state.row_square / row_mean, 0);
+    const at::Tensor moved =
+        latent + of_latents.with_square(of_latent, mean, share.unsqueeze(1) * state.column_square);
+    constexpr int kLimit = std::numeric_limits<int16_t>::max();
+    state.latent.copy_((moved / state.latent_step + rounding_chances(rounding_seed(number), state.latent))
+                           .clamp_(-kLimit, kLimit)
+                           .floor_());
+    state.latent_mean.copy_(mean);
   }
   state.row_gain.add_(of_gains(of_level.sum(1), state.row_moments.mean, state.row_moments.square));
   if (state.level_gain.numel() > 1)

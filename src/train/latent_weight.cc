@@ -16,6 +16,8 @@ namespace {
 constexpr float kPrunedLimit = 0.5f;
 /// And all keep this distance from where their symbol would be another, in the same unit.
 constexpr float kMargin = 0.02f;
+/// The largest latent, in units of the largest level: what lies further out is kept at that level anyway.
+constexpr float kLatentRange = 4;
 
 at::Tensor half_precision(const at::Tensor& x) { return x.clamp(1e-6, 6e4).to(at::kHalf).to(at::kFloat); }
 
@@ -65,7 +67,12 @@ LatentState::LatentState(const BinarizedWeight& weight, const at::Tensor& origin
   const at::Tensor units = (weight.scales.select(2, 0) / value[0]).contiguous();
   levels = values.to(device, at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   unit_scales = units.to(device);
-  latent = first_latents(weight, original, value, units).to(device);
+  latent_step = value.back() * kLatentRange / std::numeric_limits<int16_t>::max();
+  latent = first_latents(weight, original, value, units)
+               .div_(latent_step)
+               .round_()
+               .clamp_(-std::numeric_limits<int16_t>::max(), std::numeric_limits<int16_t>::max())
+               .to(device, at::kShort);
   outlier_columns = at::empty({0}, at::kLong);
   if (weight.has_outliers()) {
     outlier_columns = weight.outlier_columns.to(at::kLong).contiguous();
@@ -74,14 +81,18 @@ LatentState::LatentState(const BinarizedWeight& weight, const at::Tensor& origin
   outlier_columns = outlier_columns.to(device);
   row_gain = at::zeros({weight.rows()}, floats);
   level_gain = at::zeros_like(levels);
-  const auto moments = [](const at::Tensor& x, at::ScalarType dtype = at::kFloat) {
-    return Moments{at::zeros_like(x, dtype), at::zeros_like(x, dtype)};
-  };
-  if (train_codes) latent_moments = moments(latent, at::kBFloat16);
+  const auto moments = [](const at::Tensor& x) { return Moments{at::zeros_like(x), at::zeros_like(x)}; };
+  if (train_codes) {
+    latent_mean = at::zeros(latent.sizes(), floats.dtype(at::kBFloat16));
+    row_square = at::zeros({weight.rows()}, floats);
+    column_square = at::zeros({weight.cols()}, floats);
+  }
   row_moments = moments(row_gain);
   level_moments = moments(level_gain);
   dense = at::empty(latent.sizes(), floats.dtype(fast_product_dtype(device)));
 }
+
+at::Tensor LatentState::latents() const { return latent.to(at::kFloat).mul_(latent_step); }
 
 std::vector<float> LatentState::levels_now() const {
   const at::Tensor start = levels.cpu(), gain = level_gain.cpu();
@@ -118,7 +129,12 @@ void LatentWeight::visit_state(const std::string& name, const StateVisitor& visi
     visit(name + part + ".mean", moments.mean);
     visit(name + part + ".square", moments.square);
   };
-  if (state_.train_codes) visit_parameter(".latent", state_.latent, state_.latent_moments);
+  if (state_.train_codes) {
+    visit(name + ".latent", state_.latent);
+    visit(name + ".latent.mean", state_.latent_mean);
+    visit(name + ".latent.row_square", state_.row_square);
+    visit(name + ".latent.column_square", state_.column_square);
+  }
   visit_parameter(".row_gain", state_.row_gain, state_.row_moments);
   visit_parameter(".level_gain", state_.level_gain, state_.level_moments);
 }

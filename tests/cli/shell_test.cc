@@ -72,7 +72,7 @@ TEST_F(Shell, BashCompletesEverySubcommandAndItsOptions) {
 TEST_F(Shell, BashCompletesValues) {
   EXPECT_THAT(bash_offers("quantize model --recipe stbllm-"), IsSupersetOf({"stbllm-1bit", "stbllm-2bit"}));
   EXPECT_THAT(bash_offers("quantize model --recipe = stbllm-2"), UnorderedElementsAre("stbllm-2bit"));
-  EXPECT_THAT(bash_offers("export --to \"\""), UnorderedElementsAre("gguf", "hf"));
+  EXPECT_THAT(bash_offers("export --to \"\""), UnorderedElementsAre("gguf", "hf", "packed"));
   EXPECT_THAT(bash_offers("--log-level w"), UnorderedElementsAre("warning"));
   EXPECT_THAT(bash_offers("completion \"\""), UnorderedElementsAre("bash", "fish", "zsh"));
 }

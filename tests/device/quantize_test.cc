@@ -55,8 +55,9 @@ class DeviceQuantize : public testing::Test {
 };
 
 /// A code differs only where two are equally good to rounding. Such a choice changes what later codes make up
-/// for, so that the two results are different models of the same quality. On the CPU alone,
-/// products in float32 in place of bfloat16 move the perplexities of these recipes by up to 4.7 hundredths.
+/// for, so that the two results are different models of the same quality. On the CPU alone, products in
+/// float32 in place of bfloat16 move the perplexities of these recipes by up to 4.7 hundredths, and
+/// statistics that are rounded differently by up to 5.1; twice as much is allowed.
 TEST_F(DeviceQuantize, GivesModelsOfTheSameQuality) {
   // With three levels 4:8 has more states than are tried, so that the search returns to the host.
   const std::vector<std::pair<const char*, Recipe>> recipes = {
@@ -76,7 +77,7 @@ TEST_F(DeviceQuantize, GivesModelsOfTheSameQuality) {
       of_host += host.linears[i].report.output_error;
     }
     EXPECT_NEAR(of_device / of_host, 1, 0.02);
-    EXPECT_NEAR(perplexity(test::kTestDevice) / perplexity("cpu"), 1, 0.05);
+    EXPECT_NEAR(perplexity(test::kTestDevice) / perplexity("cpu"), 1, 0.1);
   }
 }
 
@@ -86,7 +87,7 @@ TEST_F(DeviceQuantize, TakesEveryArchitecture) {
     SCOPED_TRACE(model.config["model_type"].get<std::string>());
     quantize(Recipe::load("stbllm-1bit"), test::kTestDevice);
     quantize(Recipe::load("stbllm-1bit"), "cpu");
-    EXPECT_NEAR(perplexity(test::kTestDevice) / perplexity("cpu"), 1, 0.05);
+    EXPECT_NEAR(perplexity(test::kTestDevice) / perplexity("cpu"), 1, 0.1);
   }
 }
 

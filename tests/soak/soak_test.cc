@@ -163,7 +163,7 @@ RandomLinear random_linear(Random& random) {
   for (int64_t dead = random.one_in(3) ? random.between(1, cols) : 0; dead > 0; --dead)
     inputs.select(1, random.between(0, cols - 1)).zero_();
   if (random.one_in(3)) inputs.select(1, random.between(0, cols - 1)).mul_(100);
-  StatsAccumulator accumulator(cols, random.one_in(2));
+  StatsAccumulator accumulator(cols, {.token_weights = random.one_in(2)});
   accumulator.add(inputs.unsqueeze(0), /*holdout=*/false);
   return {at::randn({rows, cols}) * 0.05, accumulator.finish()};
 }

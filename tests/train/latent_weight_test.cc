@@ -169,5 +169,30 @@ TEST_P(LatentWeightTest, DoesNotDependOnThreads) {
   EXPECT_TRUE(results[0].equal(results[1]));
 }
 
+TEST(StochasticRounding, ChancesAreEven) {
+  const at::Tensor like = at::empty({64, 48}, at::kShort);
+  for (const int64_t step : {1, 2, 300}) {
+    const at::Tensor chances = by_tensors::rounding_chances(static_cast<uint32_t>(step), like);
+    EXPECT_GE(chances.min().item<float>(), 0);
+    EXPECT_LT(chances.max().item<float>(), 1);
+    // The mean of 3072 even numbers has a standard deviation of 0.0052.
+    EXPECT_NEAR(chances.mean().item<double>(), 0.5, 0.02);
+  }
+}
+
+TEST(StochasticRounding, StepsBelowWhatALatentResolvesAddUp) {
+  const Layer layer = make_layer({2, 4}, 1);
+  const LatentState state(layer.weight, layer.original, /*train_codes=*/true);
+  const at::Tensor before = state.latents(), gradient = at::ones_like(state.dense);
+  constexpr int kSteps = 100;
+  const double rate = state.latent_step / 10;
+  for (int step = 1; step <= kSteps; ++step) by_lanes::step(state, gradient, {.codes = rate}, step);
+  // Gradients that do not change move a latent by about the rate: by less where a row's and a column's mean
+  // squares say that its gradient is small.
+  const double moved = (before - state.latents()).mean().item<double>();
+  EXPECT_GT(moved, 0.8 * kSteps * rate);
+  EXPECT_LT(moved, 1.05 * kSteps * rate);
+}
+
 }  // namespace
 }  // namespace stbllm

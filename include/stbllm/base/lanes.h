@@ -80,6 +80,19 @@ STBLLM_INLINE void store_bfloat16_lanes(uint16_t* to, Lanes rounded, int count =
   const WordLanes words = __builtin_convertvector((IntLanes)rounded >> 16 & 0xffff, WordLanes);
   std::memcpy(to, &words, sizeof(uint16_t) * count);
 }
+/// The first `count` signed 16-bit numbers at `from`, then zeros.
+STBLLM_INLINE IntLanes load_short_lanes(const int16_t* from, int count = kLanes) {
+  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
+  SignedWordLanes words = {};
+  std::memcpy(&words, from, sizeof(int16_t) * count);
+  return __builtin_convertvector(words, IntLanes);
+}
+/// Writes the lower half of the first `count` lanes.
+STBLLM_INLINE void store_short_lanes(int16_t* to, IntLanes x, int count = kLanes) {
+  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
+  const SignedWordLanes words = __builtin_convertvector(x, SignedWordLanes);
+  std::memcpy(to, &words, sizeof(int16_t) * count);
+}
 /// Nibble k of each word: its four bits from bit 4 * k on.
 STBLLM_INLINE IntLanes nibbles_of(WordLanes words, int k) {
   return __builtin_convertvector(words, IntLanes) >> 4 * k & 15;

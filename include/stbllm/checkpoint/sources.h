@@ -16,7 +16,7 @@ namespace stbllm {
 at::ScalarType scalar_type_of(const std::string& dtype, const std::filesystem::path& file,
                               const std::string& tensor);
 
-/// The other way round: "F32", "F16" or "BF16".
+/// The other way round: "F32", "F16" or "BF16", and "I16", which the state of a training has.
 std::string_view dtype_name(const at::Tensor& tensor);
 
 /// Throws Error(kNotFound | kCorrupt).

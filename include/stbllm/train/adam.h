@@ -37,6 +37,29 @@ struct AdamStep {
     square.add_((gradient * gradient).sub_(square).mul_(static_cast<float>(1 - kSquareDecay)));
     return (mean * mean_correction).mul_(-rate).div_((square * square_correction).sqrt_().add_(kAdamEpsilon));
   }
+
+  /// The same where the average of the gradient's squares is an estimate: no change exceeds the rate, as none
+  /// does for long where each parameter has an average of its own.
+  STBLLM_INLINE Lanes with_square(Lanes gradient, Lanes& mean, Lanes square) const {
+    mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
+    Lanes quotient = (mean * mean_correction) / (sqrt_of(square * square_correction) + kAdamEpsilon);
+    const Lanes one = Lanes{} + 1.f;
+    quotient = quotient > one ? one : quotient;
+    quotient = quotient < -one ? -one : quotient;
+    return -rate * quotient;
+  }
+  at::Tensor with_square(const at::Tensor& gradient, const at::Tensor& mean, const at::Tensor& square) const {
+    mean.add_((gradient - mean).mul_(static_cast<float>(1 - kMeanDecay)));
+    return (mean * mean_correction)
+        .div_((square * square_correction).sqrt_().add_(kAdamEpsilon))
+        .clamp_(-1, 1)
+        .mul_(-rate);
+  }
 };
+
+/// The average of squares after a gradient whose mean square is `now`.
+STBLLM_INLINE float next_square(float square, float now) {
+  return square + static_cast<float>(1 - kSquareDecay) * (now - square);
+}
 
 }  // namespace stbllm

@@ -13,6 +13,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "stbllm/quantize/binarized_weight.h"
@@ -41,15 +42,22 @@ struct LatentState {
   bool train_codes;
   at::Tensor levels;       // (levels): their values at the start
   at::Tensor unit_scales;  // (rows, column blocks): of level 1, before the gain of the row
-  at::Tensor latent;       // (rows, cols)
+  float latent_step;       // what one of `latent` is worth
+  at::Tensor latent;       // (rows, cols) int16: v in steps, rounded by chance (stochastic_rounding.h)
   at::Tensor row_gain;     // (rows): logarithm of a factor
   at::Tensor level_gain;   // (levels): logarithm of a factor; stays 0 when there is one level
-  Moments latent_moments;  // bfloat16; undefined without train_codes
-  Moments row_moments, level_moments;
-  at::Tensor outlier_columns;  // int64 (outliers), perhaps none
-  at::Tensor outlier_values;   // (rows, outliers)
-  at::Tensor dense;            // (rows, cols): the weights of the forward pass, in fast_product_dtype()
+  /// Of the latents' gradients, undefined without train_codes: their moving average (rows, cols) in bfloat16,
+  /// and those of their mean squares over each row (rows) and each column (cols). A gradient is a sum of
+  /// products of an output's and an input's numbers, so that the average of its square is nearly the product
+  /// of the two over the mean of one: Adafactor (Shazeer and Stern, 2018).
+  at::Tensor latent_mean, row_square, column_square;
+  Moments row_moments, level_moments;  // of the gains
+  at::Tensor outlier_columns;          // int64 (outliers), perhaps none
+  at::Tensor outlier_values;           // (rows, outliers)
+  at::Tensor dense;  // (rows, cols): the weights of the forward pass, in fast_product_dtype()
 
+  /// v (rows, cols) in float32.
+  at::Tensor latents() const;
   /// The values of the levels now, on the CPU.
   std::vector<float> levels_now() const;
 };
@@ -65,6 +73,10 @@ void step(const LatentState& state, const at::Tensor& gradient, const TuneRates&
 }  // namespace by_lanes
 
 namespace by_tensors {
+
+/// Numbers from [0, 1) for each place of `like` (rows, cols), float32, which count along the rows: those of
+/// stochastic_rounding.h.
+at::Tensor rounding_chances(uint32_t seed, const at::Tensor& like);
 
 void project(const LatentState& state, const at::Tensor& symbols);
 void step(const LatentState& state, const at::Tensor& gradient, const TuneRates& rates, int64_t number);
