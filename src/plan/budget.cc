@@ -15,7 +15,6 @@
 #include "stbllm/calibrate/pack_weight.h"
 #include "stbllm/calibrate/tap_stats.h"
 #include "stbllm/plan/allocate.h"
-#include "stbllm/quantize/rounded_products.h"
 
 namespace stbllm {
 namespace {
@@ -137,7 +136,6 @@ LinearTrial::LinearTrial(const at::Tensor& weight, const InputStats& stats, cons
       metrics_(metrics),
       error_of_([&] {
         const StageTimer timer("errors", OutputError::flops(weight.size(0), weight.size(1)));
-        const RoundedProducts rounded;
         return OutputError(weight, stats.holdout_hessian.defined() ? stats.holdout_hessian : stats.hessian);
       }()) {
   method_.refit = method_.descend = 0;
@@ -146,7 +144,6 @@ LinearTrial::LinearTrial(const at::Tensor& weight, const InputStats& stats, cons
 BinarizedWeight LinearTrial::quantize(const Scheme& scheme, double& error) const {
   BinarizedWeight result = quantize_linear(weight_, stats_, method_, {.scheme = scheme}, nullptr, &metrics_);
   const StageTimer timer("errors", OutputError::flops(weight_.size(0), weight_.size(1)));
-  const RoundedProducts rounded;
   error = error_of_(result.to_dense());
   return result;
 }
