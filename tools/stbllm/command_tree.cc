@@ -42,7 +42,8 @@ std::vector<OptionFacts> options_of(const CLI::App& command) {
   std::vector<OptionFacts> all;
   for (const CLI::Option* option : command.get_options())
     if (!option->get_group().empty()) all.push_back(facts_of(*option));
-  std::ranges::stable_partition(all, [](const OptionFacts& facts) { return facts.positional.empty(); });
+  std::stable_partition(all.begin(), all.end(),
+                        [](const OptionFacts& facts) { return facts.positional.empty(); });
   return all;
 }
 
