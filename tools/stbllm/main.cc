@@ -192,6 +192,12 @@ int main(int argc, char** argv) {
     stbllm::log::write(stbllm::log::Level::kError,
                        std::string("unexpected: ") + error.what_without_backtrace());
   } catch (const std::exception& error) {
+    // oneDNN writes its kernels when they are first used. Where it cannot, memory for them could not be had:
+    // the operations that this program asks for exist on every processor.
+    if (std::string_view(error.what()).starts_with("could not create a primitive")) {
+      stbllm::log::write(stbllm::log::Level::kError, stbllm::out_of_memory_message());
+      return static_cast<int>(stbllm::ErrorCode::kOutOfMemory);
+    }
     stbllm::log::write(stbllm::log::Level::kError, std::string("unexpected: ") + error.what());
   }
   return 1;
