@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Quantizes random models by random recipes and checks all that must hold of them (tests/soak).
 #
-#   scripts/soak.sh [COUNT [FIRST]]      default: 300 cases from number 1 on, 40 minutes on two busy cores
+#   scripts/soak.sh [COUNT [FIRST]]      default: 300 cases from number 1 on
 #
 # A case depends on its number alone: `scripts/soak.sh 1 217` repeats case 217. The first failed check of a case
 # prints the model and the recipe. The exit status is 1 when a case failed.

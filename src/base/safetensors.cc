@@ -242,8 +242,12 @@ void SafetensorsWriter::add(const std::string& name, std::string_view dtype,
   impl_->spooled += std::ssize(data);
 }
 
+bool SafetensorsWriter::is_own_metadata(std::string_view key) {
+  return key == kChecksums || key == kHeaderChecksum;
+}
+
 void SafetensorsWriter::set_metadata(const std::string& key, std::string value) {
-  STBLLM_CHECK(key != kChecksums && key != kHeaderChecksum && !impl_->output, "metadata '{}'", key);
+  STBLLM_CHECK(!is_own_metadata(key) && !impl_->output, "metadata '{}'", key);
   try {
     json(value).dump();
   } catch (const json::exception&) {

@@ -3,18 +3,12 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <set>
-
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/random.h"
 #include "stbllm/calibrate/pack_weight.h"
 
 namespace stbllm {
 namespace {
-
-/// What PackedWriter and SafetensorsWriter write themselves.
-const std::set<std::string, std::less<>> kOwnMetadata = {
-    "format", "format_version", "linears", "quantized_rows", "checksums", "header_checksum"};
 
 /// Flips signs of kept weights in ordinary columns of `weight`.
 FlippedSigns flip(BinarizedWeight& weight, double share, SplitMix64& random) {
@@ -56,7 +50,7 @@ FlippedSigns flip_signs(const PackedReader& packed, const std::filesystem::path&
   for (const auto& [name, tensor] : packed.dense_tensors())
     writer.add_dense(name, tensor.dtype, tensor.shape, tensor.data);
   for (const auto& [key, value] : packed.file()->metadata())
-    if (!kOwnMetadata.contains(key)) writer.set_metadata(key, value);
+    if (!PackedWriter::is_own_metadata(key)) writer.set_metadata(key, value);
   writer.set_metadata("flipped_signs", nlohmann::json{{"share", share}, {"seed", seed}}.dump());
   writer.finish();
   writer.commit();

@@ -110,9 +110,13 @@ void PackedWriter::add_dense(const std::string& name, std::string_view dtype,
   file_.add(name, dtype, shape, data);
 }
 
+bool PackedWriter::is_own_metadata(std::string_view key) {
+  return key == "format" || key == "format_version" || key == "linears" || key == "quantized_rows" ||
+         SafetensorsWriter::is_own_metadata(key);
+}
+
 void PackedWriter::set_metadata(const std::string& key, std::string value) {
-  STBLLM_CHECK(key != "format" && key != "format_version" && key != "linears" && key != "quantized_rows",
-               "metadata '{}'", key);
+  STBLLM_CHECK(!is_own_metadata(key), "metadata '{}'", key);
   file_.set_metadata(key, std::move(value));
 }
 

@@ -261,7 +261,7 @@ double update_squares(const LatentState& state, const at::Tensor& gradient) {
       for (int64_t r = p * kRowsPerSum; r < std::min(rows, (p + 1) * kRowsPerSum); ++r) {
         const float sum = add_squares(row_of(state, r, products_of(gradient, r * cols)),
                                       part_sums.data_ptr<float>() + p * cols);
-        row_square[r] = next_square(row_square[r], sum / static_cast<float>(cols));
+        update_square(row_square[r], sum / static_cast<float>(cols));
       }
   });
   float* column_square = state.column_square.data_ptr<float>();
@@ -269,7 +269,7 @@ double update_squares(const LatentState& state, const at::Tensor& gradient) {
     for (int64_t c = begin; c < end; ++c) {
       float sum = 0;
       for (int64_t p = 0; p < parts; ++p) sum += part_sums.const_data_ptr<float>()[p * cols + c];
-      column_square[c] = next_square(column_square[c], sum / static_cast<float>(rows));
+      update_square(column_square[c], sum / static_cast<float>(rows));
     }
   });
   return std::accumulate(row_square, row_square + rows, 0.) / static_cast<double>(rows);

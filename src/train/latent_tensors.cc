@@ -120,11 +120,8 @@ void step(const LatentState& state, const at::Tensor& gradient, const TuneRates&
   }
   if (move_latents) {
     const at::Tensor squares = of_latent.square();
-    const auto take_in = [](const at::Tensor& average, const at::Tensor& now) {
-      average.add_((now - average).mul_(static_cast<float>(1 - kSquareDecay)));
-    };
-    take_in(state.row_square, squares.mean(1));
-    take_in(state.column_square, squares.mean(0));
+    update_square(state.row_square, squares.mean(1));
+    update_square(state.column_square, squares.mean(0));
     const at::Tensor row_mean = state.row_square.mean(), mean = state.latent_mean.to(at::kFloat);
     const at::Tensor share = at::where(row_mean.gt(0), state.row_square / row_mean, 0);
     const at::Tensor moved =

@@ -174,10 +174,9 @@ TEST_P(EveryBackend, StaysWithinBfloat16RoundingOnBfloat16Activations) {
     for (const int64_t times : {int64_t{1}, kTimes}) {
       Buffer x = repeated(c.x, times), y = run(name(), c.matrix, x);
       const auto results = static_cast<int64_t>(c.tolerance.size());
-      const bool tiles = name() == "cpu-amx" && times > 1;
       for (int64_t i = 0; i < results; ++i)
         ASSERT_NEAR(load_element(y.view(), i), load_element(c.expected.view(), i),
-                    tiles ? c.tolerance[i].tiles : c.tolerance[i].any)
+                    c.tolerance[i].of(name(), x))
             << describe(c.layout) << ", result " << i << ", tokens " << x.tokens;
       for (int64_t i = results; i < times * results; ++i)
         ASSERT_EQ(load_element(y.view(), i), load_element(y.view(), i % results))

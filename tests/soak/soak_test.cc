@@ -43,8 +43,7 @@ using nlohmann::json;
 using test::Random;
 using test::read_all;
 
-// --- what is in a file
-// --------------------------------------------------------------------------------------
+// --- what is in a file --------------------------------------------------------------------------
 
 /// The weights of a linear by the decoder that was written from FORMAT.md, float32 (rows, cols).
 at::Tensor decode_naively(const SafetensorsFile& file, const std::string& name) {
@@ -97,10 +96,8 @@ void expect_backends_agree(const StructuredBinaryMatrix& matrix, Random& random)
   for (const std::string_view backend : available_backends()) {
     if (backend == "reference" || backend == "cuda") continue;
     test::Buffer y = test::run(backend, matrix, x);
-    const bool tiles = backend == "cpu-amx" && type == ElementType::kBFloat16;
     for (int64_t i = 0; i < std::ssize(tolerance); ++i)
-      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i),
-                  tiles ? tolerance[i].tiles : tolerance[i].any)
+      ASSERT_NEAR(load_element(y.view(), i), load_element(expected.view(), i), tolerance[i].of(backend, x))
           << backend << ", " << test::describe(matrix.layout()) << ", " << tokens << " tokens of type "
           << static_cast<int>(type) << ", result " << i;
   }
@@ -144,8 +141,7 @@ void expect_file_is_sound(const fs::path& path, Random& random) {
   expect_ledger_counts_every_byte(path);
 }
 
-// --- one linear
-// -----------------------------------------------------------------------------------------------
+// --- one linear ---------------------------------------------------------------------------------
 
 /// A linear and what is known of its inputs: few tokens or many, some columns dead, one perhaps very loud.
 struct RandomLinear {
@@ -219,8 +215,7 @@ TEST_P(SoakLinear, LosesNothingByRefitAndDescend) {
   }
 }
 
-// --- a whole model
-// --------------------------------------------------------------------------------------------
+// --- a whole model ------------------------------------------------------------------------------
 
 /// Asks for an interruption after some seconds, unless it goes out of scope before.
 class Interrupter {
@@ -383,8 +378,7 @@ TEST_P(SoakModel, IsTheSameFromTwoProcessesAgainAndAfterTheLossOfOne) {
   EXPECT_TRUE(read_all(scratch_ / "resumed") == read_all(scratch_ / "undisturbed"));
 }
 
-// --- which cases
-// ----------------------------------------------------------------------------------------------
+// --- which cases --------------------------------------------------------------------------------
 
 auto cases() {
   make_products_reproducible();   // as the program does, before the first product

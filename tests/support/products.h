@@ -65,7 +65,13 @@ inline Buffer run(std::string_view backend, const QuantizedRows& rows, Buffer& x
 /// How far a result may be from the reference.
 struct Tolerance {
   float any;    ///< of every backend and way
-  float tiles;  ///< the same where levels are rounded to bfloat16: many tokens of bfloat16 by cpu-amx
+  float tiles;  ///< where levels are rounded to bfloat16 and activations are not
+
+  /// Of a result that `backend` made of activations x. The tiles of AMX multiply many tokens of bfloat16.
+  float of(std::string_view backend, const Buffer& x) const {
+    constexpr int64_t kManyTokens = 32;  // as in kernels/cpu/cpu_backend.cc
+    return backend == "cpu-amx" && x.type == ElementType::kBFloat16 && x.tokens >= kManyTokens ? tiles : any;
+  }
 };
 
 /// Of every result, in their order.

@@ -24,12 +24,12 @@ struct Options {
 };
 
 void check_output(const Options& options) {
-  std::error_code ignored;
-  for (const std::string& input : options.inputs)
+  std::error_code ignored;  // what is not there is no input
+  std::vector<std::string> inputs = options.inputs;
+  inputs.push_back(options.points);
+  for (const std::string& input : inputs)
     if (fs::equivalent(options.output, input, ignored))
       fail(ErrorCode::kUsage, "{}: the page is made of it; choose another path to write to", options.output);
-  if (!options.points.empty() && fs::equivalent(options.output, options.points, ignored))
-    fail(ErrorCode::kUsage, "{}: the page is made of it; choose another path to write to", options.output);
   if (!options.force) refuse_existing_output(options.output);
 }
 

@@ -103,7 +103,7 @@ nlohmann::json weights_figure(const std::string& packed, const std::string& chec
                       {"packed_mean", each.packed_magnitude / static_cast<double>(each.weights)}});
   return {{"weights",
            {{"linear", linear},
-            {"code", layout.nm.str() + (layout.levels > 1 ? fmt::format("x{}", layout.levels) : "")},
+            {"code", Scheme{.nm = layout.nm, .levels = layout.levels}.str()},
             {"packed", packed},
             {"checkpoint", checkpoint},
             {"rows", layout.rows},

@@ -43,11 +43,13 @@ STBLLM_INLINE void for_each_lanes(int64_t begin, int64_t end, const Visit& visit
   if (begin < end) visit(begin, static_cast<int>(end - begin));
 }
 
+/// Sixteen signed 16-bit numbers.
+using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
+
 /// Sixteen signed bytes. They become 16-bit numbers first, because g++ 12 takes lanes one by one where their
 /// size grows fourfold at once.
 STBLLM_INLINE IntLanes load_byte_lanes(const int8_t* from) {
   using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
-  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
   ByteLanes bytes;
   std::memcpy(&bytes, from, sizeof(bytes));
   return __builtin_convertvector(__builtin_convertvector(bytes, SignedWordLanes), IntLanes);
@@ -56,7 +58,6 @@ STBLLM_INLINE IntLanes load_byte_lanes(const int8_t* from) {
 /// Writes the lowest byte of each lane.
 STBLLM_INLINE void store_byte_lanes(int8_t* to, IntLanes x) {
   using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
-  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
   const ByteLanes bytes = __builtin_convertvector(__builtin_convertvector(x, SignedWordLanes), ByteLanes);
   std::memcpy(to, &bytes, sizeof(bytes));
 }
@@ -82,14 +83,12 @@ STBLLM_INLINE void store_bfloat16_lanes(uint16_t* to, Lanes rounded, int count =
 }
 /// The first `count` signed 16-bit numbers at `from`, then zeros.
 STBLLM_INLINE IntLanes load_short_lanes(const int16_t* from, int count = kLanes) {
-  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
   SignedWordLanes words = {};
   std::memcpy(&words, from, sizeof(int16_t) * count);
   return __builtin_convertvector(words, IntLanes);
 }
 /// Writes the lower half of the first `count` lanes.
 STBLLM_INLINE void store_short_lanes(int16_t* to, IntLanes x, int count = kLanes) {
-  using SignedWordLanes = int16_t __attribute__((vector_size(2 * kLanes)));
   const SignedWordLanes words = __builtin_convertvector(x, SignedWordLanes);
   std::memcpy(to, &words, sizeof(int16_t) * count);
 }

@@ -66,7 +66,7 @@ class SafetensorsWriter {
   /// Adds a tensor whose name is new. Throws Error(kWriteFailed) when the disk is full.
   void add(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
            std::span<const std::byte> data);
-  /// Throws Error(kUnsupported) when `value` is not UTF-8.
+  /// Keys are those that are not written here. Throws Error(kUnsupported) when `value` is not UTF-8.
   void set_metadata(const std::string& key, std::string value);
 
   /// Writes header (data starts at a multiple of 256) and data to a temporary file and returns its path; the
@@ -74,6 +74,8 @@ class SafetensorsWriter {
   /// object of tensor name -> checksum() (see checksum.h), and "header_checksum", that of all bytes before
   /// the data with its own 16 digits taken as '0'.
   std::filesystem::path finish();
+  /// Whether a key is one of these two.
+  static bool is_own_metadata(std::string_view key);
   /// Renames that file to `path`; bytes and name are on the disk when it returns (see durable_file.h). Throws
   /// Error(kExists) when `path` has appeared meanwhile and not `force`; Error(kWriteFailed).
   void commit();

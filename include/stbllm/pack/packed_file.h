@@ -29,9 +29,11 @@ class PackedWriter {
   void add_dense(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape,
                  std::span<const std::byte> data);
   /// Keys are "config" (the checkpoint's config.json), "tokenizer", "recipe", "calibration", "results",
-  /// "version" and others, but not those of the format itself: "format", "format_version", "linears",
-  /// "quantized_rows", "checksums", "header_checksum".
+  /// "version" and others, but not those that are written here.
   void set_metadata(const std::string& key, std::string value);
+  /// Whether a key is one of the format itself: "format", "format_version", "linears", "quantized_rows", and
+  /// those of SafetensorsWriter.
+  static bool is_own_metadata(std::string_view key);
   std::filesystem::path finish();  ///< writes a complete temporary file and returns its path
   void commit();                   ///< renames that file to the path of this writer
 

@@ -5,8 +5,6 @@
 #include <optional>
 #include <variant>
 
-#include "stbllm/quantize/input_stats.h"
-
 namespace stbllm {
 
 /// How the error of quantized columns is pushed into those that follow.
@@ -107,11 +105,6 @@ inline bool is_sequential(const Method& method) {
 inline bool is_asymmetric(const Method& method) {
   const auto* lean = std::get_if<LeanMethod>(&method);
   return lean != nullptr && (lean->asymmetry > 0 || lean->residual > 0);
-}
-/// How the method sums up H. The others do it as they were published: in float32.
-inline StatsOptions stats_options(const Method& method) {
-  const auto* lean = std::get_if<LeanMethod>(&method);
-  return {.token_weights = lean != nullptr && lean->token_weights, .rounded_products = lean != nullptr};
 }
 
 }  // namespace stbllm

@@ -14,7 +14,7 @@ namespace stbllm {
 /// whole process.
 class RoundedProducts {
  public:
-  explicit RoundedProducts(bool wanted = true)
+  explicit RoundedProducts(bool wanted)
       : before_(at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
     if (wanted && multiplies_bfloat16_fast()) set(at::Float32Precision::BF16);
   }

@@ -14,6 +14,14 @@ inline constexpr double kMeanDecay = 0.9, kSquareDecay = 0.95;
 /// Far below any gradient that matters: steps do not depend on the scale of the loss.
 inline constexpr float kAdamEpsilon = 1e-12f;
 
+/// Takes the square of a gradient, or a mean of such squares, into their moving average.
+inline void update_square(float& square, float now) {
+  square += static_cast<float>(1 - kSquareDecay) * (now - square);
+}
+inline void update_square(const at::Tensor& square, const at::Tensor& now) {
+  square.add_((now - square).mul_(static_cast<float>(1 - kSquareDecay)));
+}
+
 /// The factors of step t (from 1), and the change of one parameter by it.
 struct AdamStep {
   float rate, mean_correction, square_correction;
@@ -23,18 +31,13 @@ struct AdamStep {
         square_correction(static_cast<float>(1 / (1 - std::pow(kSquareDecay, t)))) {}
   STBLLM_INLINE float operator()(float gradient, float& mean, float& square) const {
     mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
-    square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
+    update_square(square, gradient * gradient);
     return -rate * (mean * mean_correction) / (std::sqrt(square * square_correction) + kAdamEpsilon);
-  }
-  STBLLM_INLINE Lanes operator()(Lanes gradient, Lanes& mean, Lanes& square) const {
-    mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
-    square += static_cast<float>(1 - kSquareDecay) * (gradient * gradient - square);
-    return -rate * (mean * mean_correction) / (sqrt_of(square * square_correction) + kAdamEpsilon);
   }
   /// The same for float32 tensors of one shape, on any device.
   at::Tensor operator()(const at::Tensor& gradient, const at::Tensor& mean, const at::Tensor& square) const {
     mean.add_((gradient - mean).mul_(static_cast<float>(1 - kMeanDecay)));
-    square.add_((gradient * gradient).sub_(square).mul_(static_cast<float>(1 - kSquareDecay)));
+    update_square(square, gradient * gradient);
     return (mean * mean_correction).mul_(-rate).div_((square * square_correction).sqrt_().add_(kAdamEpsilon));
   }
 
@@ -56,10 +59,5 @@ struct AdamStep {
         .mul_(-rate);
   }
 };
-
-/// The average of squares after a gradient whose mean square is `now`.
-STBLLM_INLINE float next_square(float square, float now) {
-  return square + static_cast<float>(1 - kSquareDecay) * (now - square);
-}
 
 }  // namespace stbllm
