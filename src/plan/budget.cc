@@ -209,7 +209,8 @@ void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
 BudgetWork budget_work(const ModelSpec& spec) {
   const auto linears = std::ssize(spec.linears(0));
   return {.schemes_per_linear = std::ssize(kSchemes),
-          .tokens_per_block = kPlanTokens + (1 + linears) * kPlanTokens / 4};
+          .observed_tokens = kPlanTokens + kPlanTokens / 4,
+          .judging_tokens = linears * kPlanTokens / 4};
 }
 
 }  // namespace stbllm

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <numeric>
+#include <optional>
 
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
@@ -92,7 +94,6 @@ class Estimator {
         blocks_(options.quantized_blocks(spec_)),
         plan_(known_plan(spec_, recipe, options)),
         linears_(spec_.linears(0)),
-        widest_(*std::ranges::max_element(linears_, {}, &LinearSpec::cols)),
         windows_(std::min(kMeasuredWindows, std::ssize(calibration.windows))) {
     measure(decoder);
   }
@@ -125,23 +126,61 @@ class Estimator {
       last.item<float>();
     });
     forward_seconds_ = seconds_of([&] { stream.outputs(*block).sum().item<float>(); });
-    InputStats stats = taps.finish()[static_cast<size_t>(widest_.tap)];
-    if (calibration_.holdout > 0) stats.holdout_hessian = stats.hessian;  // held-out errors cost time too
-    const at::Tensor original = block->dense(widest_.role).weight();
-    const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
+    measure_linears(*block, taps.finish());
+  }
+
+  /// Quantizes the linear with most rows of each width.
+  void measure_linears(const DecoderBlock& block, std::array<InputStats, kTapCount> stats) {
+    std::map<int64_t, LinearSpec> of_width;
+    for (const LinearSpec& linear : linears_) {
+      const auto [found, first] = of_width.try_emplace(linear.cols, linear);
+      if (!first && linear.rows > found->second.rows) found->second = linear;
+    }
+    for (const auto& [width, linear] : of_width) {
+      InputStats& inputs = stats[static_cast<size_t>(linear.tap)];
+      if (calibration_.holdout > 0) inputs.holdout_hessian = inputs.hessian;  // its errors cost time too
+      measured_.emplace(width, measure_linear(linear, block.dense(linear.role).weight(), inputs));
+    }
+  }
+
+  struct MeasuredLinear {
+    double weights = 0, salient_share = 0;
+    int64_t outliers = 0;
+    double seconds = 0;
+    double trial_seconds = 0;  ///< of all that a budget tries
+  };
+
+  MeasuredLinear measure_linear(const LinearSpec& linear, const at::Tensor& original,
+                                const InputStats& inputs) const {
     const LinearPlan plan{.scheme = usual_scheme(recipe_.model.allocation)};
     LinearReport report;
-    const BinarizedWeight weight = quantize_linear(original, stats, recipe_.method, plan, &report);
-    linear_seconds_ = report.seconds;
-    salient_share_ = weight.salient_share();
-    outliers_ = weight.has_outliers() ? weight.outlier_columns.numel() : 0;
-    if (pattern == nullptr) {
-      LeanMetrics metrics;  // which the trials of a tap share: the first one makes them
-      const LinearTrial trial(original, stats, recipe_.method, metrics);
-      double error = 0;
-      trial.quantize(plan.scheme, error);
-      trial_seconds_ = seconds_of([&] { trial.quantize(plan.scheme, error); });
+    LeanMetrics metrics;  // which linears of a tap and their trials share
+    const BinarizedWeight weight = quantize_linear(original, inputs, recipe_.method, plan, &report, &metrics);
+    MeasuredLinear result{.weights = static_cast<double>(linear.rows * linear.cols),
+                          .salient_share = weight.salient_share(),
+                          .outliers = weight.has_outliers() ? weight.outlier_columns.numel() : 0,
+                          .seconds = report.seconds};
+    if (!plans_by_budget()) return result;
+    std::optional<LinearTrial> trial;
+    const double before = seconds_of([&] { trial.emplace(original, inputs, recipe_.method, metrics); });
+    double error = 0;
+    const double each = seconds_of([&] { trial->quantize(plan.scheme, error); });
+    result.trial_seconds = before + static_cast<double>(budget_work(spec_).schemes_per_linear) * each;
+    return result;
+  }
+
+  bool plans_by_budget() const {
+    return options_.plan.is_null() && std::holds_alternative<BudgetAllocation>(recipe_.model.allocation);
+  }
+
+  /// Of all linears of a block, each as long as those of its width took for each weight.
+  double seconds_of_linears(double MeasuredLinear::*seconds) const {
+    double sum = 0;
+    for (const LinearSpec& linear : linears_) {
+      const MeasuredLinear& measured = measured_.at(linear.cols);
+      sum += measured.*seconds * static_cast<double>(linear.rows * linear.cols) / measured.weights;
     }
+    return sum;
   }
 
   /// Stands in for the dense model where the method compares with it: the work does not depend on values.
@@ -156,14 +195,14 @@ class Estimator {
   }
 
   int64_t packed_linear_bytes() const {
-    const auto* pattern = std::get_if<PatternAllocation>(&recipe_.model.allocation);
-    if (pattern == nullptr && options_.plan.is_null()) return budget_bytes(spec_, recipe_.model, blocks_);
+    if (plans_by_budget()) return budget_bytes(spec_, recipe_.model, blocks_);
     int64_t bytes = 0;
     for (int64_t i = 0; i < blocks_; ++i)
       for (const LinearSpec& linear : planned(spec_.linears(i), plan_)) {
         Layout layout = layout_of(linear, plan_.at(linear.name).scheme, recipe_.method);
-        layout.salient = std::llround(salient_share_ * static_cast<double>(linear.cols));
-        layout.outliers = std::min(outliers_, linear.cols);
+        const MeasuredLinear& measured = measured_.at(linear.cols);
+        layout.salient = std::llround(measured.salient_share * static_cast<double>(linear.cols));
+        layout.outliers = measured.outliers;
         bytes += layout_bytes(layout);
       }
     return bytes;
@@ -195,7 +234,7 @@ class Estimator {
                                           static_cast<double>(spec_.linear_weights());
   }
 
-  /// By the names that log messages give them.
+  /// By the names with which log::Progress speaks of them; "prepare", in front of the plan, shows none.
   std::vector<ExpectedStage> stages() const {
     const auto& [tune, distill] = recipe_.training;
     // In units of the measured windows.
@@ -204,22 +243,20 @@ class Estimator {
         all - static_cast<double>(calibration_.distill_only) / static_cast<double>(windows_);
     const auto layers = static_cast<double>(spec_.layers), own = static_cast<double>(blocks_);
     const double measured = static_cast<double>(measured_tokens_);
-    // In units of the measured linear.
-    const double model =
-        static_cast<double>(spec_.linear_weights()) / static_cast<double>(widest_.rows * widest_.cols);
 
     double prepare = 0, plan = 0, distilling = 0;
     if (needs_head_hessian(spec_, recipe_.model))
       prepare = static_cast<double>(kHeadTokens) / measured * layers * forward_seconds_;
-    if (options_.plan.is_null() && std::holds_alternative<BudgetAllocation>(recipe_.model.allocation)) {
-      const auto [schemes, tokens] = budget_work(spec_);
-      plan = static_cast<double>(schemes) * trial_seconds_ * model +
-             layers * forward_seconds_ * static_cast<double>(tokens) / measured;
+    if (plans_by_budget()) {
+      const BudgetWork work = budget_work(spec_);
+      plan = own * (seconds_of_linears(&MeasuredLinear::trial_seconds) +
+                    statistics_seconds_ * static_cast<double>(work.observed_tokens) / measured +
+                    forward_seconds_ * static_cast<double>(work.judging_tokens) / measured);
     }
     double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
     if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
     const double quantizing = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
-                              linear_seconds_ * model * own / layers;
+                              seconds_of_linears(&MeasuredLinear::seconds) * own;
     if (distill)
       distilling = forward_seconds_ * all * layers * passes_per_distilled_epoch() * distill->epochs;
     return {{"prepare", prepare}, {"plan", plan}, {"quantize", quantizing}, {"distill", distilling}};
@@ -233,11 +270,10 @@ class Estimator {
   const int64_t blocks_;
   const Plan plan_;
   const std::vector<LinearSpec> linears_;
-  const LinearSpec& widest_;
   const int64_t windows_;
-  int64_t measured_tokens_ = 0, outliers_ = 0;
-  double statistics_seconds_ = 0, forward_seconds_ = 0, linear_seconds_ = 0, trial_seconds_ = 0;
-  double salient_share_ = 0;
+  int64_t measured_tokens_ = 0;
+  double statistics_seconds_ = 0, forward_seconds_ = 0;
+  std::map<int64_t, MeasuredLinear> measured_;  // by columns
 };
 
 }  // namespace

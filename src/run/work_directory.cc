@@ -29,6 +29,7 @@ nlohmann::json read_json(const fs::path& path) {
   return try_parse_json(text);
 }
 
+constexpr const char* kFingerprint = "fingerprint.json";
 constexpr const char* kPlan = "plan.json";
 constexpr const char* kRemembered = "remembered.json";
 constexpr const char* kDistilled = "distilled.json";
@@ -123,14 +124,34 @@ WorkDirectory::Lock::~Lock() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
+void WorkDirectory::check(const fs::path& output, bool resume, bool force) {
+  const fs::path path = work_path(output);
+  const bool unfinished = fs::exists(path / kFingerprint);
+  if (resume) {
+    if (!unfinished)
+      fail(ErrorCode::kNotFound, "{}: there is no unfinished run to resume; leave out --resume",
+           path.string());
+    const Lock others(path);
+  } else if (fs::exists(path)) {
+    if (!unfinished)
+      fail(ErrorCode::kExists,
+           "{}: this is in the way and no work directory of an unfinished run; move it or choose another "
+           "output",
+           path.string());
+    const Lock others(path);
+    if (!force)
+      fail(ErrorCode::kExists,
+           "{}: an unfinished run is there; continue it with --resume or discard it with --force",
+           path.string());
+  }
+}
+
 WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& fingerprint, bool resume,
                              bool force)
     : path_(work_path(output)) {
-  const fs::path fingerprint_path = path_ / "fingerprint.json";
+  check(output, resume, force);
+  const fs::path fingerprint_path = path_ / kFingerprint;
   if (resume) {
-    if (!fs::exists(fingerprint_path))
-      fail(ErrorCode::kNotFound, "{}: there is no unfinished run to resume; leave out --resume",
-           path_.string());
     lock_.emplace(path_);
     const nlohmann::json before = read_json(fingerprint_path);
     if (!before.is_object())
@@ -146,16 +167,7 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
     return;
   }
   if (fs::exists(path_)) {
-    if (!fs::exists(fingerprint_path))
-      fail(ErrorCode::kExists,
-           "{}: this is in the way and no work directory of an unfinished run; move it or choose another "
-           "output",
-           path_.string());
     const Lock others(path_);
-    if (!force)
-      fail(ErrorCode::kExists,
-           "{}: an unfinished run is there; continue it with --resume or discard it with --force",
-           path_.string());
     fs::remove_all(path_);
   }
   std::error_code error;

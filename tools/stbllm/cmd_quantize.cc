@@ -71,7 +71,7 @@ void print_estimate(const Estimate& estimate, const CommonOptions& common) {
              human_bytes(static_cast<double>(estimate.linear_bytes + estimate.dense_bytes)));
   fmt::print("  peak memory         {} (predicted)\n",
              human_bytes(static_cast<double>(estimate.peak_memory_bytes)));
-  fmt::print("  time                {:.1f} minutes (from one block's forward pass and one linear)\n",
+  fmt::print("  time                {:.1f} minutes (from a forward pass and some linears of one block)\n",
              estimate.seconds / 60);
 }
 
@@ -127,8 +127,9 @@ void check_options(Options& options, const Recipe& recipe, const ProcessGroup& g
   options.quantize.force |= options.dry_run;  // which overwrites nothing
   check_request(options.checkpoint, recipe, options.quantize, group);
   check_inputs(options);
-  if (group.rank() == 0 && !options.dry_run && !options.report.empty())
-    check_report(options.report, options.quantize.output, options.quantize.force);
+  if (group.rank() != 0 || options.dry_run) return;
+  WorkDirectory::check(options.quantize.output, options.quantize.resume, options.quantize.force);
+  if (!options.report.empty()) check_report(options.report, options.quantize.output, options.quantize.force);
 }
 
 /// How much training --minutes has time for: what an unfinished run that is continued chose, else by the

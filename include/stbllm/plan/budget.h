@@ -36,10 +36,11 @@ class LinearTrial {
   OutputError error_of_;
 };
 
-/// What the plan does beside its statistics.
+/// What the plan does, where a model has so many tokens of calibration.
 struct BudgetWork {
   int64_t schemes_per_linear;  ///< quantized by the trial method
-  int64_t tokens_per_block;    ///< forward passes of a block, where a model has so many tokens of calibration
+  int64_t observed_tokens;     ///< through each block, for statistics
+  int64_t judging_tokens;      ///< through each block, for the errors of its outputs
 };
 BudgetWork budget_work(const ModelSpec& spec);
 

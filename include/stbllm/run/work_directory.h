@@ -27,6 +27,8 @@ class WorkDirectory {
   WorkDirectory(const WorkDirectory&) = delete;
   WorkDirectory& operator=(const WorkDirectory&) = delete;
 
+  /// Refuses what the constructor would refuse whatever the fingerprint is.
+  static void check(const std::filesystem::path& output, bool resume, bool force);
   const std::filesystem::path& path() const { return path_; }
   /// What an unfinished run beside `output` was told to remember, or null.
   static nlohmann::json remembered(const std::filesystem::path& output);
