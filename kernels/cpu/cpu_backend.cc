@@ -1,17 +1,16 @@
 // y (tokens, rows) = x (tokens, cols) W^T on the CPU, in one of four ways:
 //
 //   panels    For each tile of 64 rows and chunk of up to 128 columns, the weights are decoded once and
-//   multiplied
-//             by all tokens. float32 activations go this way and are used as they are; so do others where
-//             there is neither lookup nor integer product.
-//   words     The same in 16 bits, for many tokens: weights as integer levels and activations as multiples of
-//   a power
-//             of two per token and chunk, or both in bfloat16 where the processor has tiles for it.
+//             multiplied by all tokens. float32 activations go this way and are used as they are; so do
+//             others where there is neither lookup nor product of 16-bit numbers.
+//   words     The same in 16 bits, for many tokens: weights as integer levels and activations as multiples
+//             of a power of two per token and chunk, or both in bfloat16 where the processor has tiles for
+//             them.
 //   rows      Dot products with rows of integers (embedding and head), for few tokens.
 //   lookups   For each chunk, a table holds what every state of a group contributes to the dot product with
-//   these
-//             activations; then every row adds up one table entry per group. Activations are multiples of a
-//             power of two here too, fine enough that sums just fit 16 bits; the sums are exact.
+//             these activations; then every row adds up one table entry per group. Activations are
+//             multiples of a power of two here too, fine enough that sums just fit 16 bits; the sums are
+//             exact.
 //
 // No result depends on the number of threads: an element of y belongs to one thread and its chunks are added
 // in order.
@@ -19,6 +18,8 @@
 // Threads meet at barriers inside a region, so nothing in a region may throw: all memory is taken before it.
 
 #include <algorithm>
+#include <array>
+#include <span>
 #include <vector>
 
 #include "cpu_matrix.h"
@@ -84,9 +85,15 @@ size_t find_maker(const std::vector<T>& products, const Share& share) {
          products.begin();
 }
 
-bool same_outliers(const MatrixView& a, const MatrixView& b) {
-  return std::equal(a.outlier_columns, a.outlier_columns + a.outliers, b.outlier_columns,
-                    b.outlier_columns + b.outliers);
+// The columns apart, which lookups and panels of 16 bits leave out and which are added as float32 products:
+// outliers, whose weights are their own, and salient columns, whose scales are.
+std::array<std::span<const int32_t>, 2> columns_apart(const MatrixView& m) {
+  return {std::span(m.outlier_columns, static_cast<size_t>(m.outliers)),
+          std::span(m.salient_columns, static_cast<size_t>(m.salient))};
+}
+
+bool same_columns_apart(const MatrixView& a, const MatrixView& b) {
+  return std::ranges::equal(columns_apart(a), columns_apart(b), std::ranges::equal);
 }
 
 // Some tiles and tokens that a thread multiplies.
@@ -213,33 +220,33 @@ void multiply_rows(const Kernels& kernels, const MatrixView& m, const Activation
 
 // --- panels of 16 bits and lookups ---
 
-// Loads the activations of one token's chunk, with zeros at outlier columns and after the last column.
+// Loads the activations of one token's chunk, with zeros at columns apart and after the last column.
 void load_chunk(const Kernels& kernels, const MatrixView& m, const ActivationView& x, int64_t token,
                 int64_t chunk, float* to) {
   const int64_t first = chunk * m.chunk_columns, count = std::min(m.chunk_columns, m.cols - first);
   load_activations(kernels, x, token * m.cols + first, count, to);
   std::fill(to + count, to + m.chunk_columns, 0.0f);
-  const int32_t* end = m.outlier_columns + m.outliers;
-  for (const int32_t* col = std::lower_bound(m.outlier_columns, end, first);
-       col != end && *col < first + count; ++col)
-    to[*col - first] = 0.0f;
+  for (const std::span<const int32_t> columns : columns_apart(m))
+    for (auto col = std::ranges::lower_bound(columns, first); col != columns.end() && *col < first + count;
+         ++col)
+      to[*col - first] = 0.0f;
 }
 
-// What add_outliers() needs of scratch.
-int64_t outlier_floats(const MatrixView& m, int64_t tokens) {
-  return whole_registers(m.outliers * (kTileRows + tokens));
+// What add_columns_apart() needs of scratch.
+int64_t apart_floats(const MatrixView& m, int64_t tokens) {
+  return whole_registers((m.outliers + m.salient) * (kTileRows + tokens));
 }
 
-// Adds the outlier columns, which integers and tables leave out.
-void add_outliers(const Kernels& kernels, const TileSums& to, const ActivationView& x, float* scratch) {
+void add_columns_apart(const Kernels& kernels, const TileSums& to, const ActivationView& x, float* scratch) {
   const MatrixView& m = to.m;
-  if (m.outliers == 0) return;
-  float* const values = scratch + m.outliers * kTileRows;
-  kernels.decode_outliers(m, to.tile, scratch);
+  const int64_t apart = m.outliers + m.salient;
+  if (apart == 0) return;
+  float *const values = scratch + apart * kTileRows, *value = values;
+  kernels.decode_apart(m, to.tile, scratch);
   for (int64_t t = 0; t < to.tokens; ++t)
-    for (int64_t i = 0; i < m.outliers; ++i)
-      values[t * m.outliers + i] = load_element(x, (to.first_token + t) * m.cols + m.outlier_columns[i]);
-  kernels.multiply(scratch, m.outliers, values, to.tokens, to.sums, to.stride);
+    for (const std::span<const int32_t> columns : columns_apart(m))
+      for (const int32_t column : columns) *value++ = load_element(x, (to.first_token + t) * m.cols + column);
+  kernels.multiply(scratch, apart, values, to.tokens, to.sums, to.stride);
 }
 
 // --- panels of 16 bits ---
@@ -255,9 +262,9 @@ struct WordProduct {
 };
 
 // Whether two matrices take the same activations as the same words: those with as wide sums and the same
-// outlier columns.
+// columns apart.
 bool share_words(const MatrixView& a, const MatrixView& b) {
-  return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_outliers(a, b);
+  return a.chunk_columns == b.chunk_columns && (a.levels > 1) == (b.levels > 1) && same_columns_apart(a, b);
 }
 
 // All products with the same activations. Tokens are padded to whole steps of the kernels.
@@ -267,11 +274,11 @@ struct WordPlan {
   int64_t tiles = 0;
   int64_t useful = 1;       // threads
   int64_t panel_words = 0;  // of a thread, as are the following
-  int64_t sum_floats = 0, outlier_floats = 0;
+  int64_t sum_floats = 0, apart_floats = 0;
   uint16_t* panels = nullptr;  // (useful, panel_words)
   float* floats = nullptr;     // (useful, thread_floats)
 
-  int64_t thread_floats() const { return kTileRows + sum_floats + outlier_floats; }
+  int64_t thread_floats() const { return kTileRows + sum_floats + apart_floats; }
   const WordProduct& product_of(int64_t tile) const {
     return *std::find_if(all.rbegin(), all.rend(),
                          [&](const WordProduct& each) { return each.first_tile <= tile; });
@@ -288,7 +295,7 @@ WordPlan plan_words(const WordKernels& words, std::span<const Product> products,
     plan.all.back().maker = find_maker(plan.all, share_words);
     plan.tiles += m.tiles;
     rows += m.rows;
-    plan.outlier_floats = std::max(plan.outlier_floats, outlier_floats(m, turn_tokens));
+    plan.apart_floats = std::max(plan.apart_floats, apart_floats(m, turn_tokens));
     if (plan.all.back().maker + 1 != plan.all.size()) continue;
     word_count += plan.padded_tokens * m.chunks * m.chunk_columns;
     step_count += plan.padded_tokens * m.chunks;
@@ -350,10 +357,13 @@ void multiply_share(const Kernels& kernels, const WordKernels& words, const Word
   for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
     const int64_t first = chunk * plan.padded_tokens + share.first_token;
     for (int64_t i = 0; i < share.tiles; ++i) {
-      words.decode(m, share.tile + i, chunk, panel, scales);
-      words.multiply({.panel = panel, .scales = scales, .columns = m.chunk_columns},
-                     {.x = own.words + first * m.chunk_columns, .steps = own.steps + first, .tokens = padded},
-                     sums + i * padded * kTileRows, kTileRows);
+      for (int sum = 0; sum < m.sums; ++sum) {
+        words.decode(m, share.tile + i, chunk, sum, panel, scales);
+        words.multiply(
+            {.panel = panel, .scales = scales, .columns = m.chunk_columns},
+            {.x = own.words + first * m.chunk_columns, .steps = own.steps + first, .tokens = padded},
+            sums + i * padded * kTileRows, kTileRows);
+      }
     }
   }
   for (int64_t i = 0; i < share.tiles; ++i) {
@@ -363,7 +373,7 @@ void multiply_share(const Kernels& kernels, const WordKernels& words, const Word
                              .tokens = tokens,
                              .sums = sums + i * padded * kTileRows,
                              .stride = kTileRows};
-    add_outliers(kernels, result, x, sums + plan.sum_floats);
+    add_columns_apart(kernels, result, x, sums + plan.sum_floats);
     store_tile(kernels, result, own.y);
   }
 }
@@ -400,20 +410,22 @@ struct Lookup {
   int64_t first_byte;  // of a chunk's codes of all matrices in a row
   int64_t padded_rows;
   size_t maker = 0;           // whose tables serve this one
-  uint8_t* tables = nullptr;  // (chunks of a panel, tokens of a batch, chunk_table_bytes)
-  float* steps = nullptr;     // (chunks of a panel, tokens of a batch)
+  uint8_t* tables = nullptr;  // (chunks of a panel, tokens of a batch, sums, set_bytes)
+  float* steps = nullptr;     // (chunks of a panel, tokens of a batch, sums)
   float* sums = nullptr;      // (tokens of a batch, padded_rows)
 
-  int64_t chunk_table_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
+  // Of a chunk and token.
+  int64_t chunk_table_bytes() const { return m.sums * set_bytes(); }
+  int64_t set_bytes() const { return kChunkColumns / m.group * m.table_bytes; }
 };
 
 // Whether two matrices have the same tables, given the same activations: those of one N:M with one level
-// (several are part of the tables) and of the same outlier columns (which are left out). A matrix shares with
+// (several are part of the tables) and of the same columns apart (which are left out). A matrix shares with
 // itself.
 bool share_tables(const MatrixView& a, const MatrixView& b) {
   if (&a == &b) return true;
   return a.levels == 1 && b.levels == 1 && a.file_keep == b.file_keep && a.file_group == b.file_group &&
-         same_outliers(a, b);
+         same_columns_apart(a, b);
 }
 
 // All lookups with the same activations, and how the threads go through them: batches of tokens, and for each
@@ -423,9 +435,9 @@ struct LookupPlan {
   int64_t batch;   // tokens
   int64_t chunks;  // per row
   int64_t panel_chunks;
-  int64_t code_bytes = 0;            // of a chunk of all matrices
-  int64_t useful = 1;                // threads
-  float* outlier_scratch = nullptr;  // (useful, thread_floats)
+  int64_t code_bytes = 0;          // of a chunk of all matrices
+  int64_t useful = 1;              // threads
+  float* apart_scratch = nullptr;  // (useful, thread_floats)
   int64_t thread_floats = 0;
 };
 
@@ -434,7 +446,7 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
                      .batch = std::min(kTokenBatch, x.tokens),
                      .chunks = matrix_of(products[0]).chunks,
                      .panel_chunks = 1};
-  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0;
+  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0, sums_of_all = 0;
   for (const Product& product : products) {
     const MatrixView& m = matrix_of(product);
     plan.lookups.push_back(
@@ -445,19 +457,20 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
     plan.code_bytes += m.tiles * m.chunk_bytes;
     rows += m.rows;
     padded_rows += lookup.padded_rows;
-    plan.thread_floats = std::max(plan.thread_floats, outlier_floats(m, plan.batch));
+    sums_of_all += m.sums;
+    plan.thread_floats = std::max(plan.thread_floats, apart_floats(m, plan.batch));
     if (lookup.maker + 1 == plan.lookups.size()) table_bytes += lookup.chunk_table_bytes();
   }
   plan.useful = useful_threads(x.tokens * rows * x.width, tiles);
   plan.panel_chunks = std::clamp<int64_t>(kTableBudget / (plan.batch * table_bytes), 1, plan.chunks);
 
   thread_local AlignedVector<uint8_t> table_scratch;
-  thread_local AlignedVector<float> sum_scratch, step_scratch, outlier_scratch;
+  thread_local AlignedVector<float> sum_scratch, step_scratch, apart_scratch;
   const int64_t table_count = plan.panel_chunks * plan.batch;
   uint8_t* tables = grow(table_scratch, table_count * table_bytes);
-  float* steps = grow(step_scratch, table_count * std::ssize(plan.lookups));
+  float* steps = grow(step_scratch, table_count * sums_of_all);
   float* sums = grow(sum_scratch, plan.batch * padded_rows);
-  plan.outlier_scratch = grow(outlier_scratch, plan.useful * plan.thread_floats);
+  plan.apart_scratch = grow(apart_scratch, plan.useful * plan.thread_floats);
   for (size_t i = 0; i < plan.lookups.size(); ++i) {
     Lookup& lookup = plan.lookups[i];
     lookup.sums = sums;
@@ -470,7 +483,7 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
     lookup.tables = tables;
     lookup.steps = steps;
     tables += table_count * lookup.chunk_table_bytes();
-    steps += table_count;
+    steps += table_count * lookup.m.sums;
   }
   return plan;
 }
@@ -501,7 +514,10 @@ void make_tables(const Kernels& kernels, const LookupPlan& plan, const Activatio
     for (int64_t i = 0; i < chunks * tokens; ++i) {
       alignas(64) float values[kChunkColumns];
       load_chunk(kernels, lookup.m, x, first_token + i % tokens, first_chunk + i / tokens, values);
-      kernels.tabulate(lookup.m, values, lookup.tables + i * lookup.chunk_table_bytes(), lookup.steps + i);
+      for (int sum = 0; sum < lookup.m.sums; ++sum) {
+        const int64_t set = i * lookup.m.sums + sum;
+        kernels.tabulate(lookup.m, sum, values, lookup.tables + set * lookup.set_bytes(), lookup.steps + set);
+      }
     }
   }
 #pragma omp barrier
@@ -522,7 +538,7 @@ void finish_tiles(const Kernels& kernels, const Lookup& lookup, const TileRange&
     for (int64_t t = 0; m.row_scales != nullptr && t < tokens; ++t)
       for (int r = 0; r < kTileRows; ++r)
         result.sums[t * result.stride + r] *= m.row_scales[tile * kTileRows + r] * level;
-    add_outliers(kernels, result, x, scratch);
+    add_columns_apart(kernels, result, x, scratch);
     store_tile(kernels, result, lookup.y);
   }
 }
@@ -549,9 +565,10 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
           kernels.look_up(lookup.m, {.chunk = panel + chunk,
                                      .first_tile = own.first,
                                      .last_tile = own.last,
-                                     .tokens = tokens,
+                                     .sets = tokens * lookup.m.sums,
+                                     .first_set = 0,
                                      .tables = lookup.tables + chunk * tokens * lookup.chunk_table_bytes(),
-                                     .steps = lookup.steps + chunk * tokens,
+                                     .steps = lookup.steps + chunk * tokens * lookup.m.sums,
                                      .y = lookup.sums,
                                      .y_stride = lookup.padded_rows});
       }
@@ -562,7 +579,7 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
       }
     }
 
-    float* const scratch = plan.outlier_scratch + place.thread * plan.thread_floats;
+    float* const scratch = plan.apart_scratch + place.thread * plan.thread_floats;
     for (const Lookup& lookup : plan.lookups)
       finish_tiles(kernels, lookup, {place, lookup, plan.code_bytes}, x, first, tokens, scratch);
   }
@@ -581,6 +598,8 @@ Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x)
   if (m.form == CodeForm::kRows) return bfloat16 ? Way::kBfloat16 : integers ? Way::kIntegers : Way::kPanels;
   if (x.tokens < kManyTokens) return Way::kLookups;
   if (bfloat16) return Way::kBfloat16;
+  if (m.sums > 1)
+    return Way::kPanels;  // whose one product in float32 takes less time than one for each level
   if (integers && !permutes_fast()) return Way::kIntegers;
   // Where rows are few, making a table costs more than looking things up in it. The two met at 6 to 30 rows
   // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512).

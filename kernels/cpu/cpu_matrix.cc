@@ -89,9 +89,7 @@ FormPlan plan_nibbles(const Layout& layout) {
 
 FormPlan choose_form(const Layout& layout, int64_t chunk_columns, const Kernels& kernels) {
   const FormPlan as_stored = {.nm = layout.nm, .code_bits = layout.code_bits()};
-  // One table per group gives one sum per row and chunk, so there must be one scale.
-  if (layout.salient > 0 || (layout.levels > 1 && layout.scale_bits == 16) || chunk_columns != kChunkColumns)
-    return as_stored;
+  if (chunk_columns != kChunkColumns) return as_stored;  // a sum of lookups spans a chunk and has one scale
   FormPlan plan = plan_lookups_of_codes(layout);
   if (plan.form == CodeForm::kPlane) plan = plan_lookups_of_digits(layout);
   if (!kernels.can_look_up(plan.form, plan.entries)) plan = plan_nibbles(layout);
@@ -114,9 +112,8 @@ float integer_unit(std::span<const float> levels) {
   return largest > 0 ? std::ldexp(1.0f, std::ilogb(largest) - 12) : 1.0f;
 }
 
-/// A bfloat16 number keeps 8 bits of each level, but what one is worth is free: among these units, the one
-/// that loses the least of any level. This leaves an error of 2^-12.4 of a level on average over random
-/// triples, at most 2^-9.8, where 1 as the unit leaves up to 2^-9.
+/// A bfloat16 number keeps 8 bits of each level, but what one is worth is free: among 2048 units between 1/2
+/// and 1, the one that loses the least of any level. No unit loses more than 2^-9 of one.
 float bfloat16_unit(std::span<const float> levels) {
   constexpr int kUnits = 2048;
   float best = 1.0f, least = std::numeric_limits<float>::infinity();
@@ -332,6 +329,7 @@ CpuMatrix::CpuMatrix(const StructuredBinaryMatrix& matrix, const Kernels& kernel
   m.chunks = ceil_div(layout.cols, m.chunk_columns);
   m.chunks_per_block = layout.column_block / m.chunk_columns;
   m.levels = layout.levels;
+  m.sums = layout.scale_bits == 16 ? layout.levels : 1;
 
   const FormPlan plan = choose_form(layout, m.chunk_columns, kernels);
   m.form = plan.form;
@@ -363,7 +361,7 @@ CpuMatrix::CpuMatrix(QuantizedRows rows, const Kernels& kernels) : kernels_(kern
   m.tiles = ceil_div(layout.rows, kTileRows);
   m.chunk_columns = QuantizedRows::kColumnBlock;
   m.chunks = layout.column_blocks();
-  m.chunks_per_block = m.levels = m.slots = 1;
+  m.chunks_per_block = m.levels = m.slots = m.sums = 1;
   m.code_bits = layout.bits;
   m.codes = reinterpret_cast<const uint8_t*>(rows_.codes().data());
   m.code_row_bytes = layout.code_row_bytes();
@@ -456,14 +454,14 @@ void CpuMatrix::make_terms() {
   }
 }
 
-/// The table of a group whose column c has activation 1 and the others 0, for every c. A level is worth the
-/// 16 bits of value_of_level(level, negative).
+/// For every sum, the table of a group whose column c has activation 1 and the others 0, for every c. A level
+/// is worth the 16 bits of value_of_level(sum, level, negative).
 template <typename Value>
-AlignedVector<uint8_t> CpuMatrix::make_unit_tables(const Value& value_of_level) const {
+AlignedVector<uint8_t> CpuMatrix::make_unit_tables(int sums, const Value& value_of_level) const {
   const MatrixView& m = view_;
   // Tables of byte shuffles keep the low and the high bytes of so many entries apart.
   const int apart = std::min(m.entries, 128);
-  AlignedVector<uint8_t> tables(static_cast<size_t>(m.group * m.table_bytes));
+  AlignedVector<uint8_t> tables(static_cast<size_t>(sums * m.group * m.table_bytes));
   const auto store_entry = [&](uint8_t* table, int entry, uint16_t value) {
     if (m.form == CodeForm::kWords) {
       std::memcpy(table + 2 * entry, &value, sizeof value);
@@ -473,35 +471,41 @@ AlignedVector<uint8_t> CpuMatrix::make_unit_tables(const Value& value_of_level) 
       low[apart] = static_cast<uint8_t>(value >> 8);
     }
   };
-  for (int k = 0; k < m.term_count; ++k)
-    for (int entry = 0; entry < m.entries; ++entry) {
-      const int source = terms_[k * m.entries + entry], positive = source % kNegative;
-      if (positive != kNoSource)
-        store_entry(&tables[positive % m.group * m.table_bytes], entry,
-                    static_cast<uint16_t>(value_of_level(positive / m.group, source >= kNegative)));
-    }
+  for (int sum = 0; sum < sums; ++sum)
+    for (int k = 0; k < m.term_count; ++k)
+      for (int entry = 0; entry < m.entries; ++entry) {
+        const int source = terms_[k * m.entries + entry], positive = source % kNegative;
+        if (positive != kNoSource)
+          store_entry(&tables[(sum * m.group + positive % m.group) * m.table_bytes], entry,
+                      static_cast<uint16_t>(value_of_level(sum, positive / m.group, source >= kNegative)));
+      }
   return tables;
 }
 
-/// Tables from which weights are decoded, in the numbers that the kernels multiply. With one level, that
-/// is 1.
+/// Tables from which weights are decoded, in the numbers that the kernels multiply. A level that is alone in
+/// its sum is 1, and others are 0 there.
 void CpuMatrix::make_value_tables() {
   MatrixView& m = view_;
   const auto signed_value = [](int magnitude, bool negative) { return negative ? -magnitude : magnitude; };
+  const auto value = [&](int sum, int level, float unit) {
+    if (m.sums > 1) return level == sum ? 1.0f : 0.0f;
+    return m.levels == 1 ? 1.0f : m.level[level] / unit;
+  };
+  const bool several = m.levels > 1 && m.sums == 1;
+  const std::span<const float> levels(m.level, static_cast<size_t>(m.levels));
   unit_tables_ =
-      make_unit_tables([&](int level, bool negative) { return signed_value(level + 1, negative); });
+      make_unit_tables(1, [&](int, int level, bool negative) { return signed_value(level + 1, negative); });
   if (kernels_.integers != nullptr) {
-    m.integer_unit = m.levels == 1 ? 1.0f : integer_unit({m.level, static_cast<size_t>(m.levels)});
-    integer_tables_ = make_unit_tables([&](int level, bool negative) {
-      return signed_value(m.levels == 1 ? 1 : static_cast<int>(std::lrint(m.level[level] / m.integer_unit)),
-                          negative);
+    m.integer_unit = several ? integer_unit(levels) : 1.0f;
+    integer_tables_ = make_unit_tables(m.sums, [&](int sum, int level, bool negative) {
+      return signed_value(static_cast<int>(std::lrint(value(sum, level, m.integer_unit))), negative);
     });
   }
   if (kernels_.bfloat16 != nullptr) {
-    m.bfloat16_unit = m.levels == 1 ? 1.0f : bfloat16_unit({m.level, static_cast<size_t>(m.levels)});
-    bfloat16_tables_ = make_unit_tables([&](int level, bool negative) {
-      const float value = m.levels == 1 ? 1.0f : m.level[level] / m.bfloat16_unit;
-      return float_to_bfloat16(negative ? -value : value);
+    m.bfloat16_unit = several ? bfloat16_unit(levels) : 1.0f;
+    bfloat16_tables_ = make_unit_tables(m.sums, [&](int sum, int level, bool negative) {
+      const float positive = value(sum, level, m.bfloat16_unit);
+      return float_to_bfloat16(negative ? -positive : positive);
     });
   }
 }
@@ -597,16 +601,43 @@ void CpuMatrix::prepare_columns(const StructuredBinaryMatrix& matrix) {
     std::memcpy(&outlier_values_[i * m.tiles * kTileRows],
                 matrix.plane(Plane::kOutlierValues).data() + i * m.rows * 2, static_cast<size_t>(m.rows * 2));
   m.salient_columns = data_or_null(salient_columns_);
+  if (m.form != CodeForm::kPlane) prepare_salient_symbols(matrix);
   m.outlier_columns = data_or_null(outlier_columns_);
   m.salient_signs = data_or_null(salient_signs_);
   m.outlier_values = data_or_null(outlier_values_);
+}
+
+/// The kept rows and first signs of salient columns, which lookups leave out.
+void CpuMatrix::prepare_salient_symbols(const StructuredBinaryMatrix& matrix) {
+  MatrixView& m = view_;
+  const Layout& layout = matrix.layout();
+  salient_kept_.assign(salient_signs_.size(), 0);
+  salient_first_signs_.assign(salient_signs_.size(), 0);
+  parallel_for(m.salient, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = salient_columns_[i] / layout.nm.group;
+      const auto position = static_cast<uint8_t>(salient_columns_[i] % layout.nm.group);
+      for (int64_t row = 0; row < m.rows; ++row) {
+        const GroupSymbols symbols = decode_group(layout.nm, layout.levels, matrix.code(row, group));
+        for (int k = 0; k < layout.nm.keep; ++k) {
+          if (symbols.position[k] != position) continue;
+          const int64_t byte = i * m.tiles * 8 + row / 8;
+          salient_kept_[byte] |= static_cast<uint8_t>(1 << row % 8);
+          salient_first_signs_[byte] |= static_cast<uint8_t>(symbols.sign[k] << row % 8);
+        }
+      }
+    }
+  });
+  m.salient_kept = data_or_null(salient_kept_);
+  m.salient_first_signs = data_or_null(salient_first_signs_);
 }
 
 int64_t CpuMatrix::bytes() const {
   const auto total = [](const auto&... v) { return (static_cast<int64_t>(v.size() * sizeof(v[0])) + ...); };
   return rows_.bytes() + total(codes_, expand_, magnitudes_, terms_, unit_tables_, integer_tables_,
                                bfloat16_tables_, half_base_, half_scales_, scale_codes_, row_scales_,
-                               salient_columns_, salient_signs_, outlier_columns_, outlier_values_);
+                               salient_columns_, salient_signs_, salient_kept_, salient_first_signs_,
+                               outlier_columns_, outlier_values_);
 }
 
 }  // namespace stbllm::cpu

@@ -58,17 +58,18 @@ class CpuMatrix : public PreparedMatrix {
   void make_terms();
   void make_value_tables();
   template <typename Value>
-  AlignedVector<uint8_t> make_unit_tables(const Value& value_of_level) const;
+  AlignedVector<uint8_t> make_unit_tables(int sums, const Value& value_of_level) const;
   void store_codes(const StructuredBinaryMatrix& matrix);
   void prepare_scales(const StructuredBinaryMatrix& matrix);
   void prepare_columns(const StructuredBinaryMatrix& matrix);
+  void prepare_salient_symbols(const StructuredBinaryMatrix& matrix);
 
   const Kernels& kernels_;
   MatrixView view_{};
   QuantizedRows rows_;   // kRows
   bool digits_ = false;  // words that hold symbols in place of stored codes
   AlignedVector<uint8_t> codes_, expand_, unit_tables_, integer_tables_, bfloat16_tables_, half_base_,
-      scale_codes_, salient_signs_;
+      scale_codes_, salient_signs_, salient_kept_, salient_first_signs_;
   AlignedVector<uint64_t> magnitudes_;
   AlignedVector<int16_t> terms_;
   AlignedVector<uint16_t> half_scales_, outlier_values_;

@@ -51,10 +51,11 @@ struct Divisor {
 /// A prepared matrix. Rows and columns beyond the last are stored as zeros unless noted.
 struct MatrixView {
   int64_t rows, cols;
-  int64_t tiles;                       ///< ceil(rows / 64)
-  int64_t chunks;                      ///< per row
-  int64_t chunk_columns;               ///< 4..128; the lookup forms need 128, kRows has 64
-  int64_t chunks_per_block;            ///< chunks that share scales
+  int64_t tiles;             ///< ceil(rows / 64)
+  int64_t chunks;            ///< per row
+  int64_t chunk_columns;     ///< 4..128; the lookup forms need 128, kRows has 64
+  int64_t chunks_per_block;  ///< chunks that share scales
+  int sums;                  ///< scaled apart in a row and block: 1, or levels where each has its own scales
   int keep, group, levels, code_bits;  ///< of a code in this form, which may be finer than those of the file
   int file_keep, file_group;
 
@@ -84,11 +85,11 @@ struct MatrixView {
   int64_t table_bytes;  ///< entries * 2
   int term_count;
   const int16_t* terms;  ///< (term_count, entries): which sources each state adds up, see kNoSource
-  /// (group, table_bytes): the tables of the unit vectors, from which weights are decoded. Level l is worth l
-  /// + 1,
-  const uint8_t* unit_tables;
-  const uint8_t* integer_tables;   ///< or a number of integer_unit,
-  const uint8_t* bfloat16_tables;  ///< or a bfloat16 number of bfloat16_unit.
+  /// The tables of the unit vectors, from which weights are decoded. They differ in what a level stands for:
+  /// its number, counted from 1, in unit_tables (group, table_bytes); its multiple of integer_unit, rounded,
+  /// in integer_tables (sums, group, table_bytes); and its multiple of bfloat16_unit as a bfloat16 number in
+  /// bfloat16_tables, which are as many.
+  const uint8_t *unit_tables, *integer_tables, *bfloat16_tables;
   float integer_unit, bfloat16_unit;
   const uint8_t* half_base;  ///< kHalves, (128): first right index by left index
 
@@ -103,7 +104,10 @@ struct MatrixView {
 
   int64_t salient, outliers;
   const int32_t* salient_columns;
-  const uint8_t* salient_signs;  ///< (salient, tiles * 8)
+  const uint8_t* salient_signs;  ///< (salient, tiles * 8): of the second sign
+  /// In lookup forms, (salient, tiles * 8): rows that keep the column, and those where its first sign is
+  /// negative.
+  const uint8_t *salient_kept, *salient_first_signs;
   const int32_t* outlier_columns;
   const uint16_t* outlier_values;  ///< (outliers, tiles * 64), fp16
 };
@@ -122,26 +126,28 @@ struct WordActivations {
   int64_t tokens;
 };
 
-/// Products of panels of 16-bit numbers, for all forms but kPlane. They leave out the outlier columns.
+/// Products of panels of 16-bit numbers, for all forms but kPlane. They leave out the columns apart.
 struct WordKernels {
   /// Tokens that are multiplied at once: the number of a WordActivations is a multiple of token_step, and
   /// threads share a tile at multiples of share_tokens.
   int64_t token_step, share_tokens;
-  /// A token's chunk in 16 bits. x is zero at outlier columns, whose weights therefore do not matter, and
+  /// A token's chunk in 16 bits. x is zero at columns apart, whose weights therefore do not matter, and
   /// behind the last column.
   void (*arrange)(const MatrixView&, const float* x, uint16_t* to, float* step);
-  /// What WordPanel says, of a tile's chunk.
-  void (*decode)(const MatrixView&, int64_t tile, int64_t chunk, uint16_t* panel, float* scales);
+  /// What WordPanel says, of one of the sums of a tile's chunk.
+  void (*decode)(const MatrixView&, int64_t tile, int64_t chunk, int sum, uint16_t* panel, float* scales);
   /// y[t][0..63] += steps[t] * scales[0..63] * sum_c x[t][c] panel[c][0..63]
   void (*multiply)(const WordPanel&, const WordActivations&, float* y, int64_t y_stride);
 };
 
 /// One chunk of tiles [first_tile, last_tile), which begin at a strip, for some tokens.
 struct LookupPass {
-  int64_t chunk, first_tile, last_tile, tokens;
-  const uint8_t* tables;  ///< (tokens, 128 / group, table_bytes)
-  const float* steps;     ///< (tokens)
-  float* y;               ///< (tokens, y_stride); row r of the matrix stands at r
+  int64_t chunk, first_tile, last_tile;
+  int64_t sets;           ///< of tables, one for each token and, within it, each sum
+  int64_t first_set;      ///< sets of the same tokens that went before these
+  const uint8_t* tables;  ///< (sets, 128 / group, table_bytes)
+  const float* steps;     ///< (sets)
+  float* y;               ///< (tokens, y_stride), of set 0; row r of the matrix stands at r
   int64_t y_stride;
 };
 
@@ -153,8 +159,9 @@ struct Kernels {
 
   /// panel = the weights of a tile's chunk in float32, all of at(): scales, salient and outlier columns.
   void (*decode)(const MatrixView&, int64_t tile, int64_t chunk, float* panel);
-  /// panel (outliers, 64) = the outlier columns of a tile.
-  void (*decode_outliers)(const MatrixView&, int64_t tile, float* panel);
+  /// panel (outliers + salient, 64) = the columns apart of a tile, which lookups and 16-bit panels leave out:
+  /// the outlier columns, then the salient ones.
+  void (*decode_apart)(const MatrixView&, int64_t tile, float* panel);
   /// y[t][0..63] += sum_c x[t][c] panel[c][0..63]; x has `columns` per token, y has `y_stride`.
   void (*multiply)(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
                    int64_t y_stride);
@@ -167,11 +174,11 @@ struct Kernels {
   /// of the integers as they are loaded: column c of 64 stands at c % 4 * 16 + c / 4.
   void (*multiply_rows)(const MatrixView&, int64_t tile, const float* x, int64_t tokens, float* y);
 
-  /// The tables of one token's chunk, in units of *step, a power of two: (128 / group, table_bytes). x holds
-  /// 128 floats, zero at outlier columns. Null where there are no lookups.
-  void (*tabulate)(const MatrixView&, const float* x, uint8_t* tables, float* step);
-  /// y[t][row] += steps[t] * scale * (sum of table entries) for the rows of some tiles; without the row
-  /// scales, and without level[0] when that is the only level.
+  /// The tables of one sum of one token's chunk, in units of *step, a power of two: (128 / group,
+  /// table_bytes). x holds 128 floats, zero at columns apart. Null where there are no lookups.
+  void (*tabulate)(const MatrixView&, int sum, const float* x, uint8_t* tables, float* step);
+  /// y[token][row] += step * scale * (sum of table entries), of each set, for the rows of some tiles; without
+  /// the row scales, and without level[0] when that is the only level.
   void (*look_up)(const MatrixView&, const LookupPass&);
 
   void (*load_floats)(const uint16_t* from, bool half, int64_t count, float* to);

@@ -57,49 +57,52 @@ STBLLM_INLINE void add_scaled(__m128i words, const float* scale, float step, flo
       y, _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(step)), _mm256_load_ps(y)));
 }
 
-// Looks up a tile's chunk for Tokens tokens, which share the extraction of the indices.
-template <int Tokens>
-STBLLM_INLINE void look_up_tile(const uint8_t* codes, int groups, const uint8_t* tables, const float* scales,
-                                const float* steps, float* y, int64_t y_stride) {
-  const int64_t token_bytes = groups * kTableBytes;
-  __m256i sums[Tokens][4];
-  for (int t = 0; t < Tokens; ++t)
-    for (__m256i& sum : sums[t]) sum = _mm256_setzero_si256();
+// Looks up a tile's chunk in Sets sets of tables from `set` on, which share the extraction of the indices.
+// `scales` are those of each sum, `y` begins at the tile.
+template <int Sets>
+STBLLM_INLINE void look_up_tile(const MatrixView& m, const LookupPass& pass, int64_t set,
+                                const uint8_t* codes, const float (*scales)[kTileRows], float* y) {
+  const int groups = kChunkColumns / m.group;
+  const int64_t set_bytes = groups * kTableBytes;
+  const uint8_t* tables = pass.tables + set * set_bytes;
+  __m256i sums[Sets][4];
+  for (int s = 0; s < Sets; ++s)
+    for (__m256i& sum : sums[s]) sum = _mm256_setzero_si256();
   for (int g = 0; g < groups; g += 2, codes += kTileRows, tables += 2 * kTableBytes) {
     const Indices index = read_indices(codes);
-    for (int t = 0; t < Tokens; ++t) {
-      add_entries(tables + t * token_bytes, index.even, sums[t]);
-      add_entries(tables + t * token_bytes + kTableBytes, index.odd, sums[t]);
+    for (int s = 0; s < Sets; ++s) {
+      add_entries(tables + s * set_bytes, index.even, sums[s]);
+      add_entries(tables + s * set_bytes + kTableBytes, index.odd, sums[s]);
     }
   }
-  for (int t = 0; t < Tokens; ++t)
+  for (int s = 0; s < Sets; ++s) {
+    const int64_t token = (set + s) / m.sums, sum = (set + s) % m.sums;
+    const float step = pass.steps[set + s];
     for (int part = 0; part < 4; ++part) {
       const int row = part / 2 * 32 + part % 2 * 8;
-      float* out = y + t * y_stride + row;
-      add_scaled(_mm256_castsi256_si128(sums[t][part]), scales + row, steps[t], out);
-      add_scaled(_mm256_extracti128_si256(sums[t][part], 1), scales + row + 16, steps[t], out + 16);
+      float* out = y + token * pass.y_stride + row;
+      add_scaled(_mm256_castsi256_si128(sums[s][part]), scales[sum] + row, step, out);
+      add_scaled(_mm256_extracti128_si256(sums[s][part], 1), scales[sum] + row + 16, step, out + 16);
     }
+  }
 }
 
 void look_up(const MatrixView& m, const LookupPass& pass) {
   constexpr int kTogether = 2;
-  const int groups = kChunkColumns / m.group;
   const int64_t block = pass.chunk / m.chunks_per_block;
-  alignas(32) float scales[kTileRows];
+  alignas(32) float scales[kMaxSlots][kTileRows];
   for (int64_t tile = pass.first_tile; tile < pass.last_tile; ++tile) {
     const uint8_t* codes = m.codes + (pass.chunk * m.tiles + tile) * m.chunk_bytes;
-    const int64_t row = tile * kTileRows, at = block * m.tiles * kTileRows + row;
-    if (m.half_scales != nullptr)
-      load_floats(m.half_scales + at, true, kTileRows, scales);
-    else
-      for (int r = 0; r < kTileRows; ++r) scales[r] = m.factors[m.scale_codes[at + r]];
-    const auto look_up_tokens = [&]<int Tokens>(int64_t t) {
-      look_up_tile<Tokens>(codes, groups, pass.tables + t * groups * kTableBytes, scales, pass.steps + t,
-                           pass.y + t * pass.y_stride + row, pass.y_stride);
-    };
-    int64_t t = 0;
-    for (; t + kTogether <= pass.tokens; t += kTogether) look_up_tokens.template operator()<kTogether>(t);
-    for (; t < pass.tokens; ++t) look_up_tokens.template operator()<1>(t);
+    const int64_t rows = m.tiles * kTileRows, row = tile * kTileRows;
+    for (int sum = 0; sum < m.sums; ++sum)
+      if (m.half_scales != nullptr)
+        load_floats(m.half_scales + (block * m.slots + sum) * rows + row, true, kTileRows, scales[sum]);
+      else
+        for (int r = 0; r < kTileRows; ++r) scales[sum][r] = m.factors[m.scale_codes[block * rows + row + r]];
+    int64_t set = 0;
+    for (; set + kTogether <= pass.sets; set += kTogether)
+      look_up_tile<kTogether>(m, pass, set, codes, scales, pass.y + row);
+    for (; set < pass.sets; ++set) look_up_tile<1>(m, pass, set, codes, scales, pass.y + row);
   }
 }
 
@@ -119,18 +122,18 @@ float bound_of(const MatrixView& m, const float* x) {
     bound += sum < most ? sum : most;
     all += sum;
   }
-  float level = m.levels > 1 ? m.level[0] : 1.0f;
-  for (int l = 1; l < m.levels; ++l) level = m.level[l] > level ? m.level[l] : level;
+  float level = m.levels > m.sums ? m.level[0] : 1.0f;
+  for (int l = 1; l < m.levels && m.sums == 1; ++l) level = m.level[l] > level ? m.level[l] : level;
   return bound * level + 0.0f * all;
 }
 
-void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step) {
+void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
   *step = step_of(bound_of(m, x));
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
   alignas(32) int16_t integers[3][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
-    const __m256 factor = _mm256_set1_ps(m.levels > 1 ? m.level[level] : 1.0f),
-                 scale = _mm256_set1_ps(inverse);
+    const float value = m.sums > 1 ? (level == sum ? 1.0f : 0.0f) : m.levels > 1 ? m.level[level] : 1.0f;
+    const __m256 factor = _mm256_set1_ps(value), scale = _mm256_set1_ps(inverse);
     for (int c = 0; c < kChunkColumns; c += 16) {
       const auto rounded = [&](int from) {
         return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + from), factor), scale));
@@ -147,13 +150,13 @@ void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step)
       if (const int source = m.terms[k * kEntries + entry]; source % kNegative != kNoSource)
         signs[source % kNegative][entry] = source < kNegative ? 1 : -1;
   for (int g = 0; g < kChunkColumns / m.group; ++g) {
-    __m256i sum = _mm256_setzero_si256();
+    __m256i entries = _mm256_setzero_si256();
     for (int s = 0; s < sources; ++s)
-      sum = _mm256_add_epi16(
-          sum, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]),
-                                  load(signs[s])));
+      entries = _mm256_add_epi16(
+          entries, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]),
+                                      load(signs[s])));
     const __m256i bytes =
-        _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)), _mm256_srli_epi16(sum, 8));
+        _mm256_packus_epi16(_mm256_and_si256(entries, _mm256_set1_epi16(255)), _mm256_srli_epi16(entries, 8));
     _mm256_store_si256(reinterpret_cast<__m256i*>(tables + g * kTableBytes),
                        _mm256_permute4x64_epi64(bytes, 0xd8));
   }
@@ -224,7 +227,7 @@ constinit const Kernels kAvx2Kernels = {
     .name = "cpu-avx2",
     .can_look_up = can_look_up,
     .decode = decode,
-    .decode_outliers = decode_outliers,
+    .decode_apart = decode_apart,
     .multiply = multiply,
     .integers = nullptr,
     .bfloat16 = nullptr,

@@ -220,10 +220,12 @@ struct Halves {
 };
 
 // Sixteen scales of a tile's chunk, without the row scales: fp16, or a factor by its code.
-STBLLM_INLINE __m512 load_scales(const MatrixView& m, int64_t block, int64_t row) {
+STBLLM_INLINE __m512 load_scales(const MatrixView& m, int64_t block, int64_t sum, int64_t row) {
+  if (m.half_scales != nullptr) {
+    const uint16_t* from = m.half_scales + (block * m.slots + sum) * m.tiles * kTileRows + row;
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   const int64_t at = block * m.tiles * kTileRows + row;
-  if (m.half_scales != nullptr)
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(m.half_scales + at)));
   const __m512i code =
       _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(m.scale_codes + at)));
   const __m512 low =
@@ -247,32 +249,38 @@ STBLLM_INLINE void add_scaled(__m512i sum, __m512 scale0, __m512 scale1, float s
 // without displacing the tables.
 constexpr int kPrefetchBytes = 4096;
 
-// Tiles [tile, tile + Tiles) of the pass for its first Tokens tokens: an index, once extracted, serves all
-// tokens, and a table, once loaded, all tiles.
-template <int Tokens, int Tiles, bool Prefetch, typename Form>
+// Tiles [tile, tile + Tiles) of the pass for its first Sets sets of tables: an index, once extracted, serves
+// all of them, and a table, once loaded, all tiles.
+template <int Sets, int Tiles, bool Prefetch, typename Form>
 STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const LookupPass& pass,
                                  const Strip& strip, int64_t tile) {
   const int groups = kChunkColumns / m.group;
-  const int64_t token_bytes = groups * Form::kTableBytes;
+  const int64_t set_bytes = groups * Form::kTableBytes;
   constexpr int kPassBytes = Tiles * Form::kGroupBytes;
   const uint8_t* ahead = strip.codes + strip.first * m.chunk_bytes + kPrefetchBytes;
-  __m512i sums[Tokens][Tiles][2] = {};
+  __m512i sums[Sets][Tiles][2] = {};
   form.template for_each_group<Tiles>(
       strip, groups, [&](int g, const auto& index) __attribute__((always_inline)) {
         for (int at = 0; Prefetch && at < kPassBytes; at += 64)
           _mm_prefetch(ahead + g * kPassBytes + at, _MM_HINT_NTA);
-        for (int t = 0; t < Tokens; ++t) {
-          const auto table = Form::load_table(pass.tables + t * token_bytes + g * Form::kTableBytes);
-          for (int v = 0; v < Tiles; ++v) Form::add(index[v], table, sums[t][v]);
+        for (int s = 0; s < Sets; ++s) {
+          const auto table = Form::load_table(pass.tables + s * set_bytes + g * Form::kTableBytes);
+          for (int v = 0; v < Tiles; ++v) Form::add(index[v], table, sums[s][v]);
         }
       });
   const int64_t block = pass.chunk / m.chunks_per_block;
   for (int v = 0; v < Tiles; ++v)
     for (int half = 0; half < 2; ++half) {
       const int64_t row = (tile + v) * kTileRows + half * 32;
-      const __m512 scale0 = load_scales(m, block, row), scale1 = load_scales(m, block, row + 16);
-      for (int t = 0; t < Tokens; ++t)
-        add_scaled(sums[t][v][half], scale0, scale1, pass.steps[t], pass.y + t * pass.y_stride + row);
+      __m512 scale0{}, scale1{};
+      for (int s = 0; s < Sets; ++s) {
+        const int64_t token = (pass.first_set + s) / m.sums, sum = (pass.first_set + s) % m.sums;
+        if (s == 0 || m.sums > 1) {
+          scale0 = load_scales(m, block, sum, row);
+          scale1 = load_scales(m, block, sum, row + 16);
+        }
+        add_scaled(sums[s][v][half], scale0, scale1, pass.steps[s], pass.y + token * pass.y_stride + row);
+      }
     }
 }
 
@@ -282,51 +290,52 @@ STBLLM_INLINE Strip strip_of(const MatrixView& m, int64_t chunk, int64_t tile) {
   return {m.codes + (chunk * m.tiles + tile) * m.chunk_bytes, tiles, 0};
 }
 
-// A pass without its first `count` tokens.
-STBLLM_INLINE LookupPass after_tokens(const LookupPass& pass, int64_t count, int64_t token_bytes) {
+// A pass without its first `count` sets of tables.
+STBLLM_INLINE LookupPass after_sets(const LookupPass& pass, int64_t count, int64_t set_bytes) {
   LookupPass rest = pass;
-  rest.tokens -= count;
-  rest.tables += count * token_bytes;
+  rest.sets -= count;
+  rest.first_set += count;
+  rest.tables += count * set_bytes;
   rest.steps += count;
-  rest.y += count * pass.y_stride;
   return rest;
 }
 
-// All tiles and tokens of a pass, at most Tokens tokens (whose tables stay in the first-level cache) and
-// Tiles tiles at a time.
-template <int Tokens, int Tiles, typename Form>
+// All tiles and tables of a pass, at most Sets sets of tables (which stay in the first-level cache) and Tiles
+// tiles at a time.
+template <int Sets, int Tiles, typename Form>
 void look_up_form(const Form& form, const MatrixView& m, const LookupPass& pass) {
-  const int64_t token_bytes = kChunkColumns / m.group * Form::kTableBytes;
-  int64_t t = 0;
-  for (; t + Tokens <= pass.tokens; t += Tokens) {
-    const LookupPass part = after_tokens(pass, t, token_bytes);
+  const int64_t set_bytes = kChunkColumns / m.group * Form::kTableBytes;
+  int64_t s = 0;
+  for (; s + Sets <= pass.sets; s += Sets) {
+    const LookupPass part = after_sets(pass, s, set_bytes);
     for (int64_t tile = pass.first_tile; tile < pass.last_tile; tile += m.strip_tiles) {
       Strip strip = strip_of(m, pass.chunk, tile);
       for (; strip.first + Tiles <= strip.tiles; strip.first += Tiles)
-        if (t == 0)
-          look_up_tiles<Tokens, Tiles, true>(form, m, part, strip, tile + strip.first);
+        if (s == 0)
+          look_up_tiles<Sets, Tiles, true>(form, m, part, strip, tile + strip.first);
         else
-          look_up_tiles<Tokens, Tiles, false>(form, m, part, strip, tile + strip.first);
+          look_up_tiles<Sets, Tiles, false>(form, m, part, strip, tile + strip.first);
       for (; strip.first < strip.tiles; ++strip.first)
-        look_up_tiles<Tokens, 1, false>(form, m, part, strip, tile + strip.first);
+        look_up_tiles<Sets, 1, false>(form, m, part, strip, tile + strip.first);
     }
   }
-  if constexpr (Tokens > 1)
-    if (t < pass.tokens) {
+  if constexpr (Sets > 1)
+    if (s < pass.sets) {
       constexpr int kMoreTiles = Tiles > 1 ? 2 * Tiles : 1;
-      look_up_form<Tokens / 2, kMoreTiles>(form, m, after_tokens(pass, t, token_bytes));
+      look_up_form<Sets / 2, kMoreTiles>(form, m, after_sets(pass, s, set_bytes));
     }
 }
 
 bool can_look_up(CodeForm form, int) { return form != CodeForm::kNibbles; }
 
-// Calls f with the form of this matrix: f(form, tokens per pass, tiles per pass). Word tables are small, so
-// that several tokens share the extraction of an index; byte tables fill eight registers, so that several
-// tiles share their loading.
+// Calls f with the form of this matrix: f(form, sets of tables per pass, tiles per pass). Word tables are
+// small, so that several of them share the extraction of an index, all three of a token where there are so
+// many; byte tables fill eight registers, so that several tiles share their loading.
 template <typename F>
 STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 3> three;
   constexpr std::integral_constant<int, 4> four;
   switch (m.form) {
     case CodeForm::kPlane:
@@ -336,8 +345,8 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
     case CodeForm::kWords:
       if (m.code_bits == 3) return f(Words<3>(), two, one);
       if (m.code_bits == 4) return f(Words<4>(), two, one);
-      if (m.code_bits == 5) return f(Words<5>(), two, one);
-      if (m.code_bits == 6) return f(Words<6>(), two, one);
+      if (m.code_bits == 5) return m.sums == 3 ? f(Words<5>(), three, one) : f(Words<5>(), two, one);
+      if (m.code_bits == 6) return m.sums == 3 ? f(Words<6>(), three, one) : f(Words<6>(), two, one);
       return f(Words<7>(), two, one);
     case CodeForm::kBytes:
       if (m.signs) return f(Bytes<true>(), two, two);
@@ -348,8 +357,8 @@ STBLLM_INLINE void with_form(const MatrixView& m, F&& f) {
 }
 
 void look_up(const MatrixView& m, const LookupPass& pass) {
-  with_form(m, [&](const auto& form, auto pass_tokens, auto pass_tiles) {
-    look_up_form<pass_tokens, pass_tiles>(form, m, pass);
+  with_form(m, [&](const auto& form, auto pass_sets, auto pass_tiles) {
+    look_up_form<pass_sets, pass_tiles>(form, m, pass);
   });
 }
 
@@ -384,16 +393,16 @@ float bound_of(const MatrixView& m, const float* x) {
     bound = _mm512_add_ps(bound, _mm512_min_ps(sum, _mm512_mul_ps(keep, largest)));
   }
   const float total = _mm512_reduce_add_ps(all);
-  const float level = m.levels > 1 ? largest_level(m) : 1.0f;
+  const float level = m.levels > m.sums ? largest_level(m) : 1.0f;
   // A sum that is not finite must not look like a small one; 0 * total is NaN then.
   return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.file_group) + 0.0f * total;
 }
 
-void tabulate(const MatrixView& m, const float* x, uint8_t* tables, float* step) {
+void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
   *step = step_of(bound_of(m, x));
   alignas(64) int16_t integers[3][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
-    const float factor = m.levels > 1 ? m.level[level] : 1.0f;
+    const float factor = m.sums > 1 ? (level == sum ? 1.0f : 0.0f) : m.levels > 1 ? m.level[level] : 1.0f;
     const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f),
                  factors = _mm512_set1_ps(factor);
     for (int c = 0; c < kChunkColumns; c += 16) {
@@ -695,8 +704,10 @@ STBLLM_INLINE void look_up_weights(const Form& form, const Index& index, const u
 // (pairs of columns, 64 rows, 2) from a lookup form. Even lanes of the first sum are rows 0..15 of the tile,
 // odd ones rows 16..31.
 template <bool Bfloat16>
-STBLLM_INLINE void decode_lookup_pairs(const MatrixView& m, int64_t tile, int64_t chunk, uint16_t* panel) {
-  const uint8_t* const tables = Bfloat16 ? m.bfloat16_tables : m.integer_tables;
+STBLLM_INLINE void decode_lookup_pairs(const MatrixView& m, int64_t tile, int64_t chunk, int sum,
+                                       uint16_t* panel) {
+  const uint8_t* const tables =
+      (Bfloat16 ? m.bfloat16_tables : m.integer_tables) + sum * m.group * m.table_bytes;
   Strip strip = strip_of(m, chunk, tile - tile % m.strip_tiles);
   strip.first = tile % m.strip_tiles;
   with_form(m, [&](const auto& form, auto, auto) {
@@ -746,15 +757,15 @@ STBLLM_INLINE void decode_row_pairs(const MatrixView& m, int64_t tile, int64_t c
 }
 
 template <bool Bfloat16>
-void decode_words(const MatrixView& m, int64_t tile, int64_t chunk, uint16_t* panel, float* scales) {
+void decode_words(const MatrixView& m, int64_t tile, int64_t chunk, int sum, uint16_t* panel, float* scales) {
   if (m.form == CodeForm::kRows)
     decode_row_pairs<Bfloat16>(m, tile, chunk, panel);
   else
-    decode_lookup_pairs<Bfloat16>(m, tile, chunk, panel);
+    decode_lookup_pairs<Bfloat16>(m, tile, chunk, sum, panel);
   const float unit = m.form == CodeForm::kRows ? 1.0f : Bfloat16 ? m.bfloat16_unit : m.integer_unit;
   for (int v = 0; v < 4; ++v) {
     const int64_t row = tile * kTileRows + 16 * v;
-    __m512 scale = _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, row), _mm512_set1_ps(unit));
+    __m512 scale = _mm512_mul_ps(load_scales(m, chunk / m.chunks_per_block, sum, row), _mm512_set1_ps(unit));
     if (m.row_scales != nullptr)
       scale = _mm512_mul_ps(scale, _mm512_mul_ps(_mm512_load_ps(m.row_scales + row),
                                                  _mm512_set1_ps(m.levels == 1 ? m.level[0] : 1.0f)));
@@ -784,7 +795,7 @@ constexpr Kernels kernels_named(const char* name, const WordKernels* bfloat16) {
       .name = name,
       .can_look_up = can_look_up,
       .decode = decode,
-      .decode_outliers = decode_outliers,
+      .decode_apart = decode_apart,
       .multiply = multiply,
       .integers = &kIntegers,
       .bfloat16 = bfloat16,

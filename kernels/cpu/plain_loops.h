@@ -70,18 +70,14 @@ void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
 
 // --- decoding ---
 
-// scales[slot][row] of a tile.
-inline void tile_scales(const MatrixView& m, int64_t tile, int64_t block, float (*scales)[kTileRows]) {
+// scales[row] of a tile in one slot.
+inline void slot_scales(const MatrixView& m, int64_t tile, int64_t block, int slot, float* scales) {
   const int64_t rows = m.tiles * kTileRows, first = tile * kTileRows;
-  for (int slot = 0; slot < m.slots; ++slot) {
-    if (m.half_scales != nullptr) {
-      load_floats(m.half_scales + (block * m.slots + slot) * rows + first, true, kTileRows, scales[slot]);
-      continue;
-    }
-    const uint8_t* codes = m.scale_codes + block * rows + first;
-    for (int r = 0; r < kTileRows; ++r)
-      scales[slot][r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
-  }
+  if (m.half_scales != nullptr)
+    return load_floats(m.half_scales + (block * m.slots + slot) * rows + first, true, kTileRows, scales);
+  const uint8_t* codes = m.scale_codes + block * rows + first;
+  for (int r = 0; r < kTileRows; ++r)
+    scales[r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
 }
 
 // n / d.value where n * d.value < 2^63: the reciprocal is rounded down, and n + 1 makes up for it.
@@ -140,7 +136,8 @@ inline PlaneCode read_plane_code(const MatrixView& m, const uint8_t* stream, int
 void scale_symbols(const MatrixView& m, int64_t tile, int64_t chunk, const int8_t (*symbols)[kTileRows],
                    float* panel) {
   float scales[kMaxSlots][kTileRows] = {};
-  tile_scales(m, tile, chunk / m.chunks_per_block, scales);
+  for (int slot = 0; slot < m.slots; ++slot)
+    slot_scales(m, tile, chunk / m.chunks_per_block, slot, scales[slot]);
   for (int64_t c = 0; c < m.chunk_columns; ++c) {
     const int8_t* symbol = symbols[c];
     float* out = panel + c * kTileRows;
@@ -254,9 +251,38 @@ void multiply_rows(const MatrixView& m, int64_t tile, const float* x, int64_t to
   }
 }
 
-void decode_outliers(const MatrixView& m, int64_t tile, float* panel) {
-  for (int64_t i = 0; i < m.outliers; ++i)
-    load_floats(m.outlier_values + (i * m.tiles + tile) * kTileRows, true, kTileRows, panel + i * kTileRows);
+// The bits of sixteen rows.
+inline uint32_t row_bits(const uint8_t* bits, int first_row) {
+  uint16_t result;
+  std::memcpy(&result, bits + first_row / 8, sizeof result);
+  return result;
+}
+
+void decode_apart(const MatrixView& m, int64_t tile, float* panel) {
+  for (int64_t i = 0; i < m.outliers; ++i, panel += kTileRows)
+    load_floats(m.outlier_values + (i * m.tiles + tile) * kTileRows, true, kTileRows, panel);
+  float base[kTileRows], rest[kTileRows];
+  int64_t scaled_block = -1;  // columns are in order, and some share a block
+  for (int64_t i = 0; i < m.salient; ++i, panel += kTileRows) {
+    const int64_t block = m.salient_columns[i] / (m.chunks_per_block * m.chunk_columns),
+                  at = (i * m.tiles + tile) * 8;
+    if (block != scaled_block) {
+      slot_scales(m, tile, block, m.levels, base);
+      slot_scales(m, tile, block, m.levels + 1, rest);
+      scaled_block = block;
+    }
+    for (int first = 0; first < kTileRows; first += 16) {
+      const uint32_t kept = row_bits(m.salient_kept + at, first),
+                     signs = row_bits(m.salient_first_signs + at, first),
+                     rest_signs = row_bits(m.salient_signs + at, first);
+      for (int r = 0; r < 16; ++r) {
+        const uint32_t bit = uint32_t{1} << r;
+        const float a = base[first + r], b = rest[first + r];
+        const float weight = (signs & bit ? -a : a) + (rest_signs & bit ? -b : b);
+        panel[first + r] = kept & bit ? weight : 0.0f;
+      }
+    }
+  }
 }
 
 }  // namespace
