@@ -13,8 +13,10 @@
 #define STBLLM_DEVICE __device__ __forceinline__
 #else
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
+#include <source_location>
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/base/bits.h"
@@ -121,12 +123,18 @@ inline int thread_index() { return simt::Block::current()->thread_index(); }
 inline int block_x() { return simt::Block::current()->index().x; }
 inline int block_y() { return simt::Block::current()->index().y; }
 inline std::byte* shared_memory() { return simt::Block::current()->shared(); }
-inline void sync_threads() { simt::Block::current()->barrier("sync_threads"); }
-inline void sync_warp() {
-  simt::Block::current()->collective<int>("sync_warp", 0, [](const int* const*, int* const*) {});
+
+/// Where the caller stands: threads meet only there.
+using Place = std::source_location;
+
+inline void sync_threads(Place place = Place::current()) {
+  simt::Block::current()->barrier({"sync_threads", place});
 }
-inline uint32_t warp_max(uint32_t value) {
-  return simt::Block::current()->collective<uint32_t>("warp_max", value,
+inline void sync_warp(Place place = Place::current()) {
+  simt::Block::current()->collective<int>({"sync_warp", place}, 0, [](const int* const*, int* const*) {});
+}
+inline uint32_t warp_max(uint32_t value, Place place = Place::current()) {
+  return simt::Block::current()->collective<uint32_t>({"warp_max", place}, value,
                                                       [](const uint32_t* const* in, uint32_t* const* out) {
                                                         uint32_t largest = 0;
                                                         for (int lane = 0; lane < 32; ++lane)
@@ -165,11 +173,11 @@ void wait_copies() {
   simt::Block::current()->wait_copies(kPending);
 }
 
-inline void load_matrices(uint32_t (&reg)[4], const void* row) {
+inline void load_matrices(uint32_t (&reg)[4], const void* row, Place place = Place::current()) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     throw std::logic_error("load_matrices: a row does not start at a multiple of 16");
   const Words4 words = simt::Block::current()->collective<Words4>(
-      "load_matrices", row, [](const void* const* const* in, Words4* const* out) {
+      {"load_matrices", place}, row, [](const void* const* const* in, Words4* const* out) {
         for (int lane = 0; lane < 32; ++lane)
           for (int i = 0; i < 4; ++i)
             std::memcpy(&out[lane]->word[i],
@@ -178,6 +186,9 @@ inline void load_matrices(uint32_t (&reg)[4], const void* row) {
   std::copy_n(words.word, 4, reg);
 }
 
+/// Written from the tables of the PTX ISA manual and not from fragments.h, which the kernels use: a mistake
+/// in one of them shows. The manual calls a lane's elements a0, a1, .. in the order of its registers, lane /
+/// 4 its group and lane % 4 its thread in the group.
 namespace model {
 
 struct Operands {
@@ -188,75 +199,95 @@ struct Result {
   float d[4];
 };
 
-inline float half_of(uint32_t pair, int half) {
-  return stbllm::half_to_float(static_cast<uint16_t>(pair >> (16 * half)));
+/// Element i of a fragment.
+inline float element(const uint32_t* registers, int i) {
+  return stbllm::half_to_float(static_cast<uint16_t>(registers[i / 2] >> (16 * (i % 2))));
 }
 
-/// The A operand spread over all K columns; the columns a sparse row does not keep are never multiplied.
+/// A over all K columns; the columns that a sparse row does not keep are never multiplied.
 struct Spread {
   float value[16][32] = {};
   bool kept[16][32] = {};
+
+  void set(int row, int col, float x) {
+    value[row][col] = x;
+    kept[row][col] = true;
+  }
 };
 
 /// d = A B + d of a whole warp, K = 16 or 32.
 inline void multiply(const Operands* const* in, Result* const* out, const Spread& a, int k_size) {
   float b[32][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
-    for (int reg = 0; reg < k_size / 8; ++reg)
-      for (int half = 0; half < 2; ++half) {
-        const Element e = b_element(lane, reg, half);
-        b[e.row][e.col] = half_of(in[lane]->b[reg], half);
-      }
-    for (int i = 0; i < 4; ++i) d[d_element(lane, i).row][d_element(lane, i).col] = in[lane]->d[i];
+    const int group = lane >> 2, thread = lane & 3;
+    for (int i = 0; i < k_size / 4; ++i)
+      b[(i & ~1) * 4 + thread * 2 + (i & 1)][group] = element(in[lane]->b, i);
+    for (int i = 0; i < 4; ++i) d[i < 2 ? group : group + 8][thread * 2 + (i & 1)] = in[lane]->d[i];
   }
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < k_size; ++k)
       if (a.kept[row][k])
         for (int n = 0; n < 8; ++n) d[row][n] += a.value[row][k] * b[k][n];
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) out[lane]->d[i] = d[d_element(lane, i).row][d_element(lane, i).col];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane >> 2, thread = lane & 3;
+    for (int i = 0; i < 4; ++i) out[lane]->d[i] = d[i < 2 ? group : group + 8][thread * 2 + (i & 1)];
+  }
+}
+
+/// The row of a_i, in the dense and in the sparse operand.
+inline int row_of_a(int group, int i) { return i < 2 || (i >= 4 && i < 6) ? group : group + 8; }
+
+/// The kept positions of the sparse operand: [row][four columns], four bits each. A word of metadata holds
+/// eight, those of 16 columns of a row and then of the row eight below. Two lanes of each group give theirs.
+using Positions = std::array<std::array<uint32_t, 8>, 16>;
+inline Positions positions_of(const Operands* const* in, int selector) {
+  Positions positions;
+  for (int group = 0; group < 8; ++group)
+    for (int which = 0; which < 2; ++which) {
+      uint32_t word = in[group * 4 + selector * 2 + which]->metadata;
+      for (const int row : {group, group + 8})
+        for (int four = 0; four < 4; ++four, word >>= 4) positions[row][which * 4 + four] = word & 15u;
+    }
+  return positions;
 }
 
 }  // namespace model
 
-inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                Place place = Place::current()) {
   const model::Operands operands = {{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1, 0, 0}, 0};
   const auto result = simt::Block::current()->collective<model::Result>(
-      "mma", operands, [](const model::Operands* const* in, model::Result* const* out) {
+      {"mma", place}, operands, [](const model::Operands* const* in, model::Result* const* out) {
         model::Spread spread;
         for (int lane = 0; lane < 32; ++lane)
-          for (int reg = 0; reg < 4; ++reg)
-            for (int half = 0; half < 2; ++half) {
-              const Element e = a_element(lane, reg, half);
-              spread.value[e.row][e.col] = model::half_of(in[lane]->a[reg], half);
-              spread.kept[e.row][e.col] = true;
-            }
+          for (int i = 0; i < 8; ++i)
+            spread.set(model::row_of_a(lane >> 2, i), (lane & 3) * 2 + (i & 1) + (i < 4 ? 0 : 8),
+                       model::element(in[lane]->a, i));
         model::multiply(in, out, spread, 16);
       });
   std::copy_n(result.d, 4, d);
 }
 
 template <int kSelector>
-void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                Place place = Place::current()) {
   const model::Operands operands = {
       {d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata};
   const auto result = simt::Block::current()->collective<model::Result>(
-      kSelector == 0 ? "mma_sparse<0>" : "mma_sparse<1>", operands,
+      {kSelector == 0 ? "mma_sparse<0>" : "mma_sparse<1>", place}, operands,
       [](const model::Operands* const* in, model::Result* const* out) {
+        const model::Positions positions = model::positions_of(in, kSelector);
         model::Spread spread;
         for (int lane = 0; lane < 32; ++lane)
-          for (int reg = 0; reg < 4; ++reg)
-            for (int half = 0; half < 2; ++half) {
-              const Element e = a_element(lane, reg, half);
-              const int q = e.col / 2;
-              const MetadataSlot slot = metadata_slot(kSelector, e.row, q);
-              const uint32_t bits = in[slot.lane]->metadata >> slot.shift & 15u;
-              if ((bits & 3u) >= bits >> 2)
-                throw std::logic_error("mma_sparse: the kept positions of a group do not ascend");
-              const uint32_t col = 4 * q + (bits >> (2 * half) & 3u);
-              spread.value[e.row][col] = model::half_of(in[lane]->a[reg], half);
-              spread.kept[e.row][col] = true;
-            }
+          for (int i = 0; i < 8; ++i) {
+            const int row = model::row_of_a(lane >> 2, i);
+            const int first_col = (lane & 3) * 4 + (i < 4 ? 0 : 16);
+            const uint32_t kept = positions[row][first_col / 4];
+            if ((kept & 3u) >= kept >> 2)
+              throw std::logic_error("mma_sparse: the kept positions of a group do not ascend");
+            spread.set(row, first_col + static_cast<int>(i & 1 ? kept >> 2 : kept & 3u),
+                       model::element(in[lane]->a, i));
+          }
         model::multiply(in, out, spread, 32);
       });
   std::copy_n(result.d, 4, d);

@@ -13,8 +13,8 @@ namespace stbllm::test {
 
 class EmulatedMatrix {
  public:
-  explicit EmulatedMatrix(const StructuredBinaryMatrix& matrix, simt::Order order = simt::Order::kAscending)
-      : source_(matrix), order_(order), plan_(cuda::plan_matrix(matrix)) {
+  explicit EmulatedMatrix(const StructuredBinaryMatrix& matrix, const simt::Schedule& schedule = {})
+      : source_(matrix), schedule_(schedule), plan_(cuda::plan_matrix(matrix)) {
     cuda::PlaneView planes = plan_.planes;
     const auto at = [&](auto& pointer, Plane plane) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(matrix.plane(plane).data());
@@ -39,10 +39,10 @@ class EmulatedMatrix {
     const int tiles = view.row_tiles * view.column_tiles, steps = view.row_tiles * view.extra_steps;
     simt::launch(
         {(tiles + warps - 1) / warps, 1}, cuda::kRepackThreads, 0,
-        [&] { cuda::repack_tiles(planes, view, records_.data()->word); }, order_);
+        [&] { cuda::repack_tiles(planes, view, records_.data()->word); }, schedule_);
     simt::launch(
         {(steps + warps - 1) / warps, 1}, cuda::kRepackThreads, 0,
-        [&] { cuda::repack_extra(planes, view, extra_.data()->word); }, order_);
+        [&] { cuda::repack_extra(planes, view, extra_.data()->word); }, schedule_);
   }
   EmulatedMatrix(const EmulatedMatrix&) = delete;
 
@@ -59,7 +59,7 @@ class EmulatedMatrix {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words),
           [&] { cuda::gemm<kSparse, kPlanes, Shape>(view(), staged.halves(), staged.scales.data(), y); },
-          order_);
+          schedule_);
     });
   }
 
@@ -71,7 +71,7 @@ class EmulatedMatrix {
       simt::launch(
           grid, Shape::kThreads, Shape::shared_bytes(view().record_words, x.tokens),
           [&] { cuda::gemv<kSparse, kPlanes, Shape>(view(), x, staged.halves(), staged.scales.data(), y); },
-          order_);
+          schedule_);
     });
   }
 
@@ -88,7 +88,7 @@ class EmulatedMatrix {
     auto* halves = reinterpret_cast<uint16_t*>(staged.pieces.data());
     simt::launch(
         {x.tokens, 1}, cuda::kStageThreads, cuda::kStageThreads / 8,
-        [&] { cuda::stage_token(view(), x, halves, staged.scales.data()); }, order_);
+        [&] { cuda::stage_token(view(), x, halves, staged.scales.data()); }, schedule_);
     return staged;
   }
 
@@ -112,7 +112,7 @@ class EmulatedMatrix {
   }
 
   StructuredBinaryMatrix source_;
-  simt::Order order_;
+  const simt::Schedule schedule_;
   cuda::Plan plan_;
   std::vector<cuda::Words4> records_, extra_;  // aligned to 16 bytes
 };

@@ -25,7 +25,7 @@ struct Case {
   int tokens = 1;
   ElementType type = ElementType::kFloat32;
   Kernel kernel = Kernel::kGemv;
-  simt::Order order = simt::Order::kAscending;
+  simt::Schedule schedule = {};
 };
 
 std::string describe(const Case& c) {
@@ -58,7 +58,7 @@ Buffer random_input(const Case& c, Content content) {
 }
 
 Buffer multiply(const Case& c, const StructuredBinaryMatrix& matrix, const Buffer& x) {
-  const test::EmulatedMatrix emulated(matrix, c.order);
+  const test::EmulatedMatrix emulated(matrix, c.schedule);
   Buffer y(c.type, c.tokens, c.layout.rows);
   const cuda::InputView input = cuda::view_input(emulated.view(), x.view.data, c.type, c.tokens);
   const cuda::OutputView output{y.view.data, c.type, c.tokens};
@@ -231,13 +231,24 @@ TEST(CudaKernels, RealValuesStayWithinTheRoundingOfTheirTypes) {
       }
 }
 
-TEST(CudaKernels, NoThreadRunsAheadOfABarrier) {
-  for (const Kernel kernel : {Kernel::kGemv, Kernel::kSmallGemm, Kernel::kLargeGemm}) {
-    Layout layout = layout_of(130, 1300, {2, 4});
-    layout.outliers = 2;
-    expect_equal_to_at({.layout = layout, .tokens = 12, .kernel = kernel, .order = simt::Order::kDescending},
-                       Content::kExact);
-  }
+TEST(CudaKernels, ResultsAreThoseOfEverySchedule) {
+  using simt::Schedule;
+  for (const Kernel kernel : {Kernel::kGemv, Kernel::kSmallGemm, Kernel::kLargeGemm})
+    for (const auto& [nm, levels] :
+         {std::pair{NmPattern{2, 4}, 1}, {NmPattern{2, 4}, 3}, {NmPattern{4, 8}, 1}})
+      for (const Schedule::Copies copies : {Schedule::Copies::kAtWait, Schedule::Copies::kAtIssue})
+        for (const auto& [order, seed] : {std::pair{Schedule::Order::kAscending, 0u},
+                                          {Schedule::Order::kDescending, 0u},
+                                          {Schedule::Order::kShuffled, 1u},
+                                          {Schedule::Order::kShuffled, 2u}}) {
+          Layout layout = layout_of(130, 1300, nm, levels);
+          layout.outliers = 2;
+          expect_equal_to_at({.layout = layout,
+                              .tokens = 12,
+                              .kernel = kernel,
+                              .schedule = {.order = order, .copies = copies, .seed = seed}},
+                             Content::kExact);
+        }
 }
 
 // fp16 reaches from 2^-24 to 65504: neither a huge nor a tiny token may overflow or vanish on its way through

@@ -9,10 +9,11 @@
 namespace stbllm::cuda {
 namespace {
 
-std::string fault_of(int threads, const std::function<void()>& body,
-                     simt::Order order = simt::Order::kAscending) {
+using simt::Schedule;
+
+std::string fault_of(int threads, const std::function<void()>& body) {
   try {
-    simt::launch({1, 1}, threads, 4096, body, order);
+    simt::launch({1, 1}, threads, 4096, body);
   } catch (const std::logic_error& error) {
     return error.what();
   }
@@ -37,6 +38,28 @@ TEST(Simt, ReportsDivergentWarpInstructions) {
   EXPECT_NE(fault.find("divergence"), std::string::npos) << fault;
 }
 
+TEST(Simt, ReportsWhatMeetsAtTwoPlacesOfTheSource) {
+  for (const int threads : {32, 64}) {
+    const std::string fault = fault_of(threads, [&] {
+      const auto meet = [&](bool first) {
+        if (threads == 32 && first) sync_warp();
+        if (threads == 32 && !first) sync_warp();
+        if (threads == 64 && first) sync_threads();
+        if (threads == 64 && !first) sync_threads();
+      };
+      meet(thread_index() < 16);
+    });
+    EXPECT_NE(fault.find("divergence: thread 16"), std::string::npos) << fault;
+    EXPECT_NE(fault.find("simt_test.cc:"), std::string::npos) << fault;
+  }
+}
+
+TEST(Simt, SharedMemoryHasNotAByteMore) {
+  EXPECT_DEATH(simt::launch({1, 1}, 32, 4080, [] { shared_memory()[4080] = std::byte{1}; }), "");
+  EXPECT_DEATH(simt::launch({1, 1}, 32, 4096, [] { shared_memory()[-1] = std::byte{1}; }), "");
+  EXPECT_THROW(simt::launch({1, 1}, 32, 4080, [] { shared_memory()[-1] = std::byte{1}; }), std::logic_error);
+}
+
 TEST(Simt, ReportsInvalidMetadata) {
   const std::string fault = fault_of(32, [] {
     float d[4] = {};
@@ -44,6 +67,25 @@ TEST(Simt, ReportsInvalidMetadata) {
     mma_sparse<0>(d, a, b, 0x44444440u);  // the lowest four: positions 0 and 0
   });
   EXPECT_NE(fault.find("do not ascend"), std::string::npos) << fault;
+}
+
+TEST(Simt, CopiesThatArriveAtOnceOverwriteWhatIsStillRead) {
+  alignas(16) static const uint32_t source[4] = {1, 2, 3, 4};
+  uint32_t seen[2] = {};
+  for (const auto copies : {Schedule::Copies::kAtWait, Schedule::Copies::kAtIssue})
+    simt::launch({1, 1}, 32, 16,
+                 [&] {
+                   auto* shared = reinterpret_cast<Words4*>(shared_memory());
+                   if (thread_index() != 0) return;
+                   shared->word[0] = 7;
+                   copy_async_16(shared, source, true);
+                   commit_copies();
+                   seen[copies == Schedule::Copies::kAtIssue] = shared->word[0];
+                   wait_copies<0>();
+                 },
+                 {.copies = copies});
+  EXPECT_EQ(seen[0], 7u);
+  EXPECT_EQ(seen[1], 1u);
 }
 
 TEST(Simt, AsynchronousCopiesArriveOnlyWhenWaitedFor) {
@@ -64,16 +106,26 @@ TEST(Simt, AsynchronousCopiesArriveOnlyWhenWaitedFor) {
 
 TEST(Simt, AMissingBarrierShowsInOneOfTheOrders) {
   int seen[2] = {};
-  for (const simt::Order order : {simt::Order::kAscending, simt::Order::kDescending})
-    simt::launch(
-        {1, 1}, 64, 64,
-        [&] {
-          auto* word = reinterpret_cast<int*>(shared_memory());
-          if (thread_index() == 0) *word = 7;
-          if (thread_index() == 63) seen[order == simt::Order::kAscending ? 0 : 1] = *word;
-        },
-        order);
+  for (const auto order : {Schedule::Order::kAscending, Schedule::Order::kDescending})
+    simt::launch({1, 1}, 64, 64,
+                 [&] {
+                   auto* word = reinterpret_cast<int*>(shared_memory());
+                   if (thread_index() == 0) *word = 7;
+                   if (thread_index() == 63) seen[order == Schedule::Order::kDescending] = *word;
+                 },
+                 {.order = order});
   EXPECT_NE(seen[0], seen[1]);
+}
+
+TEST(Simt, ShuffledOrdersFollowTheirSeed) {
+  const auto order_of = [](unsigned seed) {
+    std::vector<int> order;
+    simt::launch({1, 1}, 64, 0, [&] { order.push_back(thread_index()); },
+                 {.order = Schedule::Order::kShuffled, .seed = seed});
+    return order;
+  };
+  EXPECT_EQ(order_of(1), order_of(1));
+  EXPECT_NE(order_of(1), order_of(2));
 }
 
 }  // namespace
