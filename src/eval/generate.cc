@@ -4,9 +4,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 
+#include "sample.h"
 #include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/random.h"
@@ -14,38 +13,6 @@
 
 namespace stbllm {
 namespace {
-
-/// Draws from softmax(logits / temperature) restricted to the fewest tokens whose probabilities reach top_p.
-/// Equal logits are ordered by id, so that the result is defined.
-int32_t sample(const at::Tensor& logits, const GenerateOptions& options, SplitMix64& random) {
-  const std::span<const float> values(logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel()));
-  const auto best = static_cast<int32_t>(std::ranges::max_element(values) - values.begin());
-  const float highest = values[static_cast<size_t>(best)];
-  if (!std::isfinite(highest))
-    fail(ErrorCode::kCorrupt, "the logits are not finite; the model's weights are damaged");
-  if (options.temperature == 0) return best;
-
-  std::vector<double> weight(values.size());
-  std::ranges::transform(values, weight.begin(), [&](float value) {
-    return std::exp((double{value} - highest) / options.temperature);
-  });
-  const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
-  std::vector<int32_t> order(values.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::ranges::stable_sort(order, std::greater(),
-                           [&](int32_t id) { return weight[static_cast<size_t>(id)]; });
-
-  double nucleus = 0;
-  size_t kept = 0;
-  while (kept < order.size() && nucleus < options.top_p * total)
-    nucleus += weight[static_cast<size_t>(order[kept++])];
-  double rest = random.uniform() * nucleus;
-  for (size_t i = 0; i + 1 < kept; ++i) {
-    rest -= weight[static_cast<size_t>(order[i])];
-    if (rest < 0) return order[i];
-  }
-  return order[kept - 1];
-}
 
 void check_options(const Decoder& decoder, std::span<const int32_t> prompt, const GenerateOptions& options) {
   const int64_t longest = decoder.spec().max_positions;
@@ -76,7 +43,8 @@ Generation generate(const Decoder& decoder, std::span<const int32_t> prompt, con
     const at::Tensor input = at::tensor(at::ArrayRef<int32_t>(ids.data(), ids.size()), at::kInt).unsqueeze(0);
     const at::Tensor hidden = decoder.forward(input, &cache);
     const at::Tensor logits = decoder.logits(hidden.slice(1, -1)).flatten().to(at::kCPU, at::kFloat);
-    return sample(logits, options, random);
+    return sample({logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel())}, options.temperature,
+                  options.top_p, random);
   };
 
   Generation result;

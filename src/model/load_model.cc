@@ -49,6 +49,12 @@ std::vector<std::string> calibration_marks(const nlohmann::json& calibration) {
 
 }  // namespace
 
+std::vector<int32_t> LoadedModel::stop_ids() const {
+  std::vector<int32_t> ids = decoder.spec().stop_ids;
+  if (tokenizer->eos_id() >= 0) ids.push_back(tokenizer->eos_id());
+  return ids;
+}
+
 LoadedModel load_model(const std::string& path, const std::string& backend, const std::string& dtype,
                        bool keep_blocks) {
   if (dtype != "float32" && dtype != "bfloat16")

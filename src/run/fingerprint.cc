@@ -15,7 +15,11 @@ namespace {
 /// Of a large weight every so many-th row is read: enough to tell models of one shape apart.
 constexpr int64_t kRowsApart = 64;
 
-/// Of rows of every linear's weight, and of all other tensors.
+/// Of the executable: another build may round otherwise.
+std::string program_checksum() { return checksum(MappedFile::open("/proc/self/exe")->bytes()); }
+
+}  // namespace
+
 std::string weights_checksum(const Checkpoint& checkpoint, const ModelSpec& spec) {
   std::string sums;
   const auto add = [&](const TensorSpec& tensor, int64_t rows_apart) {
@@ -28,11 +32,6 @@ std::string weights_checksum(const Checkpoint& checkpoint, const ModelSpec& spec
   for (const TensorSpec& tensor : spec.other_tensors()) add(tensor, 1);
   return checksum(std::as_bytes(std::span(sums)));
 }
-
-/// Of the executable: another build may round otherwise.
-std::string program_checksum() { return checksum(MappedFile::open("/proc/self/exe")->bytes()); }
-
-}  // namespace
 
 nlohmann::json fingerprint_of(const Checkpoint& checkpoint, const ModelSpec& spec, const Recipe& recipe,
                               const Calibration& calibration, const QuantizeOptions& options,

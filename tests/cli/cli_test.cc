@@ -27,8 +27,8 @@ namespace fs = std::filesystem;
 using testing::HasSubstr;
 using Args = std::vector<std::string>;
 
-const char* const kSubcommands[] = {"quantize", "plan",       "info",    "eval-ppl",
-                                    "compare",  "eval-tasks", "inspect", "generate"};
+const char* const kSubcommands[] = {"quantize",   "plan",    "info",     "eval-ppl",  "compare",
+                                    "eval-tasks", "inspect", "generate", "write-text"};
 
 /// A tiny checkpoint, a text, and a directory `results` that starts empty.
 class Cli : public ::testing::Test {
@@ -124,6 +124,31 @@ TEST_F(Cli, ProgressIsThatOfTheWholeRun) {
 }
 
 // --- the whole job --------------------------------------------------------------------------------------
+
+TEST_F(Cli, WritesATextToCalibrateOn) {
+  const std::string own = (results_ / "own.jsonl").string();
+  const Args write = {"write-text", checkpoint_.string(), "-o", own,     "-n",
+                      "600",        "--longest",          "48", "--json"};
+  const Outcome written = run_program(write);
+  ASSERT_EQ(written.status, 0) << written.err;
+  const auto summary = nlohmann::json::parse(written.out);
+  EXPECT_GE(summary["tokens"], 600);
+  const auto lines = lines_of(read_all(own));
+  ASSERT_EQ(lines.size(), summary["texts"]);
+  for (const std::string& line : lines) EXPECT_TRUE(nlohmann::json::parse(line)["text"].is_string());
+
+  Args quantized = quantize("own.safetensors");
+  *std::ranges::find(quantized, text_) = own;
+  EXPECT_EQ(run_program(quantized).status, 0);
+
+  Args from_lines = write;
+  from_lines.insert(from_lines.end(), {"--from", text_, "--force"});
+  EXPECT_EQ(run_program(from_lines).status, 0);
+  EXPECT_NE(lines_of(read_all(own)), lines);
+  expect_fault(write, ErrorCode::kExists, "--force");
+  expect_fault({"write-text", checkpoint_.string(), "-o", (results_ / "own.txt").string()}, ErrorCode::kUsage,
+               ".jsonl");
+}
 
 TEST_F(Cli, QuantizesInspectsEvaluatesAndGenerates) {
   const std::string packed = (results_ / "packed.safetensors").string();

@@ -26,8 +26,7 @@ void run(const Options& options) {
   const std::vector<int32_t> prompt = model.tokenizer->encode(options.prompt);
   if (prompt.empty()) fail(ErrorCode::kUsage, "--prompt: the text gives no token; write at least one word");
   GenerateOptions generate_options = options.generate;
-  generate_options.stop_ids = model.decoder.spec().stop_ids;
-  if (model.tokenizer->eos_id() >= 0) generate_options.stop_ids.push_back(model.tokenizer->eos_id());
+  generate_options.stop_ids = model.stop_ids();
   std::vector<int32_t> ids = prompt;
   // A token is decoded behind those printed just before it: at the beginning of a text some decoders drop a
   // space.

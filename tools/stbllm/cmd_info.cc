@@ -55,7 +55,7 @@ void run(Options options) {
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
   if (!options.common.json) print_model(options.checkpoint, spec);
-  const Calibration calibration = read_calibration(options, checkpoint, spec, assemble_recipe(options));
+  const Calibration calibration = read_calibration(options, checkpoint, spec, assemble_recipe(options), "");
   std::vector<Cost> costs;
   std::vector<Recipe> recipes;
   for (const std::string& preset : Recipe::preset_names()) recipes.push_back(Recipe::load(preset));

@@ -24,7 +24,8 @@ void run(Options options) {
   if (!options.force) refuse_existing_output(options.output);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
-  const Calibration calibration = read_calibration(options, checkpoint, spec, recipe);
+  const Calibration calibration = read_calibration(options, checkpoint, spec, recipe,
+                                                   std::filesystem::path(options.output).parent_path());
   QuantizeOptions quantize;
   quantize.plan_only = true;
   const Plan plan = plan_quantization(checkpoint, calibration, recipe, quantize);

@@ -8,6 +8,7 @@
 #include "command_tree.h"
 #include "commands.h"
 #include "quantize_request.h"
+#include "stbllm/base/clock.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
@@ -135,6 +136,7 @@ void check_options(Options& options, const Recipe& recipe, const ProcessGroup& g
 /// How much training --minutes has time for: what an unfinished run that is continued chose, else by the
 /// speed of this machine.
 TrainingChoice choose_training(Options untrained) {
+  const double started = seconds_now();
   const nlohmann::json earlier = WorkDirectory::remembered(untrained.quantize.output);
   if (untrained.quantize.resume && !earlier.is_null()) return earlier;
   untrained.effort = "fast";
@@ -142,11 +144,12 @@ TrainingChoice choose_training(Options untrained) {
   check_options(untrained, recipe, {});
   const Checkpoint checkpoint = Checkpoint::open(untrained.checkpoint);
   const Calibration calibration =
-      read_calibration(untrained, checkpoint, ModelSpec::from_checkpoint(checkpoint), recipe);
+      read_calibration(untrained, checkpoint, ModelSpec::from_checkpoint(checkpoint), recipe,
+                       untrained.quantize.output.parent_path());
   const Estimate estimate = estimate_quantization(checkpoint, calibration, recipe, untrained.quantize);
   const int64_t in_text = calibration.provenance["tokens"].get<int64_t>() / calibration.seqlen();
   const TrainingChoice choice =
-      choose_training(60 * untrained.minutes, estimate, calibration.training(),
+      choose_training(60 * untrained.minutes - (seconds_now() - started), estimate, calibration.training(),
                       std::max<int64_t>(0, in_text - std::ssize(calibration.windows)));
   log::info("without training this takes {:.1f} minutes; a window in an epoch of training takes {:.1f} s",
             estimate.seconds / 60, estimate.distilled_window_seconds);
@@ -159,6 +162,8 @@ void apply_minutes(Options& options) {
   if (options.minutes <= 0) return;
   if (options.samples == 0) options.samples = 64;
   if (options.seqlen == 0) options.seqlen = 512;
+  // Writing a window takes about as long as training on it once: a second epoch is the cheaper one.
+  options.text_windows = 2 * options.samples;
   const TrainingChoice choice = choose_training(options);
   options.quantize.remember = choice;
   if (choice.epochs == 0) {
@@ -250,7 +255,8 @@ void run(Options options) {
   check_options(options, recipe, group);
   const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
-  const Calibration calibration = read_calibration(options, checkpoint, spec, recipe);
+  const Calibration calibration =
+      read_calibration(options, checkpoint, spec, recipe, options.quantize.output.parent_path());
   if (options.dry_run) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;

@@ -19,6 +19,7 @@ void add_compare(CLI::App& app);
 void add_eval_tasks(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_generate(CLI::App& app);
+void add_write_text(CLI::App& app);
 void add_report(CLI::App& app);
 void add_export(CLI::App& app);
 void add_completion(CLI::App& app);

@@ -150,6 +150,7 @@ int run(int argc, char** argv) {
   add_eval_tasks(app);
   add_inspect(app);
   add_generate(app);
+  add_write_text(app);
   add_export(app);
   add_report(app);
   add_completion(app);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "command_tree.h"
+#include "self_text.h"
 #include "stbllm/base/error.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/parse_json.h"
@@ -14,6 +15,9 @@
 
 namespace stbllm {
 namespace {
+
+/// The text that the checkpoint writes itself.
+constexpr const char* kSelf = "self";
 
 /// "method.descend=2": the value is JSON where it parses as such, else a string. Returns the field's path.
 std::string assign_field(nlohmann::json& recipe, const std::string& assignment) {
@@ -113,11 +117,13 @@ void add_recipe_options(CLI::App& command, QuantizeRequest& request) {
 
 void add_calibration_options(CLI::App& command, QuantizeRequest& request) {
   command
-      .add_option("--calib", request.calib,
-                  "Calibration text: 'c4', 'wikitext2-valid' or a file (.txt, .raw, .jsonl, .jsonl.gz); "
-                  "default: the first of these two that is there. Several times: --calib c4=3 --calib "
-                  "notes.txt takes three windows of the first for one of the second")
-      ->check(suggest({"c4", "wikitext2-valid", "FILE"}))
+      .add_option(
+          "--calib", request.calib,
+          "Calibration text: 'self' (what the model writes), 'c4', 'wikitext2-valid' or a file (.txt, .raw, "
+          ".jsonl, .jsonl.gz); "
+          "default: the first of these two that is there. Several times: --calib c4=3 --calib "
+          "notes.txt takes three windows of the first for one of the second")
+      ->check(suggest({"self", "c4", "wikitext2-valid", "FILE"}))
       ->allow_extra_args(false);
   command
       .add_option("--nsamples", request.samples,
@@ -177,11 +183,18 @@ Recipe assemble_recipe(QuantizeRequest& request) {
 }
 
 Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& checkpoint,
-                             const ModelSpec& spec, const Recipe& recipe) {
+                             const ModelSpec& spec, const Recipe& recipe,
+                             const std::filesystem::path& directory) {
   std::vector<CalibrationText> texts;
   for (const std::string& text : request.calib) texts.push_back(CalibrationText::parse(text));
   if (texts.empty()) texts.push_back({.data = default_calibration()});
   const int64_t seqlen = std::min(request.seqlen, spec.max_positions);
+  for (CalibrationText& text : texts)
+    if (text.data == kSelf) {
+      const int64_t windows = std::max(request.text_windows, request.samples + request.distill_samples);
+      // What is decoded and encoded again has a few tokens less or more, and windows begin at a random place.
+      text.data = self_text(checkpoint, directory, (windows + 1) * seqlen * 17 / 16).string();
+    }
   Calibration calibration =
       make_calibration(checkpoint, texts, request.samples, request.distill_samples, seqlen, request.seed);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",

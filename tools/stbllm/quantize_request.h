@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct QuantizeRequest {
   int64_t samples = 0, distill_samples = -1, seqlen = 0;  ///< until given: as the effort says
   double target_bits = 0;                                 ///< 0: none
   int64_t target_size = 0;
+  int64_t text_windows = 0;  ///< of text that the model writes, at least; 0: as many as are used
   uint64_t seed = 0;
 };
 
@@ -31,8 +33,10 @@ void add_training_options(CLI::App& command, QuantizeRequest& request);
 /// Error(kUsage).
 Recipe assemble_recipe(QuantizeRequest& request);
 
-/// The calibration windows, of the first known text that is there where none was named.
+/// The calibration windows, of the first known text that is there where none was named. What the model writes
+/// itself (--calib self) is kept in `directory`.
 Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& checkpoint,
-                             const ModelSpec& spec, const Recipe& recipe);
+                             const ModelSpec& spec, const Recipe& recipe,
+                             const std::filesystem::path& directory);
 
 }  // namespace stbllm

@@ -1,6 +1,7 @@
 #pragma once
 // A model to run, from either kind of file, with its tokenizer.
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,9 @@ struct LoadedModel {
   /// Of the texts a packed model was calibrated on, and of their windows (text/overlap.h); none for a
   /// checkpoint.
   std::vector<std::string> calibration_sha256, calibration_marks;
+
+  /// What ends a text: ids of the configuration, and the tokenizer's.
+  std::vector<int32_t> stop_ids() const;
 };
 
 /// `path` is a packed file or a checkpoint directory; dtype "float32" or "bfloat16". `keep_blocks`: dense

@@ -2,11 +2,15 @@
 // Everything that decides the blocks of a run, so that an unfinished one is continued by its like only.
 
 #include <nlohmann/json.hpp>
+#include <string>
 
 #include "stbllm/calibrate/calibration.h"
 #include "stbllm/run/options.h"
 
 namespace stbllm {
+
+/// Of rows of every linear's weight, and of all other tensors.
+std::string weights_checksum(const Checkpoint& checkpoint, const ModelSpec& spec);
 
 /// What follows the last block (distillation) is left out: it may change between runs. `calibration` has the
 /// windows of all processes.
