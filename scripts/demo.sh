@@ -66,7 +66,7 @@ if [ -z "$data" ] || [ -z "$calib" ]; then
   data=${data:-.demo/data/jargon.second-half.txt}
   calib=${calib:-.demo/data/jargon.first-half.txt}
 fi
-say "calibration: $calib"
+say "calibration: what the model writes itself, and $calib"
 say "evaluation:  $data"
 
 # --- measure ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ run() {  # output file, command...
 run .demo/checkpoint.json "$stbllm" eval-ppl "$model" --data "$data" --windows "$windows"
 training=(--minutes "$minutes")
 [ "$minutes" != 0 ] || training=()
-run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib "$calib" --force "${training[@]}"
+run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib self --calib "$calib" --force "${training[@]}"
 run .demo/packed.json "$stbllm" eval-ppl "$packed" --data "$data" --windows "$windows"
 run .demo/inspect.json "$stbllm" inspect "$packed"
 "$stbllm" inspect "$packed"

@@ -150,6 +150,29 @@ TEST_F(Cli, WritesATextToCalibrateOn) {
                ".jsonl");
 }
 
+TEST_F(Cli, CalibratesOnWhatTheModelWritesAndKeepsIt) {
+  Args args = quantize("packed.safetensors");
+  args.insert(args.end(), {"--calib", "self"});
+  const Outcome quantized = run_program(args);
+  ASSERT_EQ(quantized.status, 0) << quantized.err;
+  const fs::path own = results_ / "checkpoint.self.jsonl";
+  const std::string written = read_all(own);
+  EXPECT_EQ(nlohmann::json::parse(lines_of(written).front())["written_by"]["tokens"], (4 + 1) * 48 * 17 / 16);
+
+  // It serves again, unless it is too short or another model's.
+  args[3] = (results_ / "again.safetensors").string();
+  EXPECT_EQ(run_program(args).status, 0);
+  EXPECT_EQ(read_all(own), written);
+  EXPECT_EQ(read_all(results_ / "again.safetensors"), read_all(results_ / "packed.safetensors"));
+  args[3] = (results_ / "more.safetensors").string();
+  Args more = args;
+  more.insert(more.end(), {"--nsamples", "80"});
+  more.erase(more.begin() + 6, more.begin() + 8);  // the first --nsamples
+  expect_fault(more, ErrorCode::kExists, "tokens, and");
+  write_all(own, "{\"text\": \"of another\"}\n");
+  expect_fault(args, ErrorCode::kExists, "not what the checkpoint has written");
+}
+
 TEST_F(Cli, QuantizesInspectsEvaluatesAndGenerates) {
   const std::string packed = (results_ / "packed.safetensors").string();
   const Outcome quantized = run_program(

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <numeric>
 
 #include "command_tree.h"
 #include "self_text.h"
@@ -189,11 +191,15 @@ Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& c
   for (const std::string& text : request.calib) texts.push_back(CalibrationText::parse(text));
   if (texts.empty()) texts.push_back({.data = default_calibration()});
   const int64_t seqlen = std::min(request.seqlen, spec.max_positions);
+  const int64_t windows = std::max(request.text_windows, request.samples + request.distill_samples);
+  const double weights = std::transform_reduce(texts.begin(), texts.end(), 0.0, std::plus(),
+                                               [](const CalibrationText& text) { return text.weight; });
   for (CalibrationText& text : texts)
     if (text.data == kSelf) {
-      const int64_t windows = std::max(request.text_windows, request.samples + request.distill_samples);
+      const auto share =
+          static_cast<int64_t>(std::ceil(static_cast<double>(windows) * text.weight / weights));
       // What is decoded and encoded again has a few tokens less or more, and windows begin at a random place.
-      text.data = self_text(checkpoint, directory, (windows + 1) * seqlen * 17 / 16).string();
+      text.data = self_text(checkpoint, directory, (share + 1) * seqlen * 17 / 16).string();
     }
   Calibration calibration =
       make_calibration(checkpoint, texts, request.samples, request.distill_samples, seqlen, request.seed);
