@@ -208,7 +208,7 @@ void check_budget(const ModelSpec& spec, const Recipe& recipe, int64_t blocks) {
 
 BudgetWork budget_work(const ModelSpec& spec) {
   const auto linears = std::ssize(spec.linears(0));
-  return {.schemes_per_linear = std::ssize(kSchemes),
+  return {.schemes = kSchemes,
           .observed_tokens = kPlanTokens + kPlanTokens / 4,
           .judging_tokens = linears * kPlanTokens / 4};
 }

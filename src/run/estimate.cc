@@ -121,11 +121,12 @@ class Estimator {
     TapStats taps(linears_, stats_options(recipe_.method));
     // A device works in the order of what it is given, and is done when a number comes back.
     const at::Tensor last = at::zeros({1}, at::TensorOptions().device(decoder.device()));
+    stream.outputs(*block).sum().item<float>();  // libtorch prepares what it does for the first time
+    forward_seconds_ = seconds_of([&] { stream.outputs(*block).sum().item<float>(); });
     statistics_seconds_ = seconds_of([&] {
       stream.observe(*block, observer_of(taps));
       last.item<float>();
     });
-    forward_seconds_ = seconds_of([&] { stream.outputs(*block).sum().item<float>(); });
     measure_linears(*block, taps.finish());
   }
 
@@ -163,9 +164,11 @@ class Estimator {
     if (!plans_by_budget()) return result;
     std::optional<LinearTrial> trial;
     const double before = seconds_of([&] { trial.emplace(original, inputs, recipe_.method, metrics); });
-    double error = 0;
-    const double each = seconds_of([&] { trial->quantize(plan.scheme, error); });
-    result.trial_seconds = before + static_cast<double>(budget_work(spec_).schemes_per_linear) * each;
+    result.trial_seconds = before + seconds_of([&] {
+                             double error = 0;
+                             for (const Scheme& scheme : budget_work(spec_).schemes)
+                               trial->quantize(scheme, error);
+                           });
     return result;
   }
 
@@ -253,7 +256,10 @@ class Estimator {
                     statistics_seconds_ * static_cast<double>(work.observed_tokens) / measured +
                     forward_seconds_ * static_cast<double>(work.judging_tokens) / measured);
     }
-    double passes = calibrating * own * (1 + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
+    // Statistics are taken on the way through a block; where that is not from tap to tap, its outputs follow.
+    double passes =
+        calibrating * own *
+        ((is_sequential(recipe_.method) ? 0 : 1) + kPassesPerTunedEpoch * (tune ? tune->epochs : 0));
     if (needs_dense_stream(recipe_, options_)) passes += (distill ? all : calibrating) * layers;
     const double quantizing = calibrating * statistics_seconds_ * own + forward_seconds_ * passes +
                               seconds_of_linears(&MeasuredLinear::seconds) * own;

@@ -1,6 +1,9 @@
 #pragma once
 // The plan of BudgetAllocation: each linear gets the scheme that pays most for its bytes.
 
+#include <cstdint>
+#include <span>
+
 #include "stbllm/plan/plan_model.h"
 
 namespace stbllm {
@@ -38,9 +41,9 @@ class LinearTrial {
 
 /// What the plan does, where a model has so many tokens of calibration.
 struct BudgetWork {
-  int64_t schemes_per_linear;  ///< quantized by the trial method
-  int64_t observed_tokens;     ///< through each block, for statistics
-  int64_t judging_tokens;      ///< through each block, for the errors of its outputs
+  std::span<const Scheme> schemes;  ///< that each linear is tried with
+  int64_t observed_tokens;          ///< through each block, for statistics
+  int64_t judging_tokens;           ///< through each block, for the errors of its outputs
 };
 BudgetWork budget_work(const ModelSpec& spec);
 
