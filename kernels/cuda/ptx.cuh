@@ -16,7 +16,6 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <source_location>
 
 #include "stbllm/backend/activations.h"
 #include "stbllm/base/bits.h"
@@ -125,7 +124,7 @@ inline int block_y() { return simt::Block::current()->index().y; }
 inline std::byte* shared_memory() { return simt::Block::current()->shared(); }
 
 /// Where the caller stands: threads meet only there.
-using Place = std::source_location;
+using Place = simt::Place;
 
 inline void sync_threads(Place place = Place::current()) {
   simt::Block::current()->barrier({"sync_threads", place});

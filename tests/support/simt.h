@@ -22,7 +22,6 @@
 #include <memory>
 #include <numeric>
 #include <random>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -44,19 +43,29 @@ struct Schedule {
   unsigned seed = 0;  ///< of shuffled orders
 };
 
+/// A line of the source. As a default argument of a function, current() is the line of its caller.
+/// (std::source_location, which clang 14 does not have.)
+struct Place {
+  const char* file = "";
+  int line = 0;
+
+  static constexpr Place current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
 /// Where a thread meets others: an instruction and the place in the source that asks for it.
 struct Site {
-  const char* name;
-  std::source_location place;
+  const char* name = "";
+  Place place;
 
   bool operator==(const Site& other) const {
-    return std::strcmp(name, other.name) == 0 && place.line() == other.place.line() &&
-           place.column() == other.place.column() &&
-           std::strcmp(place.file_name(), other.place.file_name()) == 0;
+    return std::strcmp(name, other.name) == 0 && place.line == other.place.line &&
+           std::strcmp(place.file, other.place.file) == 0;
   }
   std::string str() const {
-    const std::string file = place.file_name();
-    return name + (" (" + file.substr(file.rfind('/') + 1)) + ":" + std::to_string(place.line()) + ")";
+    const std::string file = place.file;
+    return name + (" (" + file.substr(file.rfind('/') + 1)) + ":" + std::to_string(place.line) + ")";
   }
 };
 
