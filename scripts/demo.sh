@@ -41,8 +41,8 @@ if [ -z "$model" ]; then
 fi
 
 # --- texts ------------------------------------------------------------------------------------------
-# Calibration never sees the text that is evaluated: it takes a C4 sample, Wikitext-2's validation split, or the other
-# half of the Debian text.
+# Calibration never sees the text that is evaluated: it takes what the model writes itself, and a C4 sample, Wikitext-2's
+# validation split, or the other half of the Debian text.
 find_text() {  # file name
   local directory
   for directory in ${STBLLM_DATA:+"$STBLLM_DATA"} data ../shared/data .demo/data; do

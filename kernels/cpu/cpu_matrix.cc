@@ -482,15 +482,15 @@ AlignedVector<uint8_t> CpuMatrix::make_unit_tables(int sums, const Value& value_
   return tables;
 }
 
-/// Tables from which weights are decoded, in the numbers that the kernels multiply. A level that is alone in
-/// its sum is 1, and others are 0 there.
+/// Tables from which weights are decoded, in the numbers that the kernels multiply.
 void CpuMatrix::make_value_tables() {
   MatrixView& m = view_;
   const auto signed_value = [](int magnitude, bool negative) { return negative ? -magnitude : magnitude; };
-  const auto value = [&](int sum, int level, float unit) {
-    if (m.sums > 1) return level == sum ? 1.0f : 0.0f;
-    return m.levels == 1 ? 1.0f : m.level[level] / unit;
-  };
+  for (int sum = 0; sum < m.sums; ++sum)
+    for (int level = 0; level < m.levels; ++level)
+      m.level_worth[sum][level] = m.sums > 1     ? (level == sum ? 1.0f : 0.0f)
+                                  : m.levels > 1 ? m.level[level]
+                                                 : 1.0f;
   const bool several = m.levels > 1 && m.sums == 1;
   const std::span<const float> levels(m.level, static_cast<size_t>(m.levels));
   unit_tables_ =
@@ -498,13 +498,13 @@ void CpuMatrix::make_value_tables() {
   if (kernels_.integers != nullptr) {
     m.integer_unit = several ? integer_unit(levels) : 1.0f;
     integer_tables_ = make_unit_tables(m.sums, [&](int sum, int level, bool negative) {
-      return signed_value(static_cast<int>(std::lrint(value(sum, level, m.integer_unit))), negative);
+      return signed_value(static_cast<int>(std::lrint(m.level_worth[sum][level] / m.integer_unit)), negative);
     });
   }
   if (kernels_.bfloat16 != nullptr) {
     m.bfloat16_unit = several ? bfloat16_unit(levels) : 1.0f;
     bfloat16_tables_ = make_unit_tables(m.sums, [&](int sum, int level, bool negative) {
-      const float positive = value(sum, level, m.bfloat16_unit);
+      const float positive = m.level_worth[sum][level] / m.bfloat16_unit;
       return float_to_bfloat16(negative ? -positive : positive);
     });
   }

@@ -17,7 +17,7 @@ inline constexpr int kChunkColumns = 128;
 /// Up to so many tokens, rows of integers are multiplied without being decoded to panels.
 inline constexpr int kFewTokens = 8;
 /// The most scales per row and column block: three levels and two for salient columns.
-inline constexpr int kMaxSlots = 5;
+inline constexpr int kMaxLevels = 3, kMaxSlots = kMaxLevels + 2;
 
 /// How prepare() stores the codes of groups.
 enum class CodeForm {
@@ -100,6 +100,9 @@ struct MatrixView {
   const float* row_scales;      ///< (tiles * 64)
   int scale_bits;
   float factors[64];
+  /// (sums, levels), in lookup forms: what a level counts in the tables of a sum. A level that is alone in
+  /// its sum is 1 there and 0 in the others; of several in one sum each is its level[].
+  float level_worth[kMaxLevels][kMaxLevels];
   float level[kMaxSlots];
 
   int64_t salient, outliers;

@@ -76,7 +76,7 @@ STBLLM_INLINE void look_up_tile(const MatrixView& m, const LookupPass& pass, int
     }
   }
   for (int s = 0; s < Sets; ++s) {
-    const int64_t token = (set + s) / m.sums, sum = (set + s) % m.sums;
+    const auto [token, sum] = place_of(m, set + s);
     const float step = pass.steps[set + s];
     for (int part = 0; part < 4; ++part) {
       const int row = part / 2 * 32 + part % 2 * 8;
@@ -122,9 +122,7 @@ float bound_of(const MatrixView& m, const float* x) {
     bound += sum < most ? sum : most;
     all += sum;
   }
-  float level = m.levels > m.sums ? m.level[0] : 1.0f;
-  for (int l = 1; l < m.levels && m.sums == 1; ++l) level = m.level[l] > level ? m.level[l] : level;
-  return bound * level + 0.0f * all;
+  return bound * largest_worth(m) + 0.0f * all;
 }
 
 void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
@@ -132,8 +130,7 @@ void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, flo
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
   alignas(32) int16_t integers[3][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
-    const float value = m.sums > 1 ? (level == sum ? 1.0f : 0.0f) : m.levels > 1 ? m.level[level] : 1.0f;
-    const __m256 factor = _mm256_set1_ps(value), scale = _mm256_set1_ps(inverse);
+    const __m256 factor = _mm256_set1_ps(m.level_worth[sum][level]), scale = _mm256_set1_ps(inverse);
     for (int c = 0; c < kChunkColumns; c += 16) {
       const auto rounded = [&](int from) {
         return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + from), factor), scale));

@@ -274,7 +274,7 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const Lo
       const int64_t row = (tile + v) * kTileRows + half * 32;
       __m512 scale0{}, scale1{};
       for (int s = 0; s < Sets; ++s) {
-        const int64_t token = (pass.first_set + s) / m.sums, sum = (pass.first_set + s) % m.sums;
+        const auto [token, sum] = place_of(m, pass.first_set + s);
         if (s == 0 || m.sums > 1) {
           scale0 = load_scales(m, block, sum, row);
           scale1 = load_scales(m, block, sum, row + 16);
@@ -364,12 +364,6 @@ void look_up(const MatrixView& m, const LookupPass& pass) {
 
 // --- tables ---
 
-float largest_level(const MatrixView& m) {
-  float largest = m.level[0];
-  for (int l = 1; l < m.levels; ++l) largest = m.level[l] > largest ? m.level[l] : largest;
-  return largest;
-}
-
 // An upper bound of the sum over groups of the largest contribution of any state to a dot product with x: the
 // `keep` largest magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and
 // infinity propagate.
@@ -393,18 +387,16 @@ float bound_of(const MatrixView& m, const float* x) {
     bound = _mm512_add_ps(bound, _mm512_min_ps(sum, _mm512_mul_ps(keep, largest)));
   }
   const float total = _mm512_reduce_add_ps(all);
-  const float level = m.levels > m.sums ? largest_level(m) : 1.0f;
   // A sum that is not finite must not look like a small one; 0 * total is NaN then.
-  return _mm512_reduce_add_ps(bound) * level / static_cast<float>(m.file_group) + 0.0f * total;
+  return _mm512_reduce_add_ps(bound) * largest_worth(m) / static_cast<float>(m.file_group) + 0.0f * total;
 }
 
 void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
   *step = step_of(bound_of(m, x));
   alignas(64) int16_t integers[3][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
-    const float factor = m.sums > 1 ? (level == sum ? 1.0f : 0.0f) : m.levels > 1 ? m.level[level] : 1.0f;
     const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f),
-                 factors = _mm512_set1_ps(factor);
+                 factors = _mm512_set1_ps(m.level_worth[sum][level]);
     for (int c = 0; c < kChunkColumns; c += 16) {
       // NaN and infinity become some integer here; the step makes the result NaN.
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + c), factors), inverse);

@@ -80,6 +80,22 @@ inline void slot_scales(const MatrixView& m, int64_t tile, int64_t block, int sl
     scales[r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
 }
 
+// Which token and which of its sums a set of tables belongs to. A division takes as long as a part of the
+// lookups, and most matrices have one sum.
+struct SetPlace {
+  int64_t token, sum;
+};
+STBLLM_INLINE SetPlace place_of(const MatrixView& m, int64_t set) {
+  return m.sums == 1 ? SetPlace{set, 0} : SetPlace{set / m.sums, set % m.sums};
+}
+
+// The largest that a level counts in a table.
+STBLLM_INLINE float largest_worth(const MatrixView& m) {
+  float largest = m.level_worth[0][0];
+  for (int l = 1; l < m.levels; ++l) largest = m.level_worth[0][l] > largest ? m.level_worth[0][l] : largest;
+  return largest;
+}
+
 // n / d.value where n * d.value < 2^63: the reciprocal is rounded down, and n + 1 makes up for it.
 inline uint64_t quotient(uint64_t n, const Divisor& d) {
   __extension__ using Wide = unsigned __int128;

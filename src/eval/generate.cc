@@ -22,10 +22,7 @@ void check_options(const Decoder& decoder, std::span<const int32_t> prompt, cons
          longest);
   if (options.max_tokens < 1)
     fail(ErrorCode::kUsage, "max_tokens = {} must be at least 1", options.max_tokens);
-  if (!(options.temperature >= 0))
-    fail(ErrorCode::kUsage, "temperature = {} must be at least 0", options.temperature);
-  if (!(options.top_p > 0 && options.top_p <= 1))
-    fail(ErrorCode::kUsage, "top_p = {} must be above 0 and at most 1", options.top_p);
+  check_sampling(options.temperature, options.top_p);
   check_ids(decoder.spec(), prompt);
 }
 

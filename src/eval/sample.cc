@@ -10,6 +10,11 @@
 
 namespace stbllm {
 
+void check_sampling(double temperature, double top_p) {
+  if (!(temperature >= 0)) fail(ErrorCode::kUsage, "temperature = {} must be at least 0", temperature);
+  if (!(top_p > 0 && top_p <= 1)) fail(ErrorCode::kUsage, "top_p = {} must be above 0 and at most 1", top_p);
+}
+
 int32_t sample(std::span<const float> logits, double temperature, double top_p, SplitMix64& random) {
   const auto best = static_cast<int32_t>(std::ranges::max_element(logits) - logits.begin());
   const float highest = logits[static_cast<size_t>(best)];

@@ -8,6 +8,9 @@
 
 namespace stbllm {
 
+/// Throws Error(kUsage) where these are not what sample() takes.
+void check_sampling(double temperature, double top_p);
+
 /// Draws from softmax(logits / temperature) restricted to the fewest tokens whose probabilities reach
 /// `top_p`, in (0, 1]; the likeliest token at temperature 0. Equal logits are ordered by id, so that the
 /// result is defined. Throws Error(kCorrupt) when logits are not finite.

@@ -85,11 +85,14 @@ void finish(const Decoder& decoder, std::vector<Draft>& drafts, const WriteTexts
     parallel_for(count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Draft& draft = drafts[static_cast<size_t>(i)];
+        input.data_ptr<int32_t>()[i] = draft.ids.back();
+        if (draft.ended) continue;  // what follows it is of no use
         const std::span<const float> own(logits.const_data_ptr<float>() + i * logits.size(1), vocabulary);
         const int32_t token = sample(own, options.temperature, options.top_p, draft.random);
+        draft.ended = std::ranges::find(options.stop_ids, token) != options.stop_ids.end();
+        if (draft.ended) continue;
+        draft.ids.push_back(token);
         input.data_ptr<int32_t>()[i] = token;
-        draft.ended |= std::ranges::find(options.stop_ids, token) != options.stop_ids.end();
-        if (!draft.ended) draft.ids.push_back(token);
       }
     });
     on_tokens();
@@ -132,6 +135,7 @@ void write_texts(const Decoder& decoder, const DrawStart& draw_start, const Writ
   if (options.longest > decoder.spec().max_positions)
     fail(ErrorCode::kUsage, "texts of {} tokens are longer than the model takes: {}", options.longest,
          decoder.spec().max_positions);
+  check_sampling(options.temperature, options.top_p);
   const c10::InferenceMode inference;
   SplitMix64 random(options.seed);
   log::Progress progress("text: token", options.tokens);

@@ -81,6 +81,8 @@ TEST_F(WriteTexts, RefusesWhatHasNoRoom) {
   EXPECT_EQ(refusal({.longest = decoder_->spec().max_positions + 1}), ErrorCode::kUsage);
   EXPECT_EQ(refusal({.longest = std::ssize(start_)}), ErrorCode::kUsage);
   EXPECT_EQ(refusal({.tokens = 0, .longest = 40}), ErrorCode::kUsage);
+  EXPECT_EQ(refusal({.longest = 40, .temperature = -1}), ErrorCode::kUsage);
+  EXPECT_EQ(refusal({.longest = 40, .top_p = 0}), ErrorCode::kUsage);
   start_.back() = static_cast<int32_t>(decoder_->spec().vocab);
   EXPECT_NE(refusal({.longest = 40}), ErrorCode{});
 }
