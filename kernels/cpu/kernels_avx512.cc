@@ -272,14 +272,17 @@ STBLLM_INLINE void look_up_tiles(const Form& form, const MatrixView& m, const Lo
   for (int v = 0; v < Tiles; ++v)
     for (int half = 0; half < 2; ++half) {
       const int64_t row = (tile + v) * kTileRows + half * 32;
-      __m512 scale0{}, scale1{};
-      for (int s = 0; s < Sets; ++s) {
-        const auto [token, sum] = place_of(m, pass.first_set + s);
-        if (s == 0 || m.sums > 1) {
-          scale0 = load_scales(m, block, sum, row);
-          scale1 = load_scales(m, block, sum, row + 16);
+      if (m.sums == 1) {
+        const __m512 scale0 = load_scales(m, block, 0, row), scale1 = load_scales(m, block, 0, row + 16);
+        float* y = pass.y + pass.first_set * pass.y_stride + row;
+        for (int s = 0; s < Sets; ++s, y += pass.y_stride)
+          add_scaled(sums[s][v][half], scale0, scale1, pass.steps[s], y);
+      } else {
+        for (int s = 0; s < Sets; ++s) {
+          const auto [token, sum] = place_of(m, pass.first_set + s);
+          add_scaled(sums[s][v][half], load_scales(m, block, sum, row), load_scales(m, block, sum, row + 16),
+                     pass.steps[s], pass.y + token * pass.y_stride + row);
         }
-        add_scaled(sums[s][v][half], scale0, scale1, pass.steps[s], pass.y + token * pass.y_stride + row);
       }
     }
 }
