@@ -4,6 +4,9 @@
 #include <charconv>
 #include <cmath>
 #include <filesystem>
+#include <functional>
+#include <limits>
+#include <numeric>
 #include <tuple>
 
 #include "stbllm/base/bits.h"
@@ -23,8 +26,7 @@ constexpr int64_t kMostTokens = int64_t{1} << 28;
 /// `total` windows divided by the weights of the texts: rounded down, and what is left over to those that
 /// lost most by that.
 std::vector<int64_t> divide(int64_t total, std::span<const CalibrationText> texts) {
-  double sum = 0;
-  for (const CalibrationText& text : texts) sum += text.weight;
+  const double sum = total_weight(texts);
   std::vector<int64_t> counts;
   std::vector<std::pair<double, size_t>> losses;
   int64_t left = total;
@@ -68,6 +70,11 @@ CalibrationText CalibrationText::parse(const std::string& argument) {
   return {.data = argument.substr(0, equals), .weight = value};
 }
 
+double total_weight(std::span<const CalibrationText> texts) {
+  return std::transform_reduce(texts.begin(), texts.end(), 0.0, std::plus(),
+                               [](const CalibrationText& text) { return text.weight; });
+}
+
 Calibration make_calibration(const Checkpoint& checkpoint, std::span<const CalibrationText> texts,
                              int64_t samples, int64_t distill_samples, int64_t seqlen, uint64_t seed) {
   const int64_t most = kMostTokens / std::max<int64_t>(seqlen, 1);
@@ -87,6 +94,7 @@ Calibration make_calibration(const Checkpoint& checkpoint, std::span<const Calib
   nlohmann::json sources = nlohmann::json::array();
   std::string names;
   int64_t tokens = 0;
+  double in_texts = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < texts.size(); ++i) {
     const Corpus corpus = read_corpus(texts[i].data);
     const std::vector<int32_t> ids = tokenizer->encode(corpus.text);
@@ -108,7 +116,10 @@ Calibration make_calibration(const Checkpoint& checkpoint, std::span<const Calib
                        {"weight", texts[i].weight}});
     names += (i > 0 ? " + " : "") + corpus.description;
     tokens += std::ssize(ids);
+    in_texts = std::min(
+        in_texts, static_cast<double>(std::ssize(ids) / seqlen) * total_weight(texts) / texts[i].weight);
   }
+  calibration.windows_in_texts = static_cast<int64_t>(in_texts);
   for (const auto& parts : {of_distill, of_training, of_holdout})
     for (std::vector<int32_t>& window : take_turns(parts)) calibration.windows.push_back(std::move(window));
   calibration.provenance = {{"corpus", names},
@@ -146,6 +157,7 @@ Calibration share_of(const Calibration& calibration, const ProcessGroup& group) 
   Calibration share{.windows = {seen_from, seen_from + seen.count},
                     .distill_only = 0,
                     .holdout = held_out.count,
+                    .windows_in_texts = calibration.windows_in_texts,
                     .provenance = calibration.provenance};
   share.windows.insert(share.windows.end(), held_out_from, held_out_from + held_out.count);
   return share;

@@ -57,6 +57,14 @@ TEST_F(CalibrationOfTexts, WindowsTakeTurnsByWeight) {
             "AABA");
 }
 
+TEST_F(CalibrationOfTexts, AsManyWindowsAsTheScarcestTextHas) {
+  const int64_t in_one = make({path('A')}, 8, 0).windows_in_texts;
+  EXPECT_GE(in_one, 4000 / kSeqlen);        // a token for each byte,
+  EXPECT_LE(in_one, (4000 + 2) / kSeqlen);  // and at most one at each end
+  EXPECT_EQ(make({path('A'), path('B')}, 8, 0).windows_in_texts, 2 * in_one);
+  EXPECT_EQ(make({path('A') + "=3", path('B')}, 8, 0).windows_in_texts, in_one * 4 / 3);
+}
+
 TEST_F(CalibrationOfTexts, ProvenanceNamesAllTexts) {
   const auto provenance = make({path('A'), path('B') + "=0.5"}, 12, 0).provenance;
   EXPECT_EQ(provenance["corpus"], "A + B");

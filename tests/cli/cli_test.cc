@@ -419,6 +419,11 @@ TEST_F(Cli, MinutesBecomeTrainingThatCanBeHadAgain) {
   ASSERT_EQ(run_program(quantize("again", again)).status, 0);
   EXPECT_EQ(read_all(results_ / "again"), read_all(results_ / "timed"));
 
+  // Time for more windows than the model has written becomes epochs over those.
+  const Outcome own = run_program(quantize("own", {"--minutes", "0.2", "--calib", "self"}));
+  ASSERT_EQ(own.status, 0) << own.err;
+  EXPECT_THAT(own.err, HasSubstr("--distill-nsamples 8 "));
+
   const Outcome fast = run_program(quantize("fast", {"--minutes", "0.0001"}));
   EXPECT_EQ(fast.status, 0);
   EXPECT_NE(fast.err.find("no time to train"), std::string::npos) << fast.err;

@@ -147,10 +147,9 @@ TrainingChoice choose_training(Options untrained) {
       read_calibration(untrained, checkpoint, ModelSpec::from_checkpoint(checkpoint), recipe,
                        untrained.quantize.output.parent_path());
   const Estimate estimate = estimate_quantization(checkpoint, calibration, recipe, untrained.quantize);
-  const int64_t in_text = calibration.provenance["tokens"].get<int64_t>() / calibration.seqlen();
   const TrainingChoice choice =
       choose_training(60 * untrained.minutes - (seconds_now() - started), estimate, calibration.training(),
-                      std::max<int64_t>(0, in_text - std::ssize(calibration.windows)));
+                      std::max<int64_t>(0, calibration.windows_in_texts - std::ssize(calibration.windows)));
   log::info("without training this takes {:.1f} minutes; a window in an epoch of training takes {:.1f} s",
             estimate.seconds / 60, estimate.distilled_window_seconds);
   return choice;

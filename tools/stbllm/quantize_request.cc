@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
-#include <numeric>
 
 #include "command_tree.h"
 #include "self_text.h"
@@ -192,17 +190,19 @@ Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& c
   if (texts.empty()) texts.push_back({.data = default_calibration()});
   const int64_t seqlen = std::min(request.seqlen, spec.max_positions);
   const int64_t windows = std::max(request.text_windows, request.samples + request.distill_samples);
-  const double weights = std::transform_reduce(texts.begin(), texts.end(), 0.0, std::plus(),
-                                               [](const CalibrationText& text) { return text.weight; });
+  bool written = false;
   for (CalibrationText& text : texts)
     if (text.data == kSelf) {
+      written = true;
       const auto share =
-          static_cast<int64_t>(std::ceil(static_cast<double>(windows) * text.weight / weights));
+          static_cast<int64_t>(std::ceil(static_cast<double>(windows) * text.weight / total_weight(texts)));
       // What is decoded and encoded again has a few tokens less or more, and windows begin at a random place.
       text.data = self_text(checkpoint, directory, (share + 1) * seqlen * 17 / 16).string();
     }
   Calibration calibration =
       make_calibration(checkpoint, texts, request.samples, request.distill_samples, seqlen, request.seed);
+  // What the model writes is as long as it was asked for, and more windows would ask for more.
+  if (written) calibration.windows_in_texts = std::min(calibration.windows_in_texts, windows);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",
             request.checkpoint, spec.layers, static_cast<double>(spec.linear_weights()) / 1e6, recipe.name,
             request.distill_samples > 0 ? fmt::format("{} + {}", request.samples, request.distill_samples)

@@ -14,9 +14,10 @@
 namespace stbllm {
 
 struct Calibration {
-  Windows windows;            ///< equally long
-  int64_t distill_only = 0;   ///< the first so many are seen by distillation only
-  int64_t holdout = 0;        ///< the last so many are kept out of H and of training
+  Windows windows;               ///< equally long
+  int64_t distill_only = 0;      ///< the first so many are seen by distillation only
+  int64_t holdout = 0;           ///< the last so many are kept out of H and of training
+  int64_t windows_in_texts = 0;  ///< so many could be drawn before one of the texts has to be used again
   nlohmann::json provenance;  ///< corpus, sha256 (of several texts: "texts" with these), counts, seed: stored
                               ///< in the packed file and in the fingerprint of a run
 
@@ -35,6 +36,9 @@ struct CalibrationText {
   /// "c4" or "c4=3". Throws Error(kUsage) for a weight that is not above 0.
   static CalibrationText parse(const std::string& argument);
 };
+
+/// The sum of their weights.
+double total_weight(std::span<const CalibrationText> texts);
 
 /// Random windows of texts for a checkpoint's tokenizer, which do not overlap while a text lasts; those of
 /// several texts take turns. Throws Error(kTooLittleText), and Error(kUsage) when there are too few windows
