@@ -41,8 +41,8 @@ if [ -z "$model" ]; then
 fi
 
 # --- texts ------------------------------------------------------------------------------------------
-# Calibration never sees the text that is evaluated: it takes what the model writes itself, and a C4 sample, Wikitext-2's
-# validation split, or the other half of the Debian text.
+# Calibration never sees the text that is evaluated: it takes a C4 sample, Wikitext-2's validation split, or the other
+# half of the Debian text.
 find_text() {  # file name
   local directory
   for directory in ${STBLLM_DATA:+"$STBLLM_DATA"} data ../shared/data .demo/data; do
@@ -66,7 +66,7 @@ if [ -z "$data" ] || [ -z "$calib" ]; then
   data=${data:-.demo/data/jargon.second-half.txt}
   calib=${calib:-.demo/data/jargon.first-half.txt}
 fi
-say "calibration: what the model writes itself, and $calib"
+say "calibration: $calib"
 say "evaluation:  $data"
 
 # --- measure ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ run() {  # output file, command...
 run .demo/checkpoint.json "$stbllm" eval-ppl "$model" --data "$data" --windows "$windows"
 training=(--minutes "$minutes")
 [ "$minutes" != 0 ] || training=()
-run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib self --calib "$calib" --force "${training[@]}"
+run .demo/quantize.json "$stbllm" quantize "$model" -o "$packed" --calib "$calib" --force "${training[@]}"
 run .demo/packed.json "$stbllm" eval-ppl "$packed" --data "$data" --windows "$windows"
 run .demo/inspect.json "$stbllm" inspect "$packed"
 "$stbllm" inspect "$packed"

@@ -1,6 +1,7 @@
 #include "stbllm/model/decoder_block.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <limits>
@@ -135,11 +136,12 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
     const at::Tensor scaled = at::layer_norm(x, {x.size(-1)}, {}, {}, spec.norm_eps) * norm.weight;
     return norm.bias.defined() ? scaled + norm.bias : scaled;
   }
-  if (can_fuse(x)) return rms_norm(x, norm.weight, spec.norm_eps);
+  const bool one_dtype = !norm.weight.defined() || norm.weight.scalar_type() == x.scalar_type();
+  if (one_dtype && can_fuse(x)) return rms_norm(x, norm.weight, spec.norm_eps);
   const at::Tensor wide = x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + spec.norm_eps);
   const at::Tensor normalized = (wide * scale).to(x.scalar_type());
-  return norm.weight.defined() ? normalized * norm.weight : normalized;
+  return norm.weight.defined() ? (normalized * norm.weight).to(x.scalar_type()) : normalized;
 }
 
 DecoderBlock::DecoderBlock(const ModelSpec& spec, int64_t index)
@@ -174,7 +176,7 @@ at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& posi
                                  const TapObserver& observer, KeyValueCache* cache) const {
   STBLLM_CHECK(hidden.dim() == 3 && hidden.size(1) == positions.count,
                "hidden states for {} tokens, positions for {}", hidden.size(1), positions.count);
-  BlockPass pass = begin(hidden);
+  BlockPass pass = begin(hidden, positions);
   for (const Tap tap : kTaps) {
     observe(observer, tap, pass.input);
     proceed(pass, tap, positions, cache);
@@ -182,8 +184,8 @@ at::Tensor DecoderBlock::forward(const at::Tensor& hidden, const Positions& posi
   return pass.hidden;
 }
 
-BlockPass DecoderBlock::begin(const at::Tensor& hidden) const {
-  return {.hidden = hidden, .input = branch_input(NormRole::kAttn, hidden)};
+BlockPass DecoderBlock::begin(const at::Tensor& hidden, const Positions& positions) const {
+  return {.hidden = hidden, .input = branch_input(NormRole::kAttn, hidden, positions.dtype())};
 }
 
 void DecoderBlock::proceed(BlockPass& pass, Tap from, const Positions& positions,
@@ -194,7 +196,7 @@ void DecoderBlock::proceed(BlockPass& pass, Tap from, const Positions& positions
       return;
     case Tap::kAttnOut:
       pass.hidden = add_branch(NormRole::kAttn, pass.hidden, linear(Role::kO).forward(pass.input));
-      pass.input = branch_input(NormRole::kMlp, pass.hidden);
+      pass.input = branch_input(NormRole::kMlp, pass.hidden, positions.dtype());
       return;
     case Tap::kMlpIn:
       pass.input = mlp_middle(pass.input);
@@ -206,8 +208,8 @@ void DecoderBlock::proceed(BlockPass& pass, Tap from, const Positions& positions
   }
 }
 
-at::Tensor DecoderBlock::branch_input(NormRole norm, const at::Tensor& hidden) const {
-  return spec_.norm_first ? normalize(norm, hidden) : hidden;
+at::Tensor DecoderBlock::branch_input(NormRole norm, const at::Tensor& hidden, at::ScalarType dtype) const {
+  return (spec_.norm_first ? normalize(norm, hidden) : hidden).to(dtype);
 }
 
 at::Tensor DecoderBlock::add_branch(NormRole norm, const at::Tensor& hidden, const at::Tensor& branch) const {
@@ -244,7 +246,7 @@ at::Tensor DecoderBlock::mix(const at::Tensor& x, const Positions& positions, Ke
 
 at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                                 const Positions& positions) const {
-  if (can_fuse(queries) && can_fuse(keys) && can_fuse(values))
+  if (!at::GradMode::is_enabled() && can_fuse(queries) && can_fuse(keys) && can_fuse(values))
     return causal_attention(queries, keys, values, positions.first, spec_.sliding_window);
   // A single query needs no mask: it gets only the keys that it sees.
   if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {

@@ -3,11 +3,13 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "elements.h"
+#include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 
 namespace stbllm {
@@ -15,6 +17,18 @@ namespace {
 
 /// Elements that are worth a second thread.
 constexpr int64_t kGrain = 1 << 14;
+
+/// 1 / the root of the mean square of a row.
+template <typename T>
+STBLLM_INLINE float norm_scale(const T* x, int64_t width, float eps) {
+  Lanes squares = {};
+  for_each_lanes(
+      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
+        const Lanes v = load(x + at, count);
+        squares += v * v;
+      });
+  return 1 / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
+}
 
 template <typename T>
 struct NormRows {
@@ -29,13 +43,7 @@ STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t 
   for (int64_t row = begin; row < end; ++row) {
     const T* x = rows.x + row * rows.width;
     T* y = rows.y + row * rows.width;
-    Lanes squares = {};
-    for_each_lanes(
-        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes v = load(x + at, count);
-          squares += v * v;
-        });
-    const float scale = 1 / std::sqrt(sum_of(squares) / static_cast<float>(rows.width) + rows.eps);
+    const float scale = norm_scale(x, rows.width, rows.eps);
     for_each_lanes(
         0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
           Lanes v = rounded<T>(load(x + at, count) * scale);
@@ -49,6 +57,47 @@ STBLLM_CLONES void norm_rows(const NormRows<float>& rows, int64_t begin, int64_t
 }
 STBLLM_CLONES void norm_rows(const NormRows<uint16_t>& rows, int64_t begin, int64_t end) {
   norm_rows_of(rows, begin, end);
+}
+
+/// What the norm of rows hands back: with n = x * scale, the gradient of n is g = y_gradient * weight, that
+/// of x is (g - n mean(g n)) * scale, and that of the weight is the sum of y_gradient * n over the rows.
+template <typename T>
+struct NormGradientRows {
+  const T *x, *weight, *y_gradient;
+  T* x_gradient;
+  int64_t width;
+  float eps;
+};
+/// Adds the rows' share to `weight_gradient` (width).
+template <typename T>
+STBLLM_INLINE void norm_gradient_rows_of(const NormGradientRows<T>& rows, int64_t begin, int64_t end,
+                                         float* weight_gradient) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T *x = rows.x + row * rows.width, *y_gradient = rows.y_gradient + row * rows.width;
+    T* x_gradient = rows.x_gradient + row * rows.width;
+    const float scale = norm_scale(x, rows.width, rows.eps);
+    Lanes products = {};
+    for_each_lanes(
+        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+          products += load(y_gradient + at, count) * load(rows.weight + at, count) * load(x + at, count);
+        });
+    const float shared = sum_of(products) * scale * scale / static_cast<float>(rows.width);
+    for_each_lanes(
+        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+          const Lanes v = load(x + at, count), g = load(y_gradient + at, count);
+          const Lanes change = (g * load(rows.weight + at, count) - v * shared) * scale;
+          store(x_gradient + at, rounded<T>(change), count);
+          store_lanes(weight_gradient + at, load_lanes(weight_gradient + at, count) + g * v * scale, count);
+        });
+  }
+}
+STBLLM_CLONES void norm_gradient_rows(const NormGradientRows<float>& rows, int64_t begin, int64_t end,
+                                      float* weight_gradient) {
+  norm_gradient_rows_of(rows, begin, end, weight_gradient);
+}
+STBLLM_CLONES void norm_gradient_rows(const NormGradientRows<uint16_t>& rows, int64_t begin, int64_t end,
+                                      float* weight_gradient) {
+  norm_gradient_rows_of(rows, begin, end, weight_gradient);
 }
 
 /// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
@@ -112,6 +161,91 @@ STBLLM_CLONES void multiply_gates(const Gates<uint16_t>& gates, int64_t begin, i
 }
 
 template <typename T>
+struct GateGradients {
+  const T *gate, *up, *y_gradient;
+  T *gate_gradient, *up_gradient;
+};
+template <typename T>
+STBLLM_INLINE void gate_gradients_of(const GateGradients<T>& gates, int64_t begin, int64_t end) {
+  for_each_lanes(
+      begin, end, [&](int64_t at, int count) __attribute__((always_inline)) {
+        const Lanes x = load(gates.gate + at, count), g = load(gates.y_gradient + at, count);
+        const Lanes share = 1 / (1 + exp_of(-x)), slope = share * (1 + x * (1 - share));
+        store(gates.gate_gradient + at, rounded<T>(g * load(gates.up + at, count) * slope), count);
+        store(gates.up_gradient + at, rounded<T>(g * x * share), count);
+      });
+}
+STBLLM_CLONES void gate_gradients(const GateGradients<float>& gates, int64_t begin, int64_t end) {
+  gate_gradients_of(gates, begin, end);
+}
+STBLLM_CLONES void gate_gradients(const GateGradients<uint16_t>& gates, int64_t begin, int64_t end) {
+  gate_gradients_of(gates, begin, end);
+}
+
+/// Rows of logits, `width` each.
+template <typename T>
+struct LogitRows {
+  const T *teacher, *student;
+  float* divergence;  // of each row
+  T* gradient;        // like the logits, or null
+  int64_t width;
+};
+/// Behind the last logit: its probability is 0, and its difference from another such one too.
+constexpr float kNoLogit = -1e30f;
+template <typename T>
+STBLLM_INLINE Lanes load_logits(const T* from, int count) {
+  Lanes x = load(from, count);
+  for (int i = count; i < kLanes; ++i) x[i] = kNoLogit;
+  return x;
+}
+/// softmax(x) = exp(x - largest) / total.
+struct SoftmaxScale {
+  float largest, total;
+};
+template <typename T>
+STBLLM_INLINE SoftmaxScale softmax_scale(const T* row, int64_t width) {
+  Lanes largest = Lanes{} + kNoLogit;
+  for_each_lanes(
+      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
+        const Lanes x = load_logits(row + at, count);
+        largest = x > largest ? x : largest;
+      });
+  SoftmaxScale scale{.largest = largest[0], .total = 0};
+  for (int i = 1; i < kLanes; ++i) scale.largest = std::max(scale.largest, largest[i]);
+  Lanes total = {};
+  for_each_lanes(
+      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
+        total += exp_of(load_logits(row + at, count) - scale.largest);
+      });
+  scale.total = sum_of(total);
+  return scale;
+}
+template <typename T>
+STBLLM_INLINE void diverge_rows_of(const LogitRows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T *teacher = rows.teacher + row * rows.width, *student = rows.student + row * rows.width;
+    const SoftmaxScale t = softmax_scale(teacher, rows.width), s = softmax_scale(student, rows.width);
+    Lanes sum = {};
+    for_each_lanes(
+        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
+          const Lanes a = load_logits(teacher + at, count) - t.largest,
+                      b = load_logits(student + at, count) - s.largest;
+          const Lanes p = exp_of(a) * (1 / t.total), q = exp_of(b) * (1 / s.total);
+          sum += p * (a - b);
+          if (rows.gradient != nullptr)
+            store(rows.gradient + row * rows.width + at, rounded<T>(q - p), count);
+        });
+    rows.divergence[row] = sum_of(sum) - std::log(t.total / s.total);
+  }
+}
+STBLLM_CLONES void diverge_rows(const LogitRows<float>& rows, int64_t begin, int64_t end) {
+  diverge_rows_of(rows, begin, end);
+}
+STBLLM_CLONES void diverge_rows(const LogitRows<uint16_t>& rows, int64_t begin, int64_t end) {
+  diverge_rows_of(rows, begin, end);
+}
+
+template <typename T>
 const T* elements(const at::Tensor& x) {
   return x.defined() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
 }
@@ -128,6 +262,29 @@ at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps
   at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
                    [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
   return output;
+}
+
+/// The gradients of x and of the weight, the latter in float32.
+template <typename T>
+std::pair<at::Tensor, at::Tensor> rms_norm_gradient_of(const at::Tensor& x, const at::Tensor& weight,
+                                                       double eps, const at::Tensor& y_gradient) {
+  constexpr int64_t kRowsPerSum = 64;  // in an order that does not depend on the number of threads
+  const at::Tensor input = x.contiguous(), slopes = y_gradient.contiguous(), result = at::empty_like(input);
+  const int64_t width = x.size(-1), count = x.numel() / width, parts = ceil_div(count, kRowsPerSum);
+  const at::Tensor sums = at::zeros({parts, width}, at::kFloat);
+  const NormGradientRows<T> rows{.x = elements<T>(input),
+                                 .weight = elements<T>(weight),
+                                 .y_gradient = elements<T>(slopes),
+                                 .x_gradient = static_cast<T*>(result.data_ptr()),
+                                 .width = width,
+                                 .eps = static_cast<float>(eps)};
+  at::parallel_for(0, parts, std::max<int64_t>(1, kGrain / width / kRowsPerSum),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t p = begin; p < end; ++p)
+                       norm_gradient_rows(rows, p * kRowsPerSum, std::min(count, (p + 1) * kRowsPerSum),
+                                          sums.data_ptr<float>() + p * width);
+                   });
+  return {result, sums.sum(0)};
 }
 
 template <typename T>
@@ -160,17 +317,100 @@ at::Tensor silu_multiply_of(const at::Tensor& gate, const at::Tensor& up) {
   return output;
 }
 
+template <typename T>
+std::pair<at::Tensor, at::Tensor> silu_multiply_gradient_of(const at::Tensor& gate, const at::Tensor& up,
+                                                            const at::Tensor& y_gradient) {
+  const at::Tensor gate_rows = gate.contiguous(), up_rows = up.contiguous(), slopes = y_gradient.contiguous(),
+                   of_gate = at::empty_like(gate_rows), of_up = at::empty_like(gate_rows);
+  const GateGradients<T> gates{.gate = elements<T>(gate_rows),
+                               .up = elements<T>(up_rows),
+                               .y_gradient = elements<T>(slopes),
+                               .gate_gradient = static_cast<T*>(of_gate.data_ptr()),
+                               .up_gradient = static_cast<T*>(of_up.data_ptr())};
+  at::parallel_for(0, gate.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { gate_gradients(gates, begin, end); });
+  return {of_gate, of_up};
+}
+
+template <typename T>
+at::Tensor softmax_divergence_of(const at::Tensor& teacher, const at::Tensor& student, at::Tensor* gradient) {
+  const at::Tensor teacher_rows = teacher.contiguous(), student_rows = student.contiguous(),
+                   result = at::empty({teacher.size(0)}, teacher.options().dtype(at::kFloat));
+  if (gradient != nullptr) *gradient = at::empty_like(student_rows);
+  const LogitRows<T> rows{.teacher = elements<T>(teacher_rows),
+                          .student = elements<T>(student_rows),
+                          .divergence = result.data_ptr<float>(),
+                          .gradient = gradient == nullptr ? nullptr : static_cast<T*>(gradient->data_ptr()),
+                          .width = teacher.size(1)};
+  at::parallel_for(0, teacher.size(0), std::max<int64_t>(1, kGrain / teacher.size(1)),
+                   [&](int64_t begin, int64_t end) { diverge_rows(rows, begin, end); });
+  return result;
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::tensor_list;
+
+/// The functions below while somebody records gradients: forward is the same pass, and backward another one.
+struct NormFunction : torch::autograd::Function<NormFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            double eps) {
+    context->save_for_backward({x, weight});
+    context->saved_data["eps"] = eps;
+    return rms_norm(x, weight, eps);
+  }
+  static tensor_list backward(AutogradContext* context, const tensor_list& gradients) {
+    const tensor_list saved = context->get_saved_variables();
+    const double eps = context->saved_data["eps"].toDouble();
+    const auto [of_x, of_weight] =
+        saved[0].scalar_type() == at::kFloat
+            ? rms_norm_gradient_of<float>(saved[0], saved[1], eps, gradients[0])
+            : rms_norm_gradient_of<uint16_t>(saved[0], saved[1], eps, gradients[0]);
+    return {of_x, of_weight.to(saved[1].scalar_type()), {}};
+  }
+};
+
+struct RotateFunction : torch::autograd::Function<RotateFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
+    context->save_for_backward({cos, sin});
+    return rotate(x, cos, sin);
+  }
+  static tensor_list backward(AutogradContext* context, const tensor_list& gradients) {
+    const tensor_list saved = context->get_saved_variables();
+    const at::Tensor& slopes = gradients[0];
+    return {rotate(slopes.stride(-1) == 1 ? slopes : slopes.contiguous(), saved[0], saved[1].neg()), {}, {}};
+  }
+};
+
+struct GateFunction : torch::autograd::Function<GateFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& gate, const at::Tensor& up) {
+    context->save_for_backward({gate, up});
+    return silu_multiply(gate, up);
+  }
+  static tensor_list backward(AutogradContext* context, const tensor_list& gradients) {
+    const tensor_list saved = context->get_saved_variables();
+    const auto [of_gate, of_up] = saved[0].scalar_type() == at::kFloat
+                                      ? silu_multiply_gradient_of<float>(saved[0], saved[1], gradients[0])
+                                      : silu_multiply_gradient_of<uint16_t>(saved[0], saved[1], gradients[0]);
+    return {of_gate, of_up};
+  }
+};
+
+bool records(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+
 }  // namespace
 
 bool can_fuse(const at::Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
-         x.stride(-1) == 1 && !at::GradMode::is_enabled();
+         x.stride(-1) == 1;
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() &&
                                      weight.numel() == x.size(-1)),
                "the weight of a norm of {}", x.size(-1));
+  if (records(x) || (weight.defined() && records(weight)))
+    return NormFunction::apply(x, weight.defined() ? weight : at::ones({x.size(-1)}, x.options()), eps);
   return x.scalar_type() == at::kFloat ? rms_norm_of<float>(x, weight, eps)
                                        : rms_norm_of<uint16_t>(x, weight, eps);
 }
@@ -178,6 +418,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up) {
   STBLLM_CHECK(gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
                "a gate of {} elements for {}", gate.numel(), up.numel());
+  if (records(gate) || records(up)) return GateFunction::apply(gate, up);
   return gate.scalar_type() == at::kFloat ? silu_multiply_of<float>(gate, up)
                                           : silu_multiply_of<uint16_t>(gate, up);
 }
@@ -188,7 +429,22 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
                      table.size(0) == x.size(2) && table.size(1) == x.size(3) && x.size(3) % 2 == 0,
                  "rotary tables of {} positions for {} tokens of width {}", table.size(0), x.size(2),
                  x.size(3));
+  if (records(x)) return RotateFunction::apply(x, cos, sin);
   return x.scalar_type() == at::kFloat ? rotate_of<float>(x, cos, sin) : rotate_of<uint16_t>(x, cos, sin);
+}
+
+at::Tensor softmax_divergence(const at::Tensor& teacher, const at::Tensor& student, at::Tensor* gradient) {
+  STBLLM_CHECK(teacher.dim() == 2 && teacher.sizes() == student.sizes() &&
+                   teacher.scalar_type() == student.scalar_type(),
+               "logits of {} and {} elements", teacher.numel(), student.numel());
+  if (!can_fuse(teacher) || !can_fuse(student)) {  // the readable twin
+    const at::Tensor log_p = at::log_softmax(teacher.to(at::kFloat), -1), p = log_p.exp(),
+                     log_q = at::log_softmax(student.to(at::kFloat), -1);
+    if (gradient != nullptr) *gradient = (log_q.exp() - p).to(student.scalar_type());
+    return (p * (log_p - log_q)).sum(-1);
+  }
+  return teacher.scalar_type() == at::kFloat ? softmax_divergence_of<float>(teacher, student, gradient)
+                                             : softmax_divergence_of<uint16_t>(teacher, student, gradient);
 }
 
 }  // namespace stbllm

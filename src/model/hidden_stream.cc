@@ -119,7 +119,7 @@ void HiddenStream::advance_to_next_tap(const DecoderBlock& block, const TapWindo
   for_each_pass(extra(), [&](int64_t first, int64_t count, bool held_out) {
     BlockPass pass;
     if (taps_reached_ == 0) {
-      pass = block.begin(read(first, count));
+      pass = block.begin(read(first, count), positions_);
     } else {
       pass = {.hidden = read(first, count), .input = read_inputs(first - extra(), count)};
       block.proceed(pass, kTaps[taps_reached_ - 1], positions_);

@@ -56,7 +56,7 @@ DenseLinear::DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType prod
 
 at::Tensor DenseLinear::forward(const at::Tensor& x) const {
   const at::ScalarType dtype = product_dtype();
-  if (x.scalar_type() == dtype) return at::linear(x, product_, bias_);
+  if (x.scalar_type() == dtype) return at::linear(x, product_, bias_.defined() ? bias_.to(dtype) : bias_);
   const at::Tensor y = at::linear(x.to(dtype), product_).to(x.scalar_type());
   return bias_.defined() ? y + bias_ : y;
 }

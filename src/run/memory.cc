@@ -116,8 +116,9 @@ class MemoryModel {
   int64_t kept_pass() const {
     const bool windowed = spec_.sliding_window > 0 && seqlen_ > spec_.sliding_window;
     const int64_t mask = windowed ? 2 * kFloatBytes * seqlen_ * seqlen_ : 0;
-    return std::max<int64_t>(seqlen_, kTokensPerStep) * (5 * spec_.ffn + 12 * spec_.hidden) * kFloatBytes +
-           mask;
+    const int64_t branches = (3 * spec_.ffn + 8 * spec_.hidden) * product_bytes(),
+                  between = 3 * spec_.hidden * kFloatBytes;
+    return std::max<int64_t>(seqlen_, kTokensPerStep) * (branches + between) + mask;
   }
 
   /// The statistics of all taps or, where they are taken tap by tap, of one.
@@ -147,7 +148,7 @@ class MemoryModel {
   int64_t distilling(const TrainingStage& stage) const {
     const int64_t heads =
         copies_products_ ? 2 * product_bytes() * spec_.vocab * spec_.embedding_width : 0;  // of both models
-    const int64_t logits = 6 * kTokensPerDivergence * spec_.vocab * kFloatBytes;
+    const int64_t logits = 4 * kTokensPerDivergence * spec_.vocab * product_bytes();
     const int64_t first_symbols = weights_;
     return 2 * tables() + heads + dense_stream() + spec_.layers * kept_pass() +
            std::max(logits, kept_pass()) + gradients() +

@@ -12,6 +12,7 @@
 #include "stbllm/base/interrupt.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/profile.h"
+#include "stbllm/model/fused.h"
 #include "stbllm/model/linear.h"
 #include "stbllm/train/trained_block.h"
 
@@ -25,9 +26,7 @@ constexpr double kKeepAfter = 600;
 struct Head {
   at::Tensor weight;  // (vocab, width) in the dtype of products
   explicit Head(const at::Tensor& table) : weight(table.to(fast_product_dtype(table.device()))) {}
-  at::Tensor logits(const at::Tensor& x) const {
-    return at::linear(x.to(weight.scalar_type()), weight).to(at::kFloat);
-  }
+  at::Tensor logits(const at::Tensor& x) const { return at::linear(x.to(weight.scalar_type()), weight); }
 };
 
 /// A block's inputs and outputs with what lies between them, for one step.
@@ -42,13 +41,12 @@ at::Tensor divergence(const Head& student, const at::Tensor& x, const Head& teac
   at::Tensor sum = at::zeros({}, x.options().dtype(at::kDouble));
   for (int64_t first = 0; first < x.size(0); first += kTokensPerDivergence) {
     const int64_t count = std::min(kTokensPerDivergence, x.size(0) - first);
-    const at::Tensor log_p = at::log_softmax(teacher.logits(y.narrow(0, first, count)), -1);
-    const at::Tensor log_q = at::log_softmax(student.logits(x.narrow(0, first, count)), -1);
-    const at::Tensor p = log_p.exp();
-    sum += (p * (log_p - log_q)).sum(-1).sum(0, false, at::kDouble);
-    if (gradient != nullptr)
-      gradient->narrow(0, first, count)
-          .copy_(at::mm((log_q.exp() - p).to(student.weight.scalar_type()), student.weight));
+    at::Tensor by_logits;
+    const at::Tensor rows = softmax_divergence(teacher.logits(y.narrow(0, first, count)),
+                                               student.logits(x.narrow(0, first, count)),
+                                               gradient != nullptr ? &by_logits : nullptr);
+    sum += rows.sum(0, false, at::kDouble);
+    if (gradient != nullptr) gradient->narrow(0, first, count).copy_(at::mm(by_logits, student.weight));
   }
   return sum;
 }
@@ -63,6 +61,8 @@ class Distillation {
         blocks_(request.blocks),
         stage_(request.stage),
         store_(store),
+        positions_(student_.spec(), 0, states_.seqlen(), fast_product_dtype(states_.device()),
+                   states_.device()),
         training_(states_.windows() - states_.holdout()),
         step_(windows_per_step(states_.seqlen())),
         total_steps_(ceil_div(training_, step_) * stage_.epochs),
@@ -112,7 +112,7 @@ class Distillation {
     for (const auto& layer : layers_) {
       const at::AutoGradMode with_grad(tape != nullptr);
       if (tape != nullptr) hidden = hidden.detach().set_requires_grad(true);
-      at::Tensor out = layer->forward(hidden, states_.positions());
+      at::Tensor out = layer->forward(hidden, positions_);
       if (tape != nullptr) tape->push_back({.input = hidden, .output = out});
       hidden = out.detach();
     }
@@ -237,6 +237,7 @@ class Distillation {
   std::vector<QuantizedBlock>& blocks_;
   const TrainingStage& stage_;
   TrainingStore& store_;
+  const Positions positions_;  // in the dtype of products, which is what the student's branches compute in
   const int64_t training_, step_, total_steps_;  // windows, windows of a step, steps
   const Head student_head_, teacher_head_;
   std::vector<std::shared_ptr<DecoderBlock>> layers_;

@@ -19,8 +19,12 @@ namespace {
 /// what the block adds to its inputs.
 class Reconstruction {
  public:
-  Reconstruction(const DecoderBlock& block, const HiddenStream& inputs, const HiddenStream& targets)
-      : block_(block), inputs_(inputs), targets_(targets) {
+  Reconstruction(const DecoderBlock& block, const ModelSpec& spec, const HiddenStream& inputs,
+                 const HiddenStream& targets)
+      : block_(block),
+        inputs_(inputs),
+        targets_(targets),
+        positions_(spec, 0, inputs.seqlen(), fast_product_dtype(inputs.device()), inputs.device()) {
     const std::array<int64_t, 2> sizes = {inputs.windows(), inputs.seqlen()};
     const at::Tensor norm = at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(inputs.device())),
                      change = at::empty_like(norm);
@@ -37,7 +41,7 @@ class Reconstruction {
 
   /// Mean over the tokens of `count` windows from `first` on.
   at::Tensor loss(int64_t first, int64_t count) const {
-    const at::Tensor outputs = block_.forward(read(inputs_, first, count), inputs_.positions());
+    const at::Tensor outputs = block_.forward(read(inputs_, first, count), positions_);
     const at::Tensor distance = (outputs - read(targets_, first, count)).square().sum(-1);
     return (distance * token_weight_.narrow(0, first, count)).mean() / energy_;
   }
@@ -53,8 +57,9 @@ class Reconstruction {
 
   const DecoderBlock& block_;
   const HiddenStream &inputs_, &targets_;
-  at::Tensor token_weight_;  // (windows, seqlen): w_t^2
-  at::Tensor energy_;        // scalar
+  const Positions positions_;  // in the dtype of products, which is what the branches compute in
+  at::Tensor token_weight_;    // (windows, seqlen): w_t^2
+  at::Tensor energy_;          // scalar
 };
 
 }  // namespace
@@ -66,7 +71,7 @@ TuneReport tune_block(DecoderBlock& block, const ModelSpec& spec, QuantizedBlock
                "{} windows of inputs, {} of targets", inputs.windows(), targets.windows() - targets.extra());
   const int64_t windows = inputs.windows(), holdout = inputs.holdout(), training = windows - holdout;
   const int64_t step = windows_per_step(inputs.seqlen());
-  const Reconstruction reconstruction(block, inputs, targets);
+  const Reconstruction reconstruction(block, spec, inputs, targets);
   TrainedBlock trained(block, spec, quantized, /*train_codes=*/stage.code_lr > 0);
   const auto judge = [&] {
     return held_out_mean(windows, holdout, step, [&](int64_t first, int64_t count) {

@@ -26,7 +26,8 @@ namespace stbllm {
 /// model.
 at::Tensor rope_frequencies(const ModelSpec& spec);
 
-/// Where the tokens of a forward pass stand: rotary angles and the attention mask, which all blocks share.
+/// Where the tokens of a forward pass stand, rotary angles and the attention mask, which all blocks share;
+/// and the dtype of what a block computes between a norm and the sum behind it.
 struct Positions {
   /// Tokens first .. first + count - 1 of every sequence of the batch, in the given dtype and device.
   Positions(const ModelSpec& spec, int64_t first, int64_t count, at::ScalarType dtype, at::Device device);
@@ -39,6 +40,7 @@ struct Positions {
   /// key and -inf elsewhere. It is made when it is first asked for, and undefined where libtorch needs none:
   /// when the tokens are the first of their sequence and no window matters, or when there is just one token.
   const at::Tensor& mask() const;
+  at::ScalarType dtype() const { return c10::typeMetaToScalarType(options_.dtype()); }
 
  private:
   int64_t window_;
@@ -96,15 +98,15 @@ class DecoderBlock {
   /// Linears and the weights of norms are set one by one; forward needs all of them. `spec` is copied.
   DecoderBlock(const ModelSpec& spec, int64_t index);
 
-  /// hidden (batch, tokens, hidden) -> the same shape. `positions` has count == tokens. With a cache,
-  /// positions.first == cache->length(); the caller advances the cache after the last block.
+  /// hidden (batch, tokens, hidden) -> the same shape and dtype. `positions` has count == tokens. With a
+  /// cache, positions.first == cache->length(); the caller advances the cache after the last block.
   at::Tensor forward(const at::Tensor& hidden, const Positions& positions, const TapObserver& observer = {},
                      KeyValueCache* cache = nullptr) const;
 
   /// The same from tap to tap, so that linears can be replaced in between: begin() stops at the first tap,
   /// and proceed() goes on from `from`, where the pass stands, to the next one. Behind Tap::kMlpMid `hidden`
   /// is what leaves the block.
-  BlockPass begin(const at::Tensor& hidden) const;
+  BlockPass begin(const at::Tensor& hidden, const Positions& positions) const;
   void proceed(BlockPass& pass, Tap from, const Positions& positions, KeyValueCache* cache = nullptr) const;
 
   int64_t index() const { return index_; }
@@ -129,7 +131,7 @@ class DecoderBlock {
   at::Tensor mlp_middle(const at::Tensor& x) const;
   /// What a branch reads of the hidden states, and the hidden states with its result: the norm stands in
   /// front of the branch or behind the sum.
-  at::Tensor branch_input(NormRole norm, const at::Tensor& hidden) const;
+  at::Tensor branch_input(NormRole norm, const at::Tensor& hidden, at::ScalarType dtype) const;
   at::Tensor add_branch(NormRole norm, const at::Tensor& hidden, const at::Tensor& branch) const;
   /// x through the block's norm of this role, or x itself where there is none.
   at::Tensor normalize(NormRole role, const at::Tensor& x) const;

@@ -34,9 +34,8 @@ at::Device device_of(const Backend& backend);
 /// Autograd flows through weight, bias and x.
 class DenseLinear : public Linear {
  public:
-  /// weight (rows, cols); bias (rows) in the dtype of the activations, or undefined. Products run in
-  /// `product_dtype`, from a copy of weight, or without it in weight's own dtype. x is cast to that dtype and
-  /// the result is cast back.
+  /// weight (rows, cols); bias (rows) or undefined. Products run in `product_dtype`, from a copy of weight,
+  /// or without it in weight's own dtype. x is cast to that dtype and the result is cast back.
   DenseLinear(at::Tensor weight, at::Tensor bias);
   DenseLinear(at::Tensor weight, at::Tensor bias, at::ScalarType product_dtype);
   at::Tensor forward(const at::Tensor& x) const override;
