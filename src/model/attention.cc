@@ -23,12 +23,15 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
 
+#include "attention_gradient.h"
 #include "elements.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
@@ -474,6 +477,23 @@ void attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor&
   a.tokens == 1 ? attend_by_parts(a) : attend_by_tiles(a);
 }
 
+/// causal_attention() of the first tokens while somebody records gradients.
+struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& queries,
+                            const at::Tensor& keys, const at::Tensor& values, int64_t window) {
+    context->save_for_backward({queries, keys, values});
+    context->saved_data["window"] = window;
+    return causal_attention(queries, keys, values, 0, window);
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               const torch::autograd::tensor_list& gradients) {
+    const torch::autograd::tensor_list saved = context->get_saved_variables();
+    const AttentionGradients result = attention_gradients(
+        saved[0], saved[1], saved[2], context->saved_data["window"].toInt(), gradients[0].contiguous());
+    return {result.queries, result.keys, result.values, {}};
+  }
+};
+
 }  // namespace
 
 at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
@@ -487,6 +507,11 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, c
   STBLLM_CHECK(queries.stride(-1) == 1 && queries.size(2) > 0, "{} queries, neighbours {} apart",
                queries.size(2), queries.stride(-1));
   STBLLM_CHECK(queries.size(1) % keys.size(1) == 0, "{} heads share {}", queries.size(1), keys.size(1));
+  if (at::GradMode::is_enabled() &&
+      (queries.requires_grad() || keys.requires_grad() || values.requires_grad())) {
+    STBLLM_CHECK(first == 0, "gradients of attention at position {}", first);
+    return AttentionFunction::apply(queries, keys, values, window);
+  }
   at::Tensor out =
       at::empty({queries.size(0), queries.size(2), queries.size(1) * queries.size(3)}, queries.options());
   if (queries.scalar_type() == at::kFloat)

@@ -1,7 +1,6 @@
 #include "stbllm/model/decoder_block.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <limits>
@@ -246,7 +245,7 @@ at::Tensor DecoderBlock::mix(const at::Tensor& x, const Positions& positions, Ke
 
 at::Tensor DecoderBlock::attend(const at::Tensor& queries, at::Tensor keys, at::Tensor values,
                                 const Positions& positions) const {
-  if (!at::GradMode::is_enabled() && can_fuse(queries) && can_fuse(keys) && can_fuse(values))
+  if (can_fuse(queries) && can_fuse(keys) && can_fuse(values))
     return causal_attention(queries, keys, values, positions.first, spec_.sliding_window);
   // A single query needs no mask: it gets only the keys that it sees.
   if (positions.count == 1 && spec_.sliding_window > 0 && keys.size(2) > spec_.sliding_window) {

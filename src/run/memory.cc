@@ -111,14 +111,12 @@ class MemoryModel {
   }
   /// Those of one block exist at a time, in the dtype of products.
   int64_t gradients() const { return product_bytes() * weights_; }
-  /// What autograd keeps of one block between the forward and the backward pass of a step; measured on
-  /// SmolLM2-135M. Where a window of attention matters, libtorch's attention takes a mask.
+  /// What autograd keeps of one block between the forward and the backward pass of a step: the inputs and
+  /// outputs of linears and of what lies between them in the dtype of products, hidden states in float32.
   int64_t kept_pass() const {
-    const bool windowed = spec_.sliding_window > 0 && seqlen_ > spec_.sliding_window;
-    const int64_t mask = windowed ? 2 * kFloatBytes * seqlen_ * seqlen_ : 0;
     const int64_t branches = (3 * spec_.ffn + 8 * spec_.hidden) * product_bytes(),
                   between = 3 * spec_.hidden * kFloatBytes;
-    return std::max<int64_t>(seqlen_, kTokensPerStep) * (branches + between) + mask;
+    return std::max<int64_t>(seqlen_, kTokensPerStep) * (branches + between);
   }
 
   /// The statistics of all taps or, where they are taken tap by tap, of one.

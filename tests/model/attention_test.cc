@@ -68,6 +68,35 @@ TEST(Attention, IsSoftmaxAttention) {
         }
 }
 
+TEST(Attention, HandsBackTheGradientsOfSoftmaxAttention) {
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
+    for (const auto& [heads, kv_heads, dim] :
+         std::vector<std::tuple<int64_t, int64_t, int64_t>>{{9, 3, 64}, {2, 2, 80}, {3, 1, 20}})
+      for (const int64_t tokens : {1, 7, 131, 300})
+        for (const int64_t window : {0, 1, 100}) {
+          const Inputs in = make_inputs(heads, kv_heads, tokens, 0, dim, type);
+          Inputs own, exact;
+          for (at::Tensor Inputs::*part : {&Inputs::queries, &Inputs::keys, &Inputs::values}) {
+            own.*part = (in.*part).detach().requires_grad_();
+            exact.*part = (in.*part).to(at::kDouble).requires_grad_();
+          }
+          const at::Tensor mixed = causal_attention(own.queries, own.keys, own.values, 0, window),
+                           slopes = at::randn(mixed.sizes()).to(type);
+          mixed.backward(slopes);
+          composed(exact, 0, window).backward(slopes.to(at::kDouble));
+          for (at::Tensor Inputs::*part : {&Inputs::queries, &Inputs::keys, &Inputs::values}) {
+            const at::Tensor found = (own.*part).grad(), expected = (exact.*part).grad();
+            ASSERT_EQ(found.scalar_type(), type);
+            // Of the largest gradient: float32 as above; in bfloat16 a probability, a product with the values
+            // and the result are each rounded to 8 bits, the first two in sums of many.
+            const double largest = std::max(1e-3, expected.abs().max().item<double>());
+            EXPECT_LT((found.to(at::kDouble) - expected).abs().max().item<double>(),
+                      (type == at::kFloat ? 0x1p-16 : 0x1p-6) * largest)
+                << heads << " heads of " << dim << ", " << tokens << " tokens, window " << window;
+          }
+        }
+}
+
 TEST(Attention, StandsScoresOfAnySize) {
   const at::NoGradGuard no_grad;
   Inputs in = make_inputs(2, 1, 100, 0, 16, at::kFloat);

@@ -8,8 +8,8 @@
 
 namespace stbllm {
 
-/// Whether the functions below and causal_attention(), which has no gradients, take x: a float32 or bfloat16
-/// tensor on the CPU whose last dimension is adjacent in memory.
+/// Whether the functions below and causal_attention() take x: a float32 or bfloat16 tensor on the CPU whose
+/// last dimension is adjacent in memory.
 bool can_fuse(const at::Tensor& x);
 
 /// HF's RMS norm over the last dimension: statistics in float32, rounded to x's dtype before `weight` (width,
