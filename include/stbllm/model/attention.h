@@ -15,7 +15,8 @@ namespace stbllm {
 /// stands at position first + i and sees the keys up to its own, of them only the last `window` where that is
 /// above 0. heads / kv_heads neighbours share keys and values. float32 throughout, scores times
 /// head_dim^-0.5. The same bytes for any number of threads. A value that is not finite
-/// shows in every query of a tile (64 neighbours) of which one sees it. Autograd flows through where first is 0.
+/// shows in every query of a tile (64 neighbours) of which one sees it. Autograd flows through where first is
+/// 0.
 at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                             int64_t first, int64_t window);
 
