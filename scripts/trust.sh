@@ -14,4 +14,4 @@ step scripts/soak.sh 300
 step scripts/faults.sh --times 30
 step scripts/sanitize.sh
 step scripts/check_style.sh tidy build
-step scripts/fuzz.sh 600
+step scripts/fuzz.sh --runs 10000000
