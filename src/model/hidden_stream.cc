@@ -76,6 +76,7 @@ HiddenStream HiddenStream::copy() const {
   HiddenStream result = *this;
   result.states_ = make_states(windows(), states_.size(-1));
   for (int64_t w = 0; w < windows(); ++w) {
+    check_interrupt();
     write(result.states_, w, states_.narrow(0, w, 1));
     release_spilled(states_.narrow(0, w, 1));
   }

@@ -189,19 +189,38 @@ int64_t peak_memory(const ModelSpec& spec, const Calibration& calibration, const
 
 }  // namespace
 
+int64_t machine_memory() {
+  int64_t bytes = static_cast<int64_t>(::sysconf(_SC_PHYS_PAGES)) * ::sysconf(_SC_PAGESIZE);
+  // A container's own limit, unless the file says "max" or is not there.
+  std::ifstream file("/sys/fs/cgroup/memory.max");
+  if (int64_t limit = 0; file >> limit) bytes = std::min(bytes, limit);
+  return bytes;
+}
+
 MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
-                       const QuantizeOptions& options) {
+                       const QuantizeOptions& options, int64_t machine) {
   const int64_t in_memory = peak_memory(spec, calibration, recipe, options, /*spill=*/false);
-  if (options.max_memory <= 0 || in_memory <= options.max_memory)
-    return {.peak_bytes = in_memory, .spill = false};
+  const int64_t limit = options.max_memory > 0 ? options.max_memory : machine;
+  if (in_memory <= limit) return {.peak_bytes = in_memory, .spill = false};
   const int64_t spilled = peak_memory(spec, calibration, recipe, options, /*spill=*/true);
-  if (spilled > options.max_memory)
+  if (options.max_memory > 0 && spilled > limit)
     fail(ErrorCode::kUsage,
          "--max-memory {}: about {} bytes are needed even with the hidden states in a file ({} without); "
-         "allow "
-         "more, or use fewer or shorter windows",
+         "allow more, or use fewer or shorter windows",
          options.max_memory, spilled, in_memory);
   return {.peak_bytes = spilled, .spill = true};
+}
+
+MemoryPlan require_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                          const QuantizeOptions& options, int64_t machine) {
+  const MemoryPlan plan = plan_memory(spec, calibration, recipe, options, machine);
+  if (options.max_memory <= 0 && plan.peak_bytes > machine)
+    fail(
+        ErrorCode::kOutOfMemory,
+        "about {} bytes of memory are needed even with the hidden states in a file, and this machine has {}; "
+        "use fewer or shorter windows, or name another limit with --max-memory",
+        plan.peak_bytes, machine);
+  return plan;
 }
 
 }  // namespace stbllm

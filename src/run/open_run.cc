@@ -30,7 +30,7 @@ Run open_run(const Request& request) {
   const Calibration share = share_of(calibration, group);
   const at::Device device = calibration_device(options);
   StreamOptions stream{.dtype = kHiddenDtype, .holdout = share.holdout};
-  if (plan_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill)
+  if (require_memory(ModelSpec::from_checkpoint(checkpoint), share, recipe, options).spill)
     stream.spill_directory = std::filesystem::absolute(options.output).parent_path();
   Decoder decoder =
       Decoder::from_checkpoint(checkpoint, {.product_dtype = fast_product_dtype(device), .device = device});

@@ -759,6 +759,24 @@ TEST(MaxMemory, TooLittleIsRefusedAtOnce) {
   EXPECT_EQ(list(place.results()), std::vector<std::string>{});
 }
 
+TEST(MaxMemory, IsWhatTheMachineHasWhereNoneIsNamed) {
+  const Workplace place(test::tiny_opt());
+  const Recipe recipe = Recipe::load("rtn");
+  const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
+  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
+  const Calibration calibration = make_calibration(checkpoint, place.text(), 512, 0, kSeqlen, 0);
+  QuantizeOptions options;
+  options.compare_blocks = true;  // two streams of 3.1 MB
+  const int64_t needed = require_memory(spec, calibration, recipe, options).peak_bytes;
+  EXPECT_LT(needed, machine_memory());
+  constexpr int64_t kLess = 4 << 20;
+  EXPECT_TRUE(require_memory(spec, calibration, recipe, options, needed - kLess).spill);
+  expect_error(ErrorCode::kOutOfMemory, "this machine has 1048576",
+               [&] { require_memory(spec, calibration, recipe, options, 1 << 20); });
+  options.max_memory = 2 * needed;  // who names a limit knows why
+  EXPECT_FALSE(require_memory(spec, calibration, recipe, options, 1 << 20).spill);
+}
+
 // --- embedding and head codings ---------------------------------------------------------------------------
 
 TEST(RowCodings, ChangeLogitsOnlyALittle) {

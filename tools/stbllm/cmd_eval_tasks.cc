@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "stbllm/base/clock.h"
 #include "stbllm/base/log.h"
@@ -131,7 +132,7 @@ void add_eval_tasks(CLI::App& app) {
   command->add_option("--against", options->against,
                       "Also the paired difference to this model, such as the dense checkpoint");
   command->add_option("--limit", options->limit, "Only the first so many questions of each task")
-      ->check(CLI::PositiveNumber);
+      ->check(above_zero());
   add_runtime(*command, options->backend, options->dtype);
   add_common(*command, options->common);
   command->callback([options] { run(*options); });

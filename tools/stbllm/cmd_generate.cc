@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <iostream>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "stbllm/base/error.h"
 #include "stbllm/eval/generate.h"
@@ -63,6 +64,7 @@ void run(const Options& options) {
     return;
   }
   fmt::print("\n\n");
+  std::fflush(stdout);  // which the next line may share a pipe with
   fmt::print(stderr, "prompt {} tokens, {:.1f} tokens/s; generated {} tokens, {:.1f} tokens/s ({}, {})\n",
              result.prompt_tokens, prefill, result.ids.size(), decode, model.backend, options.dtype);
 }
@@ -75,10 +77,10 @@ void add_generate(CLI::App& app) {
   add_model(*command, options->model);
   command->add_option("-p,--prompt", options->prompt, "The text to continue")->required();
   command->add_option("-n,--tokens", options->generate.max_tokens, "At most so many new tokens")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command->add_option("--temperature", options->generate.temperature, "0: always the most likely token")
-      ->check(CLI::NonNegativeNumber)
+      ->check(zero_or_more())
       ->capture_default_str();
   command
       ->add_option("--top-p", options->generate.top_p,

@@ -52,7 +52,7 @@ std::string entry(const OptionFacts& option) {
   for (const std::string& name : option.names)
     page += fmt::format("{}\\fB{}\\fR", &name == option.names.data() ? "" : ", ", troff(name));
   if (!option.names.empty() && !option.value.empty()) page += fmt::format(" \\fI{}\\fR", option.value);
-  page += '\n' + troff(option.description);
+  page += '\n' + troff(option.description) + (option.description.ends_with('.') ? "" : ".");
   if (!option.values.empty())
     page += troff(fmt::format("\n({}{})", fmt::join(option.values, ", "), option.files ? ", or a file" : ""));
   if (!option.standard.empty()) page += troff(fmt::format("\nDefault: {}.", option.standard));
@@ -90,7 +90,7 @@ std::string manual_page(const CLI::App& app, const CLI::App& command) {
   }
   page += ".SH OPTIONS\n";
   for (const OptionFacts& option : options) page += entry(option);
-  page += ".SH NOTES\n" + troff_paragraphs(command.get_footer());
+  page += (whole ? ".SH EXIT STATUS\n" : ".SH NOTES\n") + troff_paragraphs(command.get_footer());
   if (!whole) page += ".SH SEE ALSO\n\\fBstbllm\\fR(1), whose options these commands take too\n";
   return page;
 }

@@ -112,6 +112,8 @@ void check_report(const std::filesystem::path& path, const std::filesystem::path
 /// What `stbllm plan` wrote.
 nlohmann::json read_plan(const std::string& path) {
   const nlohmann::json file = try_parse_json(read_text(path));
+  if (file.is_discarded())
+    fail(ErrorCode::kUsage, "{}: this is not JSON; look for a comma or a quote that is missing", path);
   if (!file.is_object() || !file.contains("linears"))
     fail(ErrorCode::kUsage, "{}: no plan; expected a file as 'stbllm plan' writes it, with \"linears\"",
          path);
@@ -231,7 +233,10 @@ void print_summary(const Options& options, const Calibration& calibration, const
         "  file                    {}\n",
         ledger->stored_bits, ledger->file_bits, result.nominal_bits,
         human_bytes(static_cast<double>(ledger->file_bytes)));
-  if (result.distill)
+  if (result.distill && result.distill->epochs == 0)
+    fmt::print("  divergence              {:.4f} nats per token; training gained nothing and was left out\n",
+               result.distill->divergence_before);
+  else if (result.distill)
     fmt::print("  divergence              {:.3f} -> {:.3f} nats per token by distillation, on {} windows\n",
                result.distill->divergence_before, result.distill->divergence_after,
                calibration.holdout > 0 ? "held-out" : "the training");
@@ -260,9 +265,11 @@ void run(Options options) {
     print_estimate(estimate_quantization(checkpoint, calibration, recipe, options.quantize), options.common);
     return;
   }
-  const MemoryPlan memory = plan_memory(spec, share_of(calibration, group), recipe, options.quantize);
+  const MemoryPlan memory = require_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill)
-    log::info("hidden states go to a file: {} bytes of memory are allowed", options.quantize.max_memory);
+    log::info("hidden states go to a file, to stay below {} of memory",
+              human_bytes(static_cast<double>(options.quantize.max_memory > 0 ? options.quantize.max_memory
+                                                                              : machine_memory())));
   stop_on_signals();
   std::optional<log::WholeRun> whole;
   if (log::shows(log::Level::kInfo)) {
@@ -292,16 +299,17 @@ void add_run_options(CLI::App& command, Options& options) {
           "--minutes", options.minutes,
           "Train by distillation for as long as lets the run end after about so many minutes; the log "
           "says by which options the same result is had again")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->excludes("--effort")
       ->excludes("--distill-nsamples");
   command.add_option("--blocks", options.quantize.blocks, "Quantize only the first K decoder blocks")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->excludes("--target-size");
   command
       .add_option(
           "--max-memory", options.quantize.max_memory,
-          "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed")
+          "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed; "
+          "default: the memory of the machine")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   command
       .add_option("--device", options.quantize.device,

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include "command_tree.h"
 #include "commands.h"
 #include "self_text.h"
 #include "stbllm/base/clock.h"
@@ -49,16 +50,16 @@ void add_write_text(CLI::App& app) {
       ->add_option("-o,--output", options->output, "The texts, an object with a \"text\" per line (.jsonl)")
       ->required();
   command->add_option("-n,--tokens", options->write.tokens, "Of all texts together")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command->add_option("--longest", options->write.longest, "Tokens of a text, at most the model's positions")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command->add_option(
       "--from", options->from,
       "Begin with the first words of lines of this text; default: with a word of the vocabulary");
   command->add_option("--temperature", options->write.temperature, "Logits are divided by it")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command
       ->add_option("--top-p", options->write.top_p,

@@ -51,6 +51,28 @@ std::vector<const CLI::App*> subcommands_of(const CLI::App& app) {
   return app.get_subcommands([](const CLI::App* command) { return !command->get_group().empty(); });
 }
 
+namespace {
+
+CLI::Validator number_that(bool (*holds)(double), const char* expected, const char* kind) {
+  return {[=](std::string& text) {
+            double value = 0;
+            const bool number = CLI::detail::lexical_cast(text, value);
+            return number && holds(value) ? std::string()
+                                          : fmt::format("expected a number {}, found {}", expected, text);
+          },
+          kind};
+}
+
+}  // namespace
+
+CLI::Validator above_zero() {
+  return number_that([](double x) { return x > 0; }, "above 0", "POSITIVE");
+}
+
+CLI::Validator zero_or_more() {
+  return number_that([](double x) { return x >= 0; }, "of at least 0", "NONNEGATIVE");
+}
+
 CLI::Validator suggest(const std::vector<std::string>& values) {
   return {[](std::string&) { return std::string(); }, fmt::format("{{{}}}", fmt::join(values, ","))};
 }

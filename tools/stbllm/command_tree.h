@@ -31,4 +31,8 @@ std::vector<const CLI::App*> subcommands_of(const CLI::App& app);
 /// presets beside files of one's own. "FILE" among them stands for any path.
 CLI::Validator suggest(const std::vector<std::string>& values);
 
+/// For CLI::Option::check(), with a sentence where CLI11's own print the largest double.
+CLI::Validator above_zero();
+CLI::Validator zero_or_more();
+
 }  // namespace stbllm

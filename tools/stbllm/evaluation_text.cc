@@ -23,8 +23,8 @@ void add_evaluation_text(CLI::App& command, EvaluationText& text) {
       ->check(CLI::IsMember({"gptq", "llama.cpp"}))
       ->capture_default_str();
   command.add_option("--seqlen", text.seqlen, "Tokens per window, in place of the protocol's")
-      ->check(CLI::PositiveNumber);
-  command.add_option("--windows", text.windows, "Only the first so many windows")->check(CLI::PositiveNumber);
+      ->check(above_zero());
+  command.add_option("--windows", text.windows, "Only the first so many windows")->check(above_zero());
   command.add_flag("--second-half", text.evaluation.second_half, "Score the second half of each window only");
   add_runtime(command, text.backend, text.dtype);
 }

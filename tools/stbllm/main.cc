@@ -128,6 +128,7 @@ int run(int argc, char** argv) {
       "  stbllm report run.json -o run.html\n"};
   app.set_version_flag("--version", version_text);
   app.set_config("--config", "", "Read options from this file: lines of NAME = VALUE under [SUBCOMMAND]");
+  app.allow_config_extras(CLI::config_extras_mode::error);
   app.require_subcommand(1);
   std::string level = "info";
   app.add_option("--log-level", level, "The least grave messages that are shown")

@@ -91,12 +91,13 @@ void add_recipe_options(CLI::App& command, QuantizeRequest& request) {
       .add_option("--target-bpw", request.target_bits,
                   "Choose the scheme of each linear so that they store at most so many bits per weight, "
                   "everything counted")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->excludes("--nm");
   command
       .add_option("--target-size", request.target_size,
                   "The same for a file of at most so many bytes (90M, 2G)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(above_zero())
       ->excludes("--target-bpw")
       ->excludes("--nm");
   command
@@ -121,19 +122,19 @@ void add_calibration_options(CLI::App& command, QuantizeRequest& request) {
           "--calib", request.calib,
           "Calibration text: 'self' (what the model writes), 'c4', 'wikitext2-valid' or a file (.txt, .raw, "
           ".jsonl, .jsonl.gz); "
-          "default: the first of these two that is there. Several times: --calib c4=3 --calib "
+          "default: c4, else wikitext2-valid. Several times: --calib c4=3 --calib "
           "notes.txt takes three windows of the first for one of the second")
       ->check(suggest({"self", "c4", "wikitext2-valid", "FILE"}))
       ->allow_extra_args(false);
   command
       .add_option("--nsamples", request.samples,
                   "Calibration windows; default 16, with --minutes 64, best effort 96")
-      ->check(CLI::PositiveNumber);
+      ->check(above_zero());
   command
       .add_option("--seqlen", request.seqlen,
                   "Tokens per window, at most the model's positions; default 2048, best effort and --minutes "
                   "512")
-      ->check(CLI::PositiveNumber);
+      ->check(above_zero());
   command.add_option("--seed", request.seed, "Of the windows' places")->capture_default_str();
 }
 
@@ -148,7 +149,7 @@ void add_training_options(CLI::App& command, QuantizeRequest& request) {
       .add_option("--distill-nsamples", request.distill_samples,
                   "Windows beside those that only distillation sees; default 480 for best effort without "
                   "--nsamples, else 0")
-      ->check(CLI::NonNegativeNumber);
+      ->check(zero_or_more());
 }
 
 Recipe assemble_recipe(QuantizeRequest& request) {
@@ -168,6 +169,15 @@ Recipe assemble_recipe(QuantizeRequest& request) {
   if (request.target_size > 0) {
     const ModelPolicy policy = Recipe::from_json(recipe, &asked_for).model;
     request.target_bits = bits_for_file(Checkpoint::open(request.checkpoint), policy, request.target_size);
+  }
+  if (request.target_bits > 0) {
+    const Recipe plain = Recipe::from_json(recipe, &asked_for);
+    const auto* lean = std::get_if<LeanMethod>(&plain.method);
+    if (lean == nullptr || lean->scale_bits == 16)
+      fail(ErrorCode::kUsage,
+           "--target-bpw and --target-size do not go with recipe {}, which gives all linears one code; take "
+           "--nm, or a recipe like stbllm-2bit",
+           request.recipe);
   }
   if (request.target_bits > 0) model.update({{"allocation", "budget"}, {"target_bpw", request.target_bits}});
   const Recipe result = Recipe::from_json(recipe, &asked_for);
@@ -201,6 +211,9 @@ Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& c
     }
   Calibration calibration =
       make_calibration(checkpoint, texts, request.samples, request.distill_samples, seqlen, request.seed);
+  if (std::ssize(calibration.windows) > calibration.windows_in_texts)
+    log::warn("{} windows of {} tokens are more than the {} that the text holds: they overlap",
+              calibration.windows.size(), seqlen, calibration.windows_in_texts);
   // What the model writes is as long as it was asked for, and more windows would ask for more.
   if (written) calibration.windows_in_texts = std::min(calibration.windows_in_texts, windows);
   log::info("{}: {} blocks, {:.1f} M weights in linears; recipe {}; calibration {} x {} tokens of {}",

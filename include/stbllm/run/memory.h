@@ -10,13 +10,19 @@ namespace stbllm {
 
 struct MemoryPlan {
   int64_t peak_bytes = 0;  ///< resident memory at the worst moment of quantize_model
-  bool spill = false;      ///< hidden states go to a file, to stay below options.max_memory
+  bool spill = false;      ///< hidden states go to a file, to stay below the limit
 };
 
+/// Bytes of memory that this machine has or a container allows.
+int64_t machine_memory();
+
 /// Adds up what each stage of quantize_model holds beside what this process holds now. `calibration` has the
-/// windows of this process alone. Throws Error(kUsage) when options.max_memory is too little even with hidden
-/// states in a file.
+/// windows of this process alone. The limit is options.max_memory, or without it `machine`. Throws
+/// Error(kUsage) when options.max_memory is too little even with hidden states in a file.
 MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
-                       const QuantizeOptions& options);
+                       const QuantizeOptions& options, int64_t machine = machine_memory());
+/// The same for a run that begins now: throws Error(kOutOfMemory) when `machine` is too little.
+MemoryPlan require_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
+                          const QuantizeOptions& options, int64_t machine = machine_memory());
 
 }  // namespace stbllm

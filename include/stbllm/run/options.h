@@ -31,7 +31,8 @@ struct QuantizeOptions {
   /// current device) or the name of a device that the program has registered with libtorch.
   std::string device = "cpu";
   bool compare_blocks = false;  ///< run the dense model beside, for QuantizeResult::blocks
-  int64_t max_memory = 0;       ///< bytes; hidden states go to a file where more would be needed. 0: no limit
+  /// Bytes; hidden states go to a file where more would be needed. 0: what the machine has.
+  int64_t max_memory = 0;
 
   int64_t quantized_blocks(const ModelSpec& spec) const {
     return blocks < 0 ? spec.layers : std::min(blocks, spec.layers);
