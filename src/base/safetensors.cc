@@ -127,6 +127,8 @@ std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const fs::path& pat
   if (bytes.size() < sizeof header_bytes)
     fail(ErrorCode::kCorrupt, "{}: {} bytes are too few for a safetensors file", where, bytes.size());
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
+  if (bytes.size() >= 4 && std::memcmp(bytes.data(), "GGUF", 4) == 0)
+    fail(ErrorCode::kUnsupported, "{}: this is a GGUF file, and safetensors are read", where);
   if (header_bytes > std::min<uint64_t>(bytes.size() - sizeof header_bytes, kMaxSafetensorsHeader))
     fail(ErrorCode::kCorrupt,
          "{}: a header of {} bytes in a file of {}: truncated, or not a safetensors file", where,

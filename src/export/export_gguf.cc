@@ -228,7 +228,9 @@ class GgufExport {
     if (!obstacle.empty() && !options_.dequantize)
       fail(ErrorCode::kUnsupported,
            "linear {} {}, and llama.cpp's ternary types hold one magnitude per 256 columns; quantize with "
-           "--recipe gguf-ternary, or pass --dequantize, which writes such linears as F16",
+           "--recipe gguf-ternary, with --keep for linears of such a width, or pass --dequantize, which "
+           "writes "
+           "them as F16",
            linear.name, obstacle);
     const GgufType type = !obstacle.empty()                                         ? GgufType::kF16
                           : layout.cols % gguf_block_weights(options_.ternary) == 0 ? options_.ternary

@@ -47,6 +47,10 @@ Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
       if (code == entry->end() || !code->is_string())
         fail(ErrorCode::kUsage, "the plan of {}: expected {{\"code\": \"3:8\"}}, found {}", linear.name,
              entry->dump());
+      for (const auto& [field, value] : entry->items())
+        if (field != "code" && field != "outlier_limit")
+          fail(ErrorCode::kUsage, "the plan of {}: unknown field '{}'; there are code and outlier_limit",
+               linear.name, field);
       const std::optional<Scheme> scheme = parse_code(code->get_ref<const std::string&>());
       if (!scheme) continue;
       LinearPlan& own = plan[linear.name];

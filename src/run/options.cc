@@ -7,6 +7,8 @@
 #include "stbllm/base/error.h"
 #include "stbllm/model/torch_cuda.h"
 #include "stbllm/plan/budget.h"
+#include "stbllm/plan/plan.h"
+#include "stbllm/quantize/scheme.h"
 
 namespace stbllm {
 
@@ -64,6 +66,19 @@ void check_output(const fs::path& checkpoint, const QuantizeOptions& options) {
   if (!options.force) refuse_existing_output(options.output);
 }
 
+/// Throws where the method of the recipe cannot give a linear this scheme.
+void check_scheme(const Scheme& scheme, const Recipe& recipe, const std::string& linear) {
+  const auto* lean = std::get_if<LeanMethod>(&recipe.method);
+  if (lean != nullptr && lean->scale_bits == 16 && scheme.levels > 1)
+    fail(ErrorCode::kUsage,
+         "{}: code {} has {} levels, and recipe {} has a scale of its own for each column block and so one "
+         "level; take {}, or a recipe like stbllm-2bit",
+         linear, code_text(scheme), scheme.levels, recipe.name, code_text(Scheme{scheme.nm, 1}));
+  if (column_block(recipe.method) % scheme.nm.group != 0)
+    fail(ErrorCode::kUsage, "{}: groups of {} do not divide the {} columns that share a scale in recipe {}",
+         linear, scheme.nm.group, column_block(recipe.method), recipe.name);
+}
+
 }  // namespace
 
 void check_request(const fs::path& checkpoint, const Recipe& recipe, const QuantizeOptions& options,
@@ -81,10 +96,17 @@ void check_plan(const ModelSpec& spec, const Recipe& recipe, const QuantizeOptio
   const int64_t blocks = options.quantized_blocks(spec);
   if (options.plan.is_null()) {
     check_rules(spec, recipe.model, blocks);
+    for (int64_t i = 0; i < blocks; ++i)
+      for (const LinearSpec& linear : spec.linears(i))
+        if (const LinearRule* rule = recipe.model.rule_for(linear.name); rule != nullptr && rule->code)
+          check_scheme(*rule->code, recipe, linear.name);
     check_budget(spec, recipe, blocks);
-  } else if (planned_weights(plan_from_json(options.plan, spec), spec, blocks) == 0) {
-    fail(ErrorCode::kUsage, "the plan keeps the weights of all linears; nothing is left to quantize");
+    return;
   }
+  const Plan plan = plan_from_json(options.plan, spec);
+  if (planned_weights(plan, spec, blocks) == 0)
+    fail(ErrorCode::kUsage, "the plan keeps the weights of all linears; nothing is left to quantize");
+  for (const auto& [linear, own] : plan) check_scheme(own.scheme, recipe, linear);
 }
 
 }  // namespace stbllm

@@ -172,7 +172,10 @@ WorkDirectory::WorkDirectory(const fs::path& output, const nlohmann::json& finge
   }
   std::error_code error;
   fs::create_directories(path_, error);
-  if (!error) lock_.emplace(path_);
+  if (error)
+    fail(ErrorCode::kWriteFailed, "{}: cannot create the directory: {}; check the path and its permissions",
+         path_.string(), error.message());
+  lock_.emplace(path_);
   try {
     write_text(fingerprint_path, fingerprint.dump(1) + '\n');
   } catch (...) {

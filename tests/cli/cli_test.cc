@@ -361,6 +361,11 @@ TEST_F(Cli, TakesOptionsFromAFile) {
   EXPECT_EQ(nlohmann::json::parse(evaluated.out)["windows"], 3);
   expect_fault({"--config", (scratch_ / "none.ini").string(), "eval-ppl", checkpoint_.string()},
                ErrorCode::kUsage, "none.ini");
+  for (const char* mistyped : {"[eval-ppl]\nseq_len = 48\n", "[eval-pple]\nseqlen = 48\n", "windows = 3\n"}) {
+    write_all(config, mistyped);
+    expect_fault({"--config", config, "eval-ppl", checkpoint_.string(), "--data", text_}, ErrorCode::kUsage,
+                 "INI");
+  }
 }
 
 TEST_F(Cli, WarnsOfATextThatItWasPartlyCalibratedOn) {
@@ -388,7 +393,7 @@ TEST_F(Cli, WritesAPlanThatQuantizeFollows) {
   ASSERT_EQ(quantized.status, 0) << quantized.err;
   EXPECT_LE(nlohmann::json::parse(quantized.out)["stored_bits"], summary["stored_bits"]);
   expect_fault(quantize("other", {"--plan", plan, "--nm", "2:4"}), ErrorCode::kUsage, "--nm");
-  expect_fault(quantize("other", {"--plan", text_}), ErrorCode::kUsage, "no plan");
+  expect_fault(quantize("other", {"--plan", text_}), ErrorCode::kUsage, "not JSON");
   expect_fault(quantize("other", {"--code", "2:4"}), ErrorCode::kUsage, "GLOB=N:M");
 }
 
@@ -429,6 +434,15 @@ TEST_F(Cli, MinutesBecomeTrainingThatCanBeHadAgain) {
   EXPECT_NE(fast.err.find("no time to train"), std::string::npos) << fast.err;
 }
 
+TEST_F(Cli, ATrainingThatGainsNothingSaysSo) {
+  // Rates so small that nothing moves.
+  const Outcome trained = run_program(
+      quantize("still", {"--set", "training.distill.epochs=1", "--set", "training.distill.lr=1e-12", "--set",
+                         "training.distill.code_lr=1e-12"}));
+  ASSERT_EQ(trained.status, 0) << trained.err;
+  EXPECT_THAT(trained.out, HasSubstr("divergence"));
+}
+
 // --- faults -----------------------------------------------------------------------------------------------
 
 TEST_F(Cli, UsageFaults) {
@@ -448,6 +462,20 @@ TEST_F(Cli, UsageFaults) {
                  ErrorCode::kUsage, value);
   expect_fault(quantize("packed", {"--set", "=1"}), ErrorCode::kUsage, "FIELD=VALUE");
   expect_fault(quantize("packed", {"--set", "refit=2"}), ErrorCode::kUsage, "is now 'method.refit'");
+}
+
+TEST_F(Cli, NumbersOutOfRange) {
+  for (const char* minutes : {"0", "-3", "abc"})
+    expect_fault(quantize("packed", {"--minutes", minutes}), ErrorCode::kUsage, "expected a number above 0");
+  expect_fault(quantize("packed", {"--target-size", "0"}), ErrorCode::kUsage, "expected a number above 0");
+  expect_fault(quantize("packed", {"--distill-nsamples", "-1"}), ErrorCode::kUsage, "of at least 0");
+}
+
+TEST_F(Cli, ACodeThatTheMethodHasNoLevelsFor) {
+  expect_fault(quantize("packed", {"--recipe", "rtn", "--code", "*.down_proj=3:4x2"}), ErrorCode::kUsage,
+               "down_proj: code 3:4x2 has 2 levels");
+  expect_fault(quantize("packed", {"--recipe", "gguf-ternary", "--target-bpw", "2"}), ErrorCode::kUsage,
+               "do not go with recipe gguf-ternary");
 }
 
 TEST_F(Cli, OptionsThatDoNotGoTogether) {
