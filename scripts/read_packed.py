@@ -26,10 +26,14 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1", "
 
 def read_tensors(path):
     """Metadata and tensors of a safetensors file."""
-    data = np.memmap(path, np.uint8, "r")
-    start = 8 + int(data[:8].view("<u8")[0])
-    header = json.loads(data[8:start].tobytes())
-    metadata = header.pop("__metadata__")
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int(data[:8].view("<u8")[0])
+        header = json.loads(data[8:start].tobytes())
+        metadata = header.pop("__metadata__")
+        metadata["linears"]
+    except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        sys.exit(f"read_packed.py: {path}: no packed file ({type(error).__name__})")
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]

@@ -39,8 +39,9 @@ std::vector<NmPattern> allocate_by_outliers(NmPattern target, const std::vector<
 void check_affordable(int64_t least, int64_t budget) {
   if (least > budget)
     fail(ErrorCode::kUsage,
-         "the target allows {} bytes for the linears, and the smallest schemes take {}; raise it", budget,
-         least);
+         "the target allows {} bytes for the linears, and the smallest schemes take {}; raise it by a factor "
+         "of at least {:.3f}",
+         budget, least, std::ceil(1000 * static_cast<double>(least) / static_cast<double>(budget)) / 1000);
 }
 
 std::vector<size_t> allocate_by_budget(const std::vector<std::vector<Offer>>& offers, int64_t budget) {

@@ -184,7 +184,13 @@ Plan plan_by_budget(const PlanRequest& request) {
     progress.update(i + 1);
   }
   const std::vector<size_t> choice = allocate_by_budget(offers, budget_bytes(spec, policy, request.blocks));
-  for (size_t i = 0; i < names.size(); ++i) plan.at(names[i]).scheme = schemes_for(names[i])[choice[i]];
+  bool largest = true;
+  for (size_t i = 0; i < names.size(); ++i) {
+    plan.at(names[i]).scheme = schemes_for(names[i])[choice[i]];
+    largest = largest && choice[i] + 1 == offers[i].size();
+  }
+  if (largest)
+    log::warn("every linear has the largest scheme ({}), and the target allows more", kSchemes.back().str());
   return plan;
 }
 

@@ -51,7 +51,13 @@ Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
         if (field != "code" && field != "outlier_limit")
           fail(ErrorCode::kUsage, "the plan of {}: unknown field '{}'; there are code and outlier_limit",
                linear.name, field);
-      const std::optional<Scheme> scheme = parse_code(code->get_ref<const std::string&>());
+      const std::optional<Scheme> scheme = [&] {
+        try {
+          return parse_code(code->get_ref<const std::string&>());
+        } catch (const Error& error) {
+          fail(ErrorCode::kUsage, "the plan of {}: {}", linear.name, error.what());
+        }
+      }();
       if (!scheme) continue;
       LinearPlan& own = plan[linear.name];
       own.scheme = *scheme;
