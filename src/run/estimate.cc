@@ -38,7 +38,7 @@ constexpr int64_t kHeaderBytesPerLinear = 1600, kHeaderBytesPerTensor = 250, kHe
 
 /// Per window and per weight, measured on SmolLM2-135M: a tuned epoch takes so many forward passes of its
 /// block, a distilled one so many of the model's blocks, and three products with its head.
-constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 5.1;
+constexpr double kPassesPerTunedEpoch = 4.1, kPassesPerDistilledEpoch = 4;
 
 double seconds_of(const std::function<void()>& work) {
   const double started = seconds_now();
