@@ -4,7 +4,7 @@
 //   V' = P^T G      Q' = s D K      K' = s D^T Q      D = P * (G V^T - rowsum(P * G V^T))
 //
 // P is computed again. Neighbouring queries of all heads that share keys make one chunk, whose rows of scores
-// are the only ones in memory, over the keys that one of them sees: three products of libtorch and two passes
+// are the only ones in memory, over the keys that one of them sees: five products of libtorch and two passes
 // over the scores for a chunk, and no product of a few rows.
 
 #include "attention_gradient.h"
@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "elements.h"
 #include "stbllm/base/bits.h"
@@ -23,6 +24,8 @@ namespace {
 
 /// Queries of a head in a chunk: products of enough rows, and few keys that only the last of them sees.
 constexpr int64_t kChunkQueries = 128;
+/// The score of what no query sees: its exponential is 0.
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 /// Rows of scores, `keys` each: of one query, neighbouring queries after each other, then heads and
 /// sequences.
@@ -37,10 +40,6 @@ struct ScoreRows {
   float scale;
 };
 template <typename T>
-STBLLM_INLINE void fill(T* from, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) from[k] = 0;
-}
-template <typename T>
 STBLLM_INLINE void differentiate_rows_of(const ScoreRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t position = rows.first_query + row % rows.queries,
@@ -51,17 +50,14 @@ STBLLM_INLINE void differentiate_rows_of(const ScoreRows<T>& rows, int64_t begin
     Lanes highest = Lanes{} + scores[oldest];
     for_each_lanes(
         oldest, newest, [&](int64_t at, int count) __attribute__((always_inline)) {
-          Lanes x = load_lanes(scores + at, count);
-          for (int i = count; i < kLanes; ++i) x[i] = scores[oldest];
+          const Lanes x = load_or(scores + at, count, scores[oldest]);
           highest = x > highest ? x : highest;
         });
-    float largest = highest[0];
-    for (int i = 1; i < kLanes; ++i) largest = std::max(largest, highest[i]);
+    const float largest = largest_of(highest);
     Lanes total = {}, shared = {};
     for_each_lanes(
         oldest, newest, [&](int64_t at, int count) __attribute__((always_inline)) {
-          Lanes share = exp_of(load_lanes(scores + at, count) - largest);
-          for (int i = count; i < kLanes; ++i) share[i] = 0;
+          const Lanes share = exp_of(load_or(scores + at, count, kUnseen) - largest);
           store_lanes(scores + at, share, count);
           total += share;
           shared += share * load(gradient + at, count);
@@ -74,8 +70,8 @@ STBLLM_INLINE void differentiate_rows_of(const ScoreRows<T>& rows, int64_t begin
           store(gradient + at, rounded<T>(p * (load(gradient + at, count) - mean) * rows.scale), count);
         });
     for (T* unseen : {probability, gradient}) {
-      fill(unseen, 0, oldest);
-      fill(unseen, newest, rows.keys);
+      std::fill(unseen, unseen + oldest, T{});
+      std::fill(unseen + newest, unseen + rows.keys, T{});
     }
   }
 }

@@ -192,12 +192,6 @@ struct LogitRows {
 };
 /// Behind the last logit: its probability is 0, and its difference from another such one too.
 constexpr float kNoLogit = -1e30f;
-template <typename T>
-STBLLM_INLINE Lanes load_logits(const T* from, int count) {
-  Lanes x = load(from, count);
-  for (int i = count; i < kLanes; ++i) x[i] = kNoLogit;
-  return x;
-}
 /// softmax(x) = exp(x - largest) / total.
 struct SoftmaxScale {
   float largest, total;
@@ -207,15 +201,14 @@ STBLLM_INLINE SoftmaxScale softmax_scale(const T* row, int64_t width) {
   Lanes largest = Lanes{} + kNoLogit;
   for_each_lanes(
       0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
-        const Lanes x = load_logits(row + at, count);
+        const Lanes x = load_or(row + at, count, kNoLogit);
         largest = x > largest ? x : largest;
       });
-  SoftmaxScale scale{.largest = largest[0], .total = 0};
-  for (int i = 1; i < kLanes; ++i) scale.largest = std::max(scale.largest, largest[i]);
+  SoftmaxScale scale{.largest = largest_of(largest), .total = 0};
   Lanes total = {};
   for_each_lanes(
       0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
-        total += exp_of(load_logits(row + at, count) - scale.largest);
+        total += exp_of(load_or(row + at, count, kNoLogit) - scale.largest);
       });
   scale.total = sum_of(total);
   return scale;
@@ -228,8 +221,8 @@ STBLLM_INLINE void diverge_rows_of(const LogitRows<T>& rows, int64_t begin, int6
     Lanes sum = {};
     for_each_lanes(
         0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes a = load_logits(teacher + at, count) - t.largest,
-                      b = load_logits(student + at, count) - s.largest;
+          const Lanes a = load_or(teacher + at, count, kNoLogit) - t.largest,
+                      b = load_or(student + at, count, kNoLogit) - s.largest;
           const Lanes p = exp_of(a) * (1 / t.total), q = exp_of(b) * (1 / s.total);
           sum += p * (a - b);
           if (rows.gradient != nullptr)

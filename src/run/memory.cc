@@ -201,20 +201,20 @@ MemoryPlan plan_memory(const ModelSpec& spec, const Calibration& calibration, co
                        const QuantizeOptions& options, int64_t machine) {
   const int64_t in_memory = peak_memory(spec, calibration, recipe, options, /*spill=*/false);
   const int64_t limit = options.max_memory > 0 ? options.max_memory : machine;
-  if (in_memory <= limit) return {.peak_bytes = in_memory, .spill = false};
+  if (in_memory <= limit) return {.peak_bytes = in_memory, .spill = false, .limit = limit};
   const int64_t spilled = peak_memory(spec, calibration, recipe, options, /*spill=*/true);
   if (options.max_memory > 0 && spilled > limit)
     fail(ErrorCode::kUsage,
          "--max-memory {}: about {} bytes are needed even with the hidden states in a file ({} without); "
          "allow more, or use fewer or shorter windows",
          options.max_memory, spilled, in_memory);
-  return {.peak_bytes = spilled, .spill = true};
+  return {.peak_bytes = spilled, .spill = true, .limit = limit};
 }
 
 MemoryPlan require_memory(const ModelSpec& spec, const Calibration& calibration, const Recipe& recipe,
                           const QuantizeOptions& options, int64_t machine) {
   const MemoryPlan plan = plan_memory(spec, calibration, recipe, options, machine);
-  if (options.max_memory <= 0 && plan.peak_bytes > machine)
+  if (plan.peak_bytes > plan.limit)
     fail(
         ErrorCode::kOutOfMemory,
         "about {} bytes of memory are needed even with the hidden states in a file, and this machine has {}; "

@@ -394,6 +394,9 @@ TEST_F(Cli, WritesAPlanThatQuantizeFollows) {
   EXPECT_LE(nlohmann::json::parse(quantized.out)["stored_bits"], summary["stored_bits"]);
   expect_fault(quantize("other", {"--plan", plan, "--nm", "2:4"}), ErrorCode::kUsage, "--nm");
   expect_fault(quantize("other", {"--plan", text_}), ErrorCode::kUsage, "not JSON");
+  const std::string no_plan = (scratch_ / "no_plan.json").string();
+  write_all(no_plan, "{}");
+  expect_fault(quantize("other", {"--plan", no_plan}), ErrorCode::kUsage, "no plan");
   expect_fault(quantize("other", {"--code", "2:4"}), ErrorCode::kUsage, "GLOB=N:M");
 }
 

@@ -726,16 +726,21 @@ TEST(Device, CudaQuantizesAsTheCpuDoesOrSaysWhyNot) {
 // --- memory
 // ---------------------------------------------------------------------------------------------------
 
-TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
-  const Workplace place(test::tiny_opt());
+class MaxMemory : public ::testing::Test {
+ protected:
+  MaxMemory() { options.compare_blocks = true; }
+
+  const Workplace place{test::tiny_opt()};
   const Recipe recipe = Recipe::load("rtn");
   const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
   const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
-  // 512 windows x 48 tokens x 64 floats = 6.3 MB per stream, far more than what a process gains while it does
-  // nothing.
+  // Two streams of 512 windows x 48 tokens x 64 bfloat16 numbers, 3.1 MB each, are far more than what a
+  // process gains while it does nothing.
   const Calibration calibration = make_calibration(checkpoint, place.text(), 512, 0, kSeqlen, 0);
   QuantizeOptions options;
-  options.compare_blocks = true;
+};
+
+TEST_F(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
   options.output = place.results() / "in-memory";
   const QuantizeResult in_memory = quantize_model(checkpoint, calibration, recipe, options);
   options.output = place.results() / "spilled";
@@ -749,24 +754,14 @@ TEST(MaxMemory, HiddenStatesInAFileGiveTheSameBytes) {
     EXPECT_EQ(spilled.blocks[i].relative_error, in_memory.blocks[i].relative_error);
 }
 
-TEST(MaxMemory, TooLittleIsRefusedAtOnce) {
-  const Workplace place(test::tiny_opt());
-  QuantizeOptions options;
+TEST_F(MaxMemory, TooLittleIsRefusedAtOnce) {
   options.output = place.results() / "packed";
   options.max_memory = 1 << 20;
-  expect_error(ErrorCode::kUsage, "--max-memory 1048576",
-               [&] { place.quantize(Recipe::load("rtn"), options); });
+  expect_error(ErrorCode::kUsage, "--max-memory 1048576", [&] { place.quantize(recipe, options); });
   EXPECT_EQ(list(place.results()), std::vector<std::string>{});
 }
 
-TEST(MaxMemory, IsWhatTheMachineHasWhereNoneIsNamed) {
-  const Workplace place(test::tiny_opt());
-  const Recipe recipe = Recipe::load("rtn");
-  const Checkpoint checkpoint = Checkpoint::open(place.checkpoint());
-  const ModelSpec spec = ModelSpec::from_checkpoint(checkpoint);
-  const Calibration calibration = make_calibration(checkpoint, place.text(), 512, 0, kSeqlen, 0);
-  QuantizeOptions options;
-  options.compare_blocks = true;  // two streams of 3.1 MB
+TEST_F(MaxMemory, IsWhatTheMachineHasWhereNoneIsNamed) {
   const int64_t needed = require_memory(spec, calibration, recipe, options).peak_bytes;
   EXPECT_LT(needed, machine_memory());
   constexpr int64_t kLess = 4 << 20;

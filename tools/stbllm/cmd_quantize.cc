@@ -268,8 +268,7 @@ void run(Options options) {
   const MemoryPlan memory = require_memory(spec, share_of(calibration, group), recipe, options.quantize);
   if (memory.spill)
     log::info("hidden states go to a file, to stay below {} of memory",
-              human_bytes(static_cast<double>(options.quantize.max_memory > 0 ? options.quantize.max_memory
-                                                                              : machine_memory())));
+              human_bytes(static_cast<double>(memory.limit)));
   stop_on_signals();
   std::optional<log::WholeRun> whole;
   if (log::shows(log::Level::kInfo)) {
