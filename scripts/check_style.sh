@@ -29,7 +29,7 @@ check_format() {
   git rev-parse --is-inside-work-tree >/dev/null 2>&1 || skip "this is no git checkout, which lists the sources"
   local tool failed=0
   tool=$(find_clang_format)
-  [ -n "$tool" ] || skip "there is no clang-format $format_version; scripts/setup.sh fetches it"
+  [ -n "$tool" ] || skip "there is no clang-format $format_version; scripts/setup.sh tests fetches it"
   sources | xargs -0 -n 16 -P "$(nproc)" "$tool" --dry-run --Werror || failed=1
   if sources | LC_ALL=C.UTF-8 xargs -0 grep -HnE "^.{$((columns + 1)),}"; then
     printf 'the lines above have more than %d columns\n' "$columns" >&2
@@ -45,7 +45,7 @@ check_warnings() {  # build directory
     [[ $("$tool" --version 2>/dev/null || true) == *"clang version 14."* ]] || continue
     exec python3 scripts/clang_warnings.py "$tool" "$1"
   done
-  skip "there is no clang 14; scripts/setup.sh installs it where the system has it"
+  skip "there is no clang 14; scripts/setup.sh tests installs it where the system has it"
 }
 
 check_tidy() {  # build directory

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the build and its tests need, and nothing else: Debian/Ubuntu packages, libtorch, and the two
-# tools of scripts/check_style.sh (without them its tests are skipped).
+# Installs what the build needs, and nothing else: Debian/Ubuntu packages and libtorch, for x86-64 or 64-bit ARM. With
+# `tests`, also what only tests need: the tools of scripts/check_style.sh and scripts/check_aarch64.sh, and numpy
+# (where one cannot be had, its tests are skipped).
 # Run it again at any time: what is already there is kept.
 #
-#   bash scripts/setup.sh
+#   bash scripts/setup.sh [tests]
 #
 # libtorch is taken from the first of
 #   $TORCH_ROOT                      a directory with include/ and lib/libtorch_cpu.so
@@ -44,10 +45,6 @@ if ((${#missing[@]})); then
 fi
 # Headers of the Gloo that libtorch holds, for calibration in several processes.
 installed libgloo-dev || install libgloo-dev || say "libgloo-dev cannot be installed: quantize will run in one process"
-# For scripts/read_packed.py.
-installed python3-numpy || install python3-numpy || say "python3-numpy cannot be installed: the test pack.read_packed will be skipped"
-# Other versions of clang have other warnings.
-command -v clang++-14 >/dev/null || install clang-14 || say "clang 14 cannot be installed: the test style.warnings will be skipped"
 
 # --- libtorch -----------------------------------------------------------------------------------
 usable() { [ -f "$1/lib/libtorch_cpu.so" ] && [ -f "$1/include/ATen/ATen.h" ]; }
@@ -64,9 +61,13 @@ fetch_wheel() {  # name==version, platform tag, target directory
     --python-version 3.12 --implementation cp --platform "$2" -d "$3" "$1"
 }
 
-fetch_libtorch_part() {  # name==version, platform tag, target directory
-  [ "$(uname -m)" = x86_64 ] || die "$1 is only fetched for x86_64; set TORCH_ROOT to a libtorch $torch_version"
-  fetch_wheel "$@" || die "cannot download $1 from PyPI; set TORCH_ROOT to a libtorch $torch_version instead"
+processor=$(uname -m)
+fetch_libtorch_part() {  # name==version, oldest system, target directory
+  case $processor in
+    x86_64 | aarch64) ;;
+    *) die "$1 is only fetched for x86_64 and aarch64; set TORCH_ROOT to a libtorch $torch_version" ;;
+  esac
+  fetch_wheel "$1" "$2_$processor" "$3" || die "cannot download $1 from PyPI; set TORCH_ROOT to a libtorch $torch_version instead"
 }
 
 torch_root=${TORCH_ROOT:-}
@@ -87,9 +88,13 @@ PY
   if [ -z "$torch_root" ] || ! usable "$torch_root"; then
     say "fetching libtorch: torch==$torch_version (530 MB)"
     make_scratch
-    fetch_libtorch_part "torch==$torch_version" manylinux_2_28_x86_64 "$scratch"
+    fetch_libtorch_part "torch==$torch_version" manylinux_2_28 "$scratch"
     # Without the wheel's libgomp: the compiler's own serves libtorch as well, and a program wants only one.
-    unzip -q "$scratch"/torch-*.whl 'torch/include/*' 'torch/lib/libc10*.so' 'torch/lib/libtorch_cpu.so' -d "$scratch"
+    parts=('torch/include/*' 'torch/lib/libc10*.so' torch/lib/libtorch_cpu.so)
+    if [ "$processor" = aarch64 ]; then  # whose products come from these
+      parts+=('torch/lib/libarm_compute*.so' 'torch/lib/libnvpl_*' 'torch/lib/libgfortran*')
+    fi
+    unzip -q "$scratch"/torch-*.whl "${parts[@]}" -d "$scratch"
     rm -rf .deps/torch && mv "$scratch/torch" .deps/torch
     torch_root=$PWD/.deps/torch
   fi
@@ -101,14 +106,24 @@ has_cuda_libraries() { [[ $known == *libcudart.so.13* && $known == *libcupti.so.
 if [ "$torch_root" = "$PWD/.deps/torch" ] && [ ! -d .deps/nvidia ] && ! has_cuda_libraries; then
   say "fetching the CUDA run-time libraries that libtorch links (3 MB + 11 MB)"
   make_scratch
-  fetch_libtorch_part nvidia-cuda-runtime==13.0.96 manylinux_2_17_x86_64 "$scratch"
-  fetch_libtorch_part nvidia-cuda-cupti==13.0.85 manylinux_2_25_x86_64 "$scratch"
+  fetch_libtorch_part nvidia-cuda-runtime==13.0.96 manylinux_2_17 "$scratch"
+  fetch_libtorch_part nvidia-cuda-cupti==13.0.85 manylinux_2_25 "$scratch"
   for wheel in "$scratch"/nvidia_*.whl; do unzip -qo "$wheel" 'nvidia/*' -d "$scratch"; done
   mv "$scratch/nvidia" .deps/nvidia
 fi
 say "libtorch: $torch_root"
 
-# --- clang-format ---------------------------------------------------------------------------------
+[ "${1:-}" = tests ] || exit 0
+
+# --- what only tests need -------------------------------------------------------------------------
+wanted() { installed "$1" || install "$1" || say "$1 cannot be installed: the test $2 will be skipped"; }
+wanted python3-numpy pack.read_packed  # for scripts/read_packed.py
+command -v clang++-14 >/dev/null || wanted clang-14 style.warnings  # other versions have other warnings
+if [ "$processor" != aarch64 ]; then
+  wanted g++-aarch64-linux-gnu aarch64.library
+  wanted qemu-user aarch64.library
+fi
+
 # Versions differ in some lines, so that the very one is needed; the wheel holds the program itself.
 format_version=14.0.6
 is_formatter() { [[ $("$1" --version 2>/dev/null || true) == *" version $format_version"* ]]; }

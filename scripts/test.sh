@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+bash scripts/setup.sh tests
 bash scripts/build.sh
 results=$(mktemp) && trap 'rm -f "$results"' EXIT
 printf '[test] ctest %s\n' "$*" >&2

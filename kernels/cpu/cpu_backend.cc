@@ -587,8 +587,9 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
 
 enum class Way { kPanels, kRows, kIntegers, kBfloat16, kLookups };
 
-/// From so many tokens on, enough of them share the decoding of a weight.
-constexpr int64_t kManyTokens = 32;
+/// From so many tokens on, enough of them share the decoding of a weight. Nibbles of one column take as many
+/// look-ups as there are columns, so that fewer tokens do.
+int64_t many_tokens(const MatrixView& m) { return m.form == CodeForm::kNibbles && m.group == 1 ? 8 : 32; }
 
 Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x) {
   const bool integers = kernels.integers != nullptr;
@@ -596,15 +597,17 @@ Way way_of(const Kernels& kernels, const MatrixView& m, const ActivationView& x)
   if (m.form == CodeForm::kPlane || x.type == ElementType::kFloat32) return Way::kPanels;
   const bool bfloat16 = kernels.bfloat16 != nullptr && x.type == ElementType::kBFloat16;
   if (m.form == CodeForm::kRows) return bfloat16 ? Way::kBfloat16 : integers ? Way::kIntegers : Way::kPanels;
-  if (x.tokens < kManyTokens) return Way::kLookups;
+  if (x.tokens < many_tokens(m)) return Way::kLookups;
   if (bfloat16) return Way::kBfloat16;
   if (m.sums > 1)
     return Way::kPanels;  // whose one product in float32 takes less time than one for each level
-  if (integers && !permutes_fast()) return Way::kIntegers;
+  const bool nibbles = m.form == CodeForm::kNibbles;
+  if (integers && (!permutes_fast() || (nibbles && m.group == 1))) return Way::kIntegers;
   // Where rows are few, making a table costs more than looking things up in it. The two met at 6 to 30 rows
-  // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512).
-  constexpr int64_t kRowsPerEntry = 16;
-  if (m.rows >= kRowsPerEntry * m.entries) return Way::kLookups;
+  // per entry, depending on layout and processor (stbllm-bench --models smollm2 --tokens 512), and integers
+  // met nibbles at 100, which AMD's processors multiply and look up at the same rate.
+  const int64_t rows_per_entry = integers && nibbles ? 128 : 16;
+  if (m.rows >= rows_per_entry * m.entries) return Way::kLookups;
   return integers ? Way::kIntegers : Way::kPanels;
 }
 
@@ -666,22 +669,23 @@ class CpuBackend : public Backend {
 }  // namespace cpu
 
 const Backend& cpu_backend(CpuIsa isa) {
-  static const cpu::CpuBackend generic(cpu::kGenericKernels), avx2(cpu::kAvx2Kernels),
-      avx512(cpu::kAvx512Kernels), amx(cpu::kAmxKernels);
-  switch (isa) {
-    case CpuIsa::kGeneric:
-      return generic;
-    case CpuIsa::kAvx2:
-      return avx2;
-    case CpuIsa::kAvx512:
-      return avx512;
-    case CpuIsa::kAmx:
-      return amx;
-  }
-  return generic;
+  static const cpu::CpuBackend backends[] = {  // in the order of kCpuIsas
+    cpu::CpuBackend(cpu::kGenericKernels),
+#if defined(__x86_64__)
+    cpu::CpuBackend(cpu::kAvx2Kernels),
+    cpu::CpuBackend(cpu::kAvxVnniKernels),
+    cpu::CpuBackend(cpu::kAvx512Kernels),
+    cpu::CpuBackend(cpu::kAmxKernels),
+#elif defined(__aarch64__)
+    cpu::CpuBackend(cpu::kNeonKernels),
+#endif
+  };
+  static_assert(std::size(backends) == std::size(kCpuIsas));
+  return backends[static_cast<size_t>(isa)];
 }
 
-std::string_view missing_cpu_feature(CpuIsa isa) {
+std::string_view missing_cpu_feature([[maybe_unused]] CpuIsa isa) {
+#if defined(__x86_64__)
 #define STBLLM_NEED(feature) \
   if (!__builtin_cpu_supports(feature)) return feature
   if (isa >= CpuIsa::kAvx2) {
@@ -689,6 +693,7 @@ std::string_view missing_cpu_feature(CpuIsa isa) {
     STBLLM_NEED("fma");
     if (!has_f16c()) return "f16c";
   }
+  if (isa == CpuIsa::kAvxVnni && !has_avx_vnni()) return "avx-vnni";
   if (isa >= CpuIsa::kAvx512) {
     STBLLM_NEED("avx512f");
     STBLLM_NEED("avx512bw");
@@ -703,6 +708,7 @@ std::string_view missing_cpu_feature(CpuIsa isa) {
     if (!has_amx_bf16()) return "amx-bf16";
     if (!may_use_amx()) return "amx-bf16 that the system allows to use";
   }
+#endif
   return {};
 }
 

@@ -189,7 +189,12 @@ struct Kernels {
 };
 
 // Constants, so that a machine that cannot run them can still read them.
-extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAmxKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
 
 /// kernels_amx.cc: WordKernels::multiply for bfloat16, whose steps are all 1.
 void multiply_tiles(const WordPanel&, const WordActivations&, float* y, int64_t y_stride);

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C.
+// AVX2, FMA and F16C; with AVX-VNNI products of integers are one instruction.
 //
 // A byte shuffle answers 32 rows with one byte of an entry, and its tables have 16 entries: codes
 // become nibbles, two columns each (one column with two or three levels). Two nibbles of 64 rows cost 8
@@ -89,16 +89,12 @@ STBLLM_INLINE void look_up_tile(const MatrixView& m, const LookupPass& pass, int
 
 void look_up(const MatrixView& m, const LookupPass& pass) {
   constexpr int kTogether = 2;
-  const int64_t block = pass.chunk / m.chunks_per_block;
   alignas(32) float scales[kMaxSlots][kTileRows];
   for (int64_t tile = pass.first_tile; tile < pass.last_tile; ++tile) {
     const uint8_t* codes = m.codes + (pass.chunk * m.tiles + tile) * m.chunk_bytes;
-    const int64_t rows = m.tiles * kTileRows, row = tile * kTileRows;
+    const int64_t row = tile * kTileRows;
     for (int sum = 0; sum < m.sums; ++sum)
-      if (m.half_scales != nullptr)
-        load_floats(m.half_scales + (block * m.slots + sum) * rows + row, true, kTileRows, scales[sum]);
-      else
-        for (int r = 0; r < kTileRows; ++r) scales[sum][r] = m.factors[m.scale_codes[block * rows + row + r]];
+      load_sum_scales(m, tile, pass.chunk / m.chunks_per_block, sum, scales[sum]);
     int64_t set = 0;
     for (; set + kTogether <= pass.sets; set += kTogether)
       look_up_tile<kTogether>(m, pass, set, codes, scales, pass.y + row);
@@ -106,29 +102,10 @@ void look_up(const MatrixView& m, const LookupPass& pass) {
   }
 }
 
-// An upper bound of the sum over groups of the largest contribution of any state: the `keep` largest
-// magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and infinity
-// propagate.
-float bound_of(const MatrixView& m, const float* x) {
-  float bound = 0, all = 0;
-  for (int first = 0; first < kChunkColumns; first += m.file_group) {
-    float sum = 0, largest = 0;
-    for (int c = first; c < first + m.file_group; ++c) {
-      const float magnitude = __builtin_fabsf(x[c]);
-      sum += magnitude;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const float most = static_cast<float>(m.file_keep) * largest;
-    bound += sum < most ? sum : most;
-    all += sum;
-  }
-  return bound * largest_worth(m) + 0.0f * all;
-}
-
 void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
-  *step = step_of(bound_of(m, x));
+  *step = step_of(bound_of_chunk(m, x));
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
-  alignas(32) int16_t integers[3][kChunkColumns];
+  alignas(32) int16_t integers[kMaxLevels][kChunkColumns];
   for (int level = 0; level < m.levels; ++level) {
     const __m256 factor = _mm256_set1_ps(m.level_worth[sum][level]), scale = _mm256_set1_ps(inverse);
     for (int c = 0; c < kChunkColumns; c += 16) {
@@ -139,13 +116,9 @@ void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, flo
       _mm256_store_si256(reinterpret_cast<__m256i*>(&integers[level][c]), words);
     }
   }
-  // An entry is the sum of sources (columns, or levels of one column) times 1, 0 or -1.
+  alignas(32) int16_t signs[kMaxLevels][kEntries];
+  signs_of_entries(m, signs);
   const int sources = m.group * m.levels;
-  alignas(32) int16_t signs[3][kEntries] = {};
-  for (int k = 0; k < m.term_count; ++k)
-    for (int entry = 0; entry < kEntries; ++entry)
-      if (const int source = m.terms[k * kEntries + entry]; source % kNegative != kNoSource)
-        signs[source % kNegative][entry] = source < kNegative ? 1 : -1;
   for (int g = 0; g < kChunkColumns / m.group; ++g) {
     __m256i entries = _mm256_setzero_si256();
     for (int s = 0; s < sources; ++s)
@@ -209,30 +182,146 @@ void multiply_tokens(const float* panel, int64_t columns, const float* x, float*
 
 void multiply(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
               int64_t y_stride) {
-  for (int row = 0; row < kTileRows; row += kPassRows) {
-    int64_t t = 0;
-    for (; t + kPassTokens <= tokens; t += kPassTokens)
-      multiply_tokens<kPassTokens>(panel + row, columns, x + t * columns, y + t * y_stride + row, y_stride);
-    for (; t < tokens; ++t)
-      multiply_tokens<1>(panel + row, columns, x + t * columns, y + t * y_stride + row, y_stride);
+  for (int row = 0; row < kTileRows; row += kPassRows)
+    in_token_passes<kPassTokens>(tokens, [&](int64_t t, auto count) {
+      multiply_tokens<count>(panel + row, columns, x + t * columns, y + t * y_stride + row, y_stride);
+    });
+}
+
+// --- panels of integers ---
+
+STBLLM_INLINE void store(void* to, __m256i x) { _mm256_store_si256(static_cast<__m256i*>(to), x); }
+
+// Two columns of a panel for 32 rows: what each row finds in its column's table. Writes (32 rows, 2).
+STBLLM_INLINE void decode_pair(const uint8_t* table, __m256i index, const uint8_t* next_table,
+                               __m256i next_index, uint16_t* to) {
+  // Bytes of rows 0..15 and 16..31 lie in one lane each; so do words and pairs that come of them.
+  const auto words = [](const uint8_t* entries, __m256i of, __m256i(&both)[2]) {
+    const __m256i low = _mm256_shuffle_epi8(load_bytes(entries), of),
+                  high = _mm256_shuffle_epi8(load_bytes(entries + kEntries), of);
+    both[0] = _mm256_unpacklo_epi8(low, high);
+    both[1] = _mm256_unpackhi_epi8(low, high);
+  };
+  __m256i even[2], odd[2];
+  words(table, index, even);
+  words(next_table, next_index, odd);
+  for (int half = 0; half < 2; ++half, to += 16) {  // rows 8 half .. 8 half + 7 of each lane
+    const __m256i low = _mm256_unpacklo_epi16(even[half], odd[half]),
+                  high = _mm256_unpackhi_epi16(even[half], odd[half]);
+    store(to, _mm256_permute2x128_si256(low, high, 0x20));
+    store(to + 32, _mm256_permute2x128_si256(low, high, 0x31));
   }
+}
+
+void decode_integers(const MatrixView& m, int64_t tile, int64_t chunk, int sum, uint16_t* panel,
+                     float* scales) {
+  integer_scales(m, tile, chunk, sum, scales);
+  if (m.form == CodeForm::kRows) {
+    alignas(32) int8_t symbols[kChunkColumns][kTileRows];
+    decode_rows(m, tile, chunk, symbols);
+    for (int64_t c = 0; c < m.chunk_columns; c += 2)
+      for (int row = 0; row < kTileRows; row += 16, panel += 32) {
+        const auto column = [&](int64_t at) {
+          return _mm_load_si128(reinterpret_cast<const __m128i*>(symbols[at] + row));
+        };
+        store(panel, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(column(c), column(c + 1))));
+        store(panel + 16, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(column(c), column(c + 1))));
+      }
+    return;
+  }
+  const uint8_t* codes = m.codes + (chunk * m.tiles + tile) * m.chunk_bytes;
+  const uint8_t *table = m.integer_tables + sum * m.group * kTableBytes, *next = table + kTableBytes;
+  constexpr int kPair = 2 * kTileRows;
+  for (int g = 0; g < kChunkColumns / m.group; g += 2, codes += kTileRows, panel += m.group * kPair) {
+    const Indices index = read_indices(codes);
+    for (int half = 0; half < 2; ++half) {
+      uint16_t* to = panel + half * kTileRows;
+      if (m.group == 1) {
+        decode_pair(table, index.even[half], table, index.odd[half], to);
+      } else {
+        decode_pair(table, index.even[half], next, index.even[half], to);
+        decode_pair(table, index.odd[half], next, index.odd[half], to + kPair);
+      }
+    }
+  }
+}
+
+// sum += pairs of 16-bit products. From intrinsics g++ 12 makes a copy and a spill of every sum.
+template <bool Vnni>
+STBLLM_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+  if constexpr (Vnni) {  // in the encoding of AVX, which does not ask for AVX-512
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  } else {
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(b));
+  }
+  return sum;
+}
+
+// Sums of pairs of products of Tokens tokens of `in`, from `token` on, with 16 rows of a panel.
+template <bool Vnni, int Tokens>
+void multiply_tokens_integers(const WordPanel& weights, int row, const WordActivations& in, int64_t token,
+                              float* y, int64_t y_stride) {
+  const uint16_t* x = in.x + token * weights.columns;
+  __m256i sums[Tokens][2];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 2; ++v) sums[t][v] = _mm256_setzero_si256();
+  for (int64_t c = 0; c < weights.columns; c += 2) {
+    const uint16_t* pairs = weights.panel + c * kTileRows + 2 * row;
+    const __m256i columns[2] = {load(pairs), load(pairs + 16)};
+    for (int t = 0; t < Tokens; ++t) {
+      int32_t pair;
+      std::memcpy(&pair, x + t * weights.columns + c, sizeof pair);
+      const __m256i activations = _mm256_set1_epi32(pair);
+      for (int v = 0; v < 2; ++v) sums[t][v] = add_products<Vnni>(sums[t][v], activations, columns[v]);
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < 2; ++v) {
+      float* to = y + (token + t) * y_stride + row + 8 * v;
+      const __m256 scaled =
+          _mm256_mul_ps(_mm256_set1_ps(in.steps[token + t]), _mm256_loadu_ps(weights.scales + row + 8 * v));
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t][v]), scaled, _mm256_loadu_ps(to)));
+    }
+}
+
+template <bool Vnni>
+void multiply_integers(const WordPanel& weights, const WordActivations& in, float* y, int64_t y_stride) {
+  for (int row = 0; row < kTileRows; row += kPassRows)
+    in_token_passes<kPassTokens>(in.tokens, [&](int64_t t, auto count) {
+      multiply_tokens_integers<Vnni, count>(weights, row, in, t, y, y_stride);
+    });
+}
+
+template <bool Vnni>
+constexpr WordKernels kIntegers = {
+    .token_step = 1,
+    .share_tokens = 4 * kPassTokens,
+    .arrange = to_integers,
+    .decode = decode_integers,
+    .multiply = multiply_integers<Vnni>,
+};
+
+constexpr Kernels kernels_named(const char* name, const WordKernels& integers) {
+  return {
+      .name = name,
+      .can_look_up = can_look_up,
+      .decode = decode,
+      .decode_apart = decode_apart,
+      .multiply = multiply,
+      .integers = &integers,
+      .bfloat16 = nullptr,
+      .multiply_rows = multiply_rows,
+      .tabulate = tabulate,
+      .look_up = look_up,
+      .load_floats = load_floats,
+      .store_floats = store_floats,
+  };
 }
 
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = {
-    .name = "cpu-avx2",
-    .can_look_up = can_look_up,
-    .decode = decode,
-    .decode_apart = decode_apart,
-    .multiply = multiply,
-    .integers = nullptr,
-    .bfloat16 = nullptr,
-    .multiply_rows = multiply_rows,
-    .tabulate = tabulate,
-    .look_up = look_up,
-    .load_floats = load_floats,
-    .store_floats = store_floats,
-};
+constinit const Kernels kAvx2Kernels = kernels_named("cpu-avx2", kIntegers<false>);
+constinit const Kernels kAvxVnniKernels = kernels_named("cpu-avxvnni", kIntegers<true>);
 
 }  // namespace stbllm::cpu

@@ -26,16 +26,6 @@
 namespace stbllm::cpu {
 namespace {
 
-// f(0), ..., f(N - 1) with the index as a constant.
-template <typename F, int... I>
-STBLLM_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-template <int N, typename F>
-STBLLM_INLINE void unroll(F&& f) {
-  unroll(f, std::make_integer_sequence<int, N>());
-}
-
 STBLLM_INLINE __m512i load(const void* p) { return _mm512_load_si512(p); }
 
 // Keeps a value in a register from here on: without it the compiler folds one load into every instruction
@@ -625,49 +615,18 @@ void multiply_tokens_integers(const WordPanel& weights, const WordActivations& i
     }
 }
 
-// Calls f with the number of tokens as a constant, 6 at a time and then the rest.
-template <typename F>
-STBLLM_INLINE void in_token_passes(int64_t tokens, F&& f) {
-  int64_t t = 0;
-  for (; t + kPassTokens <= tokens; t += kPassTokens) f(t, std::integral_constant<int, kPassTokens>());
-  unroll<kPassTokens>([&](auto rest) {
-    if constexpr (rest > 0)
-      if (tokens - t == rest) f(t, rest);
-  });
-}
-
 void multiply(const float* panel, int64_t columns, const float* x, int64_t tokens, float* y,
               int64_t y_stride) {
-  in_token_passes(tokens, [&](int64_t t, auto count) {
+  in_token_passes<kPassTokens>(tokens, [&](int64_t t, auto count) {
     multiply_tokens<count>(panel, columns, x + t * columns, y + t * y_stride, y_stride);
   });
 }
 
 void multiply_integers(const WordPanel& weights, const WordActivations& in, float* y, int64_t y_stride) {
-  in_token_passes(in.tokens, [&](int64_t t, auto count) {
+  in_token_passes<kPassTokens>(in.tokens, [&](int64_t t, auto count) {
     const WordActivations part = {.x = in.x + t * weights.columns, .steps = in.steps + t, .tokens = count};
     multiply_tokens_integers<count>(weights, part, y + t * y_stride, y_stride);
   });
-}
-
-// Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8 bits, the largest of
-// several levels has at most 13, and activations are then at most 2^18 together. 32639 is what step_of()
-// leaves of 2^15.
-void to_integers(const MatrixView& m, const float* x, uint16_t* to, float* step) {
-  __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-  for (int64_t c = 0; c < m.chunk_columns; c += 16) {
-    const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(x + c));
-    largest = _mm512_max_ps(largest, magnitude);
-    sum = _mm512_add_ps(sum, magnitude);
-  }
-  const float all = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
-  const float bound = m.levels > 1 && all / 8 > most ? all / 8 : most;
-  *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
-  const __m512 inverse = _mm512_set1_ps(*step == *step ? 1.0f / *step : 0.0f);
-  for (int64_t c = 0; c < m.chunk_columns; c += 16)
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(to + c),
-        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), inverse))));
 }
 
 void to_bfloat16(const MatrixView& m, const float* x, uint16_t* to, float* step) {

@@ -4,9 +4,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#ifdef __F16C__
+#if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -15,6 +19,27 @@
 
 namespace stbllm::cpu {
 namespace {
+
+// f(0), ..., f(N - 1) with the index as a constant.
+template <typename F, int... I>
+STBLLM_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, typename F>
+STBLLM_INLINE void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>());
+}
+
+// Calls f(first token, number of tokens as a constant): Most at a time, then the rest.
+template <int Most, typename F>
+STBLLM_INLINE void in_token_passes(int64_t tokens, F&& f) {
+  int64_t t = 0;
+  for (; t + Most <= tokens; t += Most) f(t, std::integral_constant<int, Most>());
+  unroll<Most>([&](auto rest) {
+    if constexpr (rest > 0)
+      if (tokens - t == rest) f(t, rest);
+  });
+}
 
 // --- activations ---
 
@@ -31,30 +56,42 @@ inline uint32_t bits_of_float(float f) {
 }
 
 void load_floats(const uint16_t* from, bool half, int64_t count, float* to) {
-  int64_t i = 0;
   if (!half) {
-    for (; i < count; ++i) to[i] = bfloat16_to_float(from[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = bfloat16_to_float(from[i]);
     return;
   }
-#ifdef __F16C__
-  for (; i + 8 <= count; i += 8)
+  const int64_t whole = count / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) {
+#if defined(__F16C__)
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#elif defined(__aarch64__)
+    for (int64_t j = i; j < i + 8; j += 4)
+      vst1q_f32(to + j, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + j))));
+#else
+    for (int64_t j = i; j < i + 8; ++j) to[j] = half_to_float(from[j]);
 #endif
-  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+  }
+  for (int64_t i = whole; i < count; ++i) to[i] = half_to_float(from[i]);
 }
 
 void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
-  int64_t i = 0;
   if (!half) {
-    for (; i < count; ++i) to[i] = float_to_bfloat16(from[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat16(from[i]);
     return;
   }
-#ifdef __F16C__
-  for (; i + 8 <= count; i += 8)
+  const int64_t whole = count / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) {
+#if defined(__F16C__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    for (int64_t j = i; j < i + 8; j += 4)
+      vst1_u16(to + j, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + j))));
+#else
+    for (int64_t j = i; j < i + 8; ++j) to[j] = float_to_half(from[j]);
 #endif
-  for (; i < count; ++i) to[i] = float_to_half(from[i]);
+  }
+  for (int64_t i = whole; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
 // --- lookups ---
@@ -66,18 +103,6 @@ void store_floats(const float* from, bool half, int64_t count, uint16_t* to) {
   if (!(exact < float_of_bits(0x7f800000u))) return float_of_bits(0x7fc00000u);
   if (exact < 0x1p-100f) return 0x1p-100f;
   return float_of_bits((bits_of_float(exact) + 0x7fffffu) & 0x7f800000u);
-}
-
-// --- decoding ---
-
-// scales[row] of a tile in one slot.
-inline void slot_scales(const MatrixView& m, int64_t tile, int64_t block, int slot, float* scales) {
-  const int64_t rows = m.tiles * kTileRows, first = tile * kTileRows;
-  if (m.half_scales != nullptr)
-    return load_floats(m.half_scales + (block * m.slots + slot) * rows + first, true, kTileRows, scales);
-  const uint8_t* codes = m.scale_codes + block * rows + first;
-  for (int r = 0; r < kTileRows; ++r)
-    scales[r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
 }
 
 // Which token and which of its sums a set of tables belongs to. A division takes as long as a part of the
@@ -94,6 +119,91 @@ STBLLM_INLINE float largest_worth(const MatrixView& m) {
   float largest = m.level_worth[0][0];
   for (int l = 1; l < m.levels; ++l) largest = m.level_worth[0][l] > largest ? m.level_worth[0][l] : largest;
   return largest;
+}
+
+// An upper bound of the sum over groups of the largest contribution of any state: the `keep` largest
+// magnitudes of a group are at most their sum and at most `keep` times the largest. NaN and infinity
+// propagate.
+[[maybe_unused]] float bound_of_chunk(const MatrixView& m, const float* x) {
+  float bound = 0, all = 0;
+  for (int first = 0; first < kChunkColumns; first += m.file_group) {
+    float sum = 0, largest = 0;
+    for (int c = first; c < first + m.file_group; ++c) {
+      const float magnitude = __builtin_fabsf(x[c]);
+      sum += magnitude;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float most = static_cast<float>(m.file_keep) * largest;
+    bound += sum < most ? sum : most;
+    all += sum;
+  }
+  return bound * largest_worth(m) + 0.0f * all;
+}
+
+// Whether an entry of a table of 16 adds (1) or subtracts (-1) each of its sources, the columns, or the
+// levels of one column: signs[source][entry].
+[[maybe_unused]] void signs_of_entries(const MatrixView& m, int16_t (*signs)[16]) {
+  std::memset(signs, 0, sizeof *signs * static_cast<size_t>(m.group * m.levels));
+  for (int k = 0; k < m.term_count; ++k)
+    for (int entry = 0; entry < 16; ++entry)
+      if (const int source = m.terms[k * 16 + entry]; source % kNegative != kNoSource)
+        signs[source % kNegative][entry] = source < kNegative ? 1 : -1;
+}
+
+// What one sum of a tile is multiplied by, without row scales.
+[[maybe_unused]] void load_sum_scales(const MatrixView& m, int64_t tile, int64_t block, int64_t sum,
+                                      float* scales) {
+  const int64_t rows = m.tiles * kTileRows, row = tile * kTileRows;
+  if (m.half_scales != nullptr)
+    return load_floats(m.half_scales + (block * m.slots + sum) * rows + row, true, kTileRows, scales);
+  for (int r = 0; r < kTileRows; ++r) scales[r] = m.factors[m.scale_codes[block * rows + row + r]];
+}
+
+// --- integers of 16 bits ---
+
+// WordKernels::arrange. Sums of 128 products fit 31 bits: a single level is 1, an integer of kRows has 8
+// bits, the largest of several levels has at most 13, and activations are then at most 2^18 together. 32639
+// is what step_of() leaves of 2^15.
+[[maybe_unused]] void to_integers(const MatrixView& m, const float* x, uint16_t* to, float* step) {
+  Lanes sum = {}, largest = {};
+  for (int64_t c = 0; c < m.chunk_columns; c += kLanes) {
+    const Lanes magnitude = magnitude_of(load_lanes(x + c));
+    largest = magnitude > largest ? magnitude : largest;
+    sum += magnitude;
+  }
+  const float all = sum_of(sum);
+  float most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  const float bound = m.levels > 1 && all / 8 > most ? all / 8 : most;
+  *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
+  const float inverse = *step == *step ? 1.0f / *step : 0.0f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the rounded number in the lowest bits
+  for (int64_t c = 0; c < m.chunk_columns; c += kLanes) {
+    const Lanes shifted = load_lanes(x + c) * inverse + kRound;
+    store_short_lanes(reinterpret_cast<int16_t*>(to + c), (IntLanes)shifted);
+  }
+}
+
+// The scales of WordKernels::decode for panels of integers.
+[[maybe_unused]] void integer_scales(const MatrixView& m, int64_t tile, int64_t chunk, int sum,
+                                     float* scales) {
+  load_sum_scales(m, tile, chunk / m.chunks_per_block, sum, scales);
+  const float unit = m.form == CodeForm::kRows ? 1.0f : m.integer_unit;
+  const float level = m.levels == 1 ? m.level[0] : 1.0f;
+  for (int r = 0; r < kTileRows; ++r)
+    scales[r] *= m.row_scales == nullptr ? unit : unit * level * m.row_scales[tile * kTileRows + r];
+}
+
+// --- decoding ---
+
+// scales[row] of a tile in one slot.
+inline void slot_scales(const MatrixView& m, int64_t tile, int64_t block, int slot, float* scales) {
+  const int64_t rows = m.tiles * kTileRows, first = tile * kTileRows;
+  if (m.half_scales != nullptr)
+    return load_floats(m.half_scales + (block * m.slots + slot) * rows + first, true, kTileRows, scales);
+  const uint8_t* codes = m.scale_codes + block * rows + first;
+  for (int r = 0; r < kTileRows; ++r)
+    scales[r] = m.row_scales[first + r] * m.factors[codes[r]] * m.level[slot];
 }
 
 // n / d.value where n * d.value < 2^63: the reciprocal is rounded down, and n + 1 makes up for it.

@@ -1,8 +1,22 @@
 #include "stbllm/pack/ledger.h"
 
+#include <algorithm>
 #include <numeric>
+#include <string_view>
 
 namespace stbllm {
+namespace {
+
+/// Whether a tensor belongs to a decoder block: a part of its name, between points, is the block's number.
+bool is_in_a_block(std::string_view name) {
+  for (size_t begin = 0, end; (end = name.find('.', begin)) != std::string_view::npos; begin = end + 1) {
+    const std::string_view part = name.substr(begin, end - begin);
+    if (!part.empty() && std::ranges::all_of(part, [](char c) { return c >= '0' && c <= '9'; })) return true;
+  }
+  return false;
+}
+
+}  // namespace
 
 Ledger make_ledger(const PackedReader& reader) {
   Ledger ledger;
@@ -41,6 +55,8 @@ Ledger make_ledger(const PackedReader& reader) {
   ledger.parameters = ledger.linear_weights;
   for (const auto& [name, entry] : reader.dense_tensors()) {
     ledger.dense_bytes += std::ssize(entry.data);
+    if (entry.shape.size() == 2 && is_in_a_block(name))
+      ledger.kept_linears.push_back({name, entry.shape[0], entry.shape[1], std::ssize(entry.data)});
     ledger.parameters +=
         std::accumulate(entry.shape.begin(), entry.shape.end(), int64_t{1}, std::multiplies<>());
   }
@@ -75,6 +91,10 @@ nlohmann::json to_json(const Ledger& ledger) {
                        {"nominal_bits", entry.nominal_bits},
                        {"output_error", entry.output_error},
                        {"holdout_error", entry.holdout_error}});
+  nlohmann::json kept = nlohmann::json::array();
+  for (const KeptLinear& linear : ledger.kept_linears)
+    kept.push_back(
+        {{"name", linear.name}, {"rows", linear.rows}, {"cols", linear.cols}, {"bytes", linear.bytes}});
   return {{"nominal_bits", ledger.nominal_bits},
           {"stored_bits", ledger.stored_bits},
           {"file_bits", ledger.file_bits},
@@ -85,7 +105,8 @@ nlohmann::json to_json(const Ledger& ledger) {
           {"linear_weights", ledger.linear_weights},
           {"parameters", ledger.parameters},
           {"plane_bytes", ledger.plane_bytes},
-          {"linears", linears}};
+          {"linears", linears},
+          {"kept_linears", kept}};
 }
 
 }  // namespace stbllm

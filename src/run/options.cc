@@ -93,6 +93,8 @@ void check_request(const fs::path& checkpoint, const Recipe& recipe, const Quant
 }
 
 void check_plan(const ModelSpec& spec, const Recipe& recipe, const QuantizeOptions& options) {
+  if (options.blocks > spec.layers)
+    fail(ErrorCode::kUsage, "--blocks {}: the model has {}", options.blocks, spec.layers);
   const int64_t blocks = options.quantized_blocks(spec);
   if (options.plan.is_null()) {
     check_rules(spec, recipe.model, blocks);

@@ -136,8 +136,14 @@ QuestionSet read_questions(const std::filesystem::path& path, int64_t limit) {
     if (limit > 0 && std::ssize(set.questions) == limit) break;
     const Json sample = try_parse_json(line);
     if (!sample.is_object()) place.refuse(ErrorCode::kCorrupt, "expected a JSON object");
-    if (set.questions.empty() && sample.contains("task") && sample["task"].is_string())
-      set.task = sample["task"];
+    if (sample.contains("task") && sample["task"].is_string()) {
+      const std::string task = sample["task"];
+      if (set.questions.empty())
+        set.task = task;
+      else if (task != set.task)
+        place.refuse(ErrorCode::kUnsupported,
+                     "a question of task {} behind those of {}; give each task a file", task, set.task);
+    }
     if (sample.contains("acc_mutual_info"))
       place.refuse(ErrorCode::kUnsupported,
                    "the requests of acc_mutual_info come with unconditional ones; log the task without it");

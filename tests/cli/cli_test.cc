@@ -274,7 +274,8 @@ TEST_F(Cli, TargetsBoundBitsAndBytes) {
   EXPECT_EQ(bits["recipe"]["model"]["allocation"], "budget");
   EXPECT_LE(bits["stored_bits"], 1.9);
   const int64_t size = bits["file_bytes"];
-  const auto bytes = quantized("bytes", "--target-size", std::to_string(size));
+  const auto bytes =
+      quantized("bytes", "--target-size", fmt::format("{:.3f}k", static_cast<double>(size) / 1000));
   EXPECT_LE(bytes["file_bytes"], size);
   EXPECT_EQ(fs::file_size(results_ / "bytes"), bytes["file_bytes"].get<uintmax_t>());
   expect_fault(quantize("x", {"--target-size", "1000"}), ErrorCode::kUsage, "--target-size");
@@ -392,6 +393,10 @@ TEST_F(Cli, WritesAPlanThatQuantizeFollows) {
   const Outcome quantized = run_program(quantize("packed", {"--plan", plan, "--json"}));
   ASSERT_EQ(quantized.status, 0) << quantized.err;
   EXPECT_LE(nlohmann::json::parse(quantized.out)["stored_bits"], summary["stored_bits"]);
+  const Outcome inspected = run_program({"inspect", (results_ / "packed").string(), "--json"});
+  const auto ledger = nlohmann::json::parse(inspected.out);
+  EXPECT_EQ(ledger["kept_linears"].size(), 2u);
+  EXPECT_EQ(ledger["kept_linears"][0]["name"], "model.layers.0.self_attn.o_proj.weight");
   expect_fault(quantize("other", {"--plan", plan, "--nm", "2:4"}), ErrorCode::kUsage, "--nm");
   expect_fault(quantize("other", {"--plan", text_}), ErrorCode::kUsage, "not JSON");
   const std::string no_plan = (scratch_ / "no_plan.json").string();
@@ -472,6 +477,9 @@ TEST_F(Cli, NumbersOutOfRange) {
     expect_fault(quantize("packed", {"--minutes", minutes}), ErrorCode::kUsage, "expected a number above 0");
   expect_fault(quantize("packed", {"--target-size", "0"}), ErrorCode::kUsage, "expected a number above 0");
   expect_fault(quantize("packed", {"--distill-nsamples", "-1"}), ErrorCode::kUsage, "of at least 0");
+  expect_fault(quantize("packed", {"--blocks", "99"}), ErrorCode::kUsage, "--blocks 99: the model has");
+  for (const char* bytes : {"1.5X", "-3M", "M", "1e99", "1 0"})
+    expect_fault(quantize("packed", {"--max-memory", bytes}), ErrorCode::kUsage, "expected bytes like");
 }
 
 TEST_F(Cli, ACodeThatTheMethodHasNoLevelsFor) {

@@ -91,4 +91,8 @@ std::string repaired_safetensors(Bytes bytes) {
   return file;
 }
 
+bool is_one_of_eight(Bytes bytes) {
+  return checksum(bytes).back() % 8 == 0;
+}  // of hexadecimal digits: 0 and 8
+
 }  // namespace stbllm::fuzz

@@ -428,13 +428,14 @@ TEST_P(EveryBackend, RefusesActivationsOfAnotherWidth) {
 
 TEST_P(EveryBackend, HoldsLittleMoreThanTheFile) {
   // What prepare() may add: padding of rows and columns (none here), a bit per group where a code does not
-  // fit its form, scale codes as bytes, and tables that do not grow with the matrix. AVX2 has nibbles only,
-  // of two columns.
+  // fit its form, scale codes as bytes, and tables that do not grow with the matrix. AVX2 and NEON have
+  // nibbles only, of two columns.
   for (const NmPattern nm :
        {NmPattern{1, 8}, NmPattern{2, 8}, NmPattern{2, 4}, NmPattern{3, 8}, NmPattern{4, 8}}) {
     const Layout layout = {.rows = 1024, .cols = 4096, .nm = nm, .scale_bits = 4};
     const auto matrix = test::random_matrix(layout, 18);
-    const double nibbles = name() == "cpu-avx2" ? static_cast<double>(layout.rows * layout.cols) / 4 : 0;
+    const bool has_nibbles = name() == "cpu-avx2" || name() == "cpu-avxvnni" || name() == "cpu-neon";
+    const double nibbles = has_nibbles ? static_cast<double>(layout.rows * layout.cols) / 4 : 0;
     EXPECT_LE(find_backend(name()).prepare(matrix)->bytes(),
               std::max(1.15 * static_cast<double>(matrix.bytes()), 1.1 * nibbles) + 32768)
         << describe(layout);
@@ -463,7 +464,8 @@ TEST(ReferenceBackend, MultipliesByEveryElement) {
 std::vector<Machine> machines() {
   std::vector<Machine> result;
   for (const CpuIsa isa : kCpuIsas) result.push_back({cpu_backend(isa).name()});
-  result.push_back({"cpu-avx512", /*permutes_fast=*/true});  // the others have no choice
+  for (const char* name : {"cpu-avx2", "cpu-avx512"})  // the others have no choice
+    result.push_back({name, /*permutes_fast=*/true});
   return result;
 }
 

@@ -73,6 +73,8 @@ TEST_F(Questions, KeepTheNameOfTheirTaskAndTheFirstSoMany) {
   EXPECT_EQ(read(line).task, "mine");
   EXPECT_EQ(read(line + line + line, "x.jsonl", 2).questions.size(), 2u);
   EXPECT_EQ(read(R"({"gold": 0, "arguments": [["Q", " a"], ["Q", " b"]]})").task, "quiz");
+  const std::string other = R"({"task": "yours", "gold": 0, "arguments": [["Q", " a"], ["Q", " b"]]})";
+  refuses(line + other, ErrorCode::kUnsupported, "line 2: a question of task yours behind those of mine");
 }
 
 TEST_F(Questions, RefuseWhatIsNoMultipleChoice) {

@@ -40,6 +40,7 @@ double read_bandwidth(int threads) {
   return bytes_per_second;
 }
 
+#if defined(__x86_64__)
 // Independent sums: more than latency times throughput of any of these instructions.
 constexpr int kChains = 12;
 constexpr int kRounds = 1 << 16;
@@ -91,12 +92,14 @@ double tile_rate() {
   asm volatile("tilerelease");
   return 2.0 * 16 * 16 * 32 * kRounds / seconds;
 }
+#endif
 
 }  // namespace
 
 Ceilings measure_ceilings(int threads) {
   Ceilings ceilings;
   for (int t = 1; t <= threads; ++t) ceilings.bandwidth.push_back(read_bandwidth(t));
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bw")) {
     ceilings.per_core["fp32 fma"] = fma_rate(32);
     ceilings.per_core["vpermw lookups"] = word_lookup_rate(32);
@@ -109,6 +112,7 @@ Ceilings measure_ceilings(int threads) {
   if (__builtin_cpu_supports("avx512f") && has_amx_bf16() && may_use_amx())
     ceilings.per_core["bf16 tdpbf16ps"] = tile_rate();
   if (__builtin_cpu_supports("avx512vbmi")) ceilings.per_core["vpermi2b lookups"] = byte_lookup_rate(64);
+#endif
   return ceilings;
 }
 

@@ -6,6 +6,7 @@
 #include "command_tree.h"
 #include "commands.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/log.h"
 #include "stbllm/eval/generate.h"
 #include "stbllm/model/load_model.h"
 
@@ -64,6 +65,7 @@ void run(const Options& options) {
     return;
   }
   fmt::print("\n\n");
+  if (!log::shows(log::Level::kInfo)) return;
   std::fflush(stdout);  // which the next line may share a pipe with
   fmt::print(stderr, "prompt {} tokens, {:.1f} tokens/s; generated {} tokens, {:.1f} tokens/s ({}, {})\n",
              result.prompt_tokens, prefill, result.ids.size(), decode, model.backend, options.dtype);

@@ -44,13 +44,19 @@ void run(const Options& options) {
                fmt::format("{}x{}", entry.layout.rows, entry.layout.cols), entry.layout.nm.str(),
                entry.layout.levels, entry.layout.salient + entry.layout.outliers, entry.nominal_bits,
                entry.stored_bits, entry.output_error, entry.holdout_error);
+  int64_t kept_bytes = 0;
+  for (const KeptLinear& linear : ledger.kept_linears) {
+    kept_bytes += linear.bytes;
+    fmt::print("{:<44} {:>11} {:>6}\n", linear.name, fmt::format("{}x{}", linear.rows, linear.cols), "kept");
+  }
   fmt::print("\n{:<24} {:>14} {:>12}\n", "plane", "bytes", "bits/weight");
   for (const auto& [name, bytes] : ledger.plane_bytes)
     fmt::print("{:<24} {:>14} {:>12.4f}\n", name, bytes,
                8.0 * static_cast<double>(bytes) / static_cast<double>(ledger.linear_weights));
-  fmt::print("{:<24} {:>14} {:>12.4f}   nominal {:.4f}, kept {:.4f}\n", "all linears", ledger.linear_bytes,
-             ledger.stored_bits, ledger.nominal_bits, ledger.density);
-  fmt::print("{:<24} {:>14}\n", "embedding, norms, ...", ledger.dense_bytes);
+  fmt::print("{:<24} {:>14} {:>12.4f}   nominal {:.4f}, kept {:.4f}\n", "quantized linears",
+             ledger.linear_bytes, ledger.stored_bits, ledger.nominal_bits, ledger.density);
+  if (kept_bytes > 0) fmt::print("{:<24} {:>14}\n", "kept linears", kept_bytes);
+  fmt::print("{:<24} {:>14}\n", "embedding, norms, ...", ledger.dense_bytes - kept_bytes);
   fmt::print("{:<24} {:>14} {:>12.4f}   of {} parameters\n", "file", ledger.file_bytes, ledger.file_bits,
              ledger.parameters);
   if (options.verify) fmt::print("checksums of all tensors agree\n");

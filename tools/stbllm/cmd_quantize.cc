@@ -309,7 +309,7 @@ void add_run_options(CLI::App& command, Options& options) {
           "--max-memory", options.quantize.max_memory,
           "Bytes (16G, 800M) to stay below: hidden states go to a file beside the output where needed; "
           "default: the memory of the machine")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+      ->transform(byte_count());
   command
       .add_option("--device", options.quantize.device,
                   "Where forward passes, Hessians, searches of lean methods and training run")

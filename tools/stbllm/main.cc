@@ -35,8 +35,8 @@ void add_runtime(CLI::App& command, std::string& backend, std::string& dtype) {
       .add_option("--backend", backend,
                   "Of packed linears; auto: $STBLLM_BACKEND, else the fastest; a checkpoint runs dense, on "
                   "cuda or not")
-      ->check(
-          suggest({"auto", "reference", "cpu", "cpu-generic", "cpu-avx2", "cpu-avx512", "cpu-amx", "cuda"}))
+      ->check(suggest({"auto", "reference", "cpu", "cpu-generic", "cpu-avx2", "cpu-avxvnni", "cpu-avx512",
+                       "cpu-amx", "cpu-neon", "cuda"}))
       ->capture_default_str();
   command
       .add_option(

@@ -96,7 +96,7 @@ void add_recipe_options(CLI::App& command, QuantizeRequest& request) {
   command
       .add_option("--target-size", request.target_size,
                   "The same for a file of at most so many bytes (90M, 2G)")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->transform(byte_count())
       ->check(above_zero())
       ->excludes("--target-bpw")
       ->excludes("--nm");
@@ -199,6 +199,7 @@ Calibration read_calibration(const QuantizeRequest& request, const Checkpoint& c
   for (const std::string& text : request.calib) texts.push_back(CalibrationText::parse(text));
   if (texts.empty()) texts.push_back({.data = default_calibration()});
   const int64_t seqlen = std::min(request.seqlen, spec.max_positions);
+  if (seqlen < request.seqlen) log::info("windows of {} tokens, as many as the model has positions", seqlen);
   const int64_t windows = std::max(request.text_windows, request.samples + request.distill_samples);
   bool written = false;
   for (CalibrationText& text : texts)

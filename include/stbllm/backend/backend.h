@@ -41,7 +41,7 @@ struct Product {
 class Backend {
  public:
   virtual ~Backend() = default;
-  /// "reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cpu-amx" or "cuda".
+  /// "reference", "cpu-generic", "cpu-avx2", "cpu-avxvnni", "cpu-avx512", "cpu-amx", "cpu-neon" or "cuda".
   virtual std::string_view name() const = 0;
   /// Where activations live, as libtorch calls the device: "cpu" or "cuda".
   virtual std::string_view device() const { return "cpu"; }

@@ -11,9 +11,18 @@ namespace stbllm {
 /// Double-precision sums over StructuredBinaryMatrix::at(): the meaning of every other backend.
 const Backend& reference_backend();
 
-/// Slowest first.
-enum class CpuIsa { kGeneric, kAvx2, kAvx512, kAmx };
-inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAmx};
+/// The instruction sets that there are kernels for, slowest first.
+#if defined(__x86_64__)
+enum class CpuIsa { kGeneric, kAvx2, kAvxVnni, kAvx512, kAmx };
+inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvxVnni, CpuIsa::kAvx512,
+                                      CpuIsa::kAmx};
+#elif defined(__aarch64__)
+enum class CpuIsa { kGeneric, kNeon };
+inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric, CpuIsa::kNeon};
+#else
+enum class CpuIsa { kGeneric };
+inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kGeneric};
+#endif
 
 /// The backend compiled for `isa`, whether this machine can run it or not.
 const Backend& cpu_backend(CpuIsa isa);

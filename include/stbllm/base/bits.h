@@ -43,8 +43,10 @@ inline void write_bits(std::byte* stream, int64_t offset, int width, uint64_t va
 
 /// IEEE binary16 -> binary32, exact.
 inline __attribute__((always_inline)) float half_to_float(uint16_t h) {
-#ifdef __F16C__
+#if defined(__F16C__)
   return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+  return static_cast<float>(__builtin_bit_cast(__fp16, h));
 #else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t magnitude = h & 0x7fffu;
@@ -59,8 +61,10 @@ inline __attribute__((always_inline)) float half_to_float(uint16_t h) {
 
 /// binary32 -> binary16, rounds to nearest even; overflow becomes infinity, NaN stays NaN.
 inline __attribute__((always_inline)) uint16_t float_to_half(float f) {
-#ifdef __F16C__
+#if defined(__F16C__)
   return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return __builtin_bit_cast(uint16_t, static_cast<__fp16>(f));
 #else
   const uint32_t bits = __builtin_bit_cast(uint32_t, f);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);

@@ -12,12 +12,18 @@
 namespace stbllm {
 
 #if defined(__x86_64__)
-// clang 14 does not know these two features by name.
+// clang 14 does not know these features by name.
 
 /// Conversions between float16 and float32. Whether the system saves the registers is for AVX to say.
 inline bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
+}
+
+/// Products of words in the encoding of AVX. Whether the system saves the registers is for AVX to say.
+inline bool has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
 }
 
 /// Tiles of bfloat16 that the system saves, too. To be asked only where there is AVX-512, and xgetbv with it.
@@ -54,8 +60,9 @@ inline bool multiplies_bfloat16_fast() {
 #endif
 }
 
-/// Whether a permutation of two registers of bytes or words (vpermi2b, vpermi2w) is one operation of AVX-512
-/// rather than three.
+/// Whether bytes and words are looked up as fast as words are multiplied: a permutation of two registers
+/// (vpermi2b, vpermi2w of AVX-512) is one operation rather than three, and as many shuffles (vpshufb) as
+/// products (vpmaddwd) start in a cycle.
 inline bool permutes_fast() {
   if (assumed_fast_permutations) return *assumed_fast_permutations;
 #if defined(__x86_64__)

@@ -20,12 +20,19 @@ struct LinearEntry {
   double holdout_error = -1;
 };
 
+/// A matrix of a decoder block that kept the checkpoint's weights.
+struct KeptLinear {
+  std::string name;
+  int64_t rows = 0, cols = 0, bytes = 0;
+};
+
 struct Ledger {
   std::vector<LinearEntry> linears;
+  std::vector<KeptLinear> kept_linears;
   std::map<std::string, int64_t> plane_bytes;  ///< "codes", "scales", ... summed over linears
   int64_t linear_weights = 0;
   int64_t linear_bytes = 0;
-  int64_t dense_bytes = 0;  ///< embedding, head, norms, biases, linears left dense
+  int64_t dense_bytes = 0;  ///< embedding, head, norms, biases, kept linears
   int64_t file_bytes = 0;
   int64_t parameters = 0;   ///< of the whole model
   double nominal_bits = 0;  ///< mean over quantized weights
