@@ -41,7 +41,8 @@ void refuse_lfs_pointer(const fs::path& path) {
 }
 
 std::shared_ptr<const TensorSource> open_source(const fs::path& path) {
-  if (!fs::exists(path))
+  if (std::error_code ignored;
+      !fs::exists(path, ignored))  // an index may ask for a name that no file can have
     fail(ErrorCode::kNotFound, "{}: this file of the checkpoint is missing", path.string());
   refuse_lfs_pointer(path);
   return path.extension() == ".safetensors" ? open_safetensors(path) : open_torch_pickle(path);
