@@ -269,12 +269,12 @@ void run(Options options) {
   if (memory.spill)
     log::info("hidden states go to a file, to stay below {} of memory",
               human_bytes(static_cast<double>(memory.limit)));
-  stop_on_signals();
   std::optional<log::WholeRun> whole;
   if (log::shows(log::Level::kInfo)) {
     whole.emplace(estimate_quantization(checkpoint, calibration, recipe, options.quantize).stages);
     reset_profile();  // which is that of the run alone
   }
+  stop_on_signals();  // before this there is nothing to keep, and a signal ends the program at once
   const QuantizeResult result = quantize_model(checkpoint, calibration, recipe, options.quantize, group);
   whole.reset();
   if (!first) return;
