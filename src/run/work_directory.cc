@@ -126,19 +126,19 @@ WorkDirectory::Lock::~Lock() {
 
 void WorkDirectory::check(const fs::path& output, bool resume, bool force) {
   const fs::path path = work_path(output);
+  // First, because a run that begins has written no fingerprint yet, and one that ends has none left.
+  const Lock others(path);
   const bool unfinished = fs::exists(path / kFingerprint);
   if (resume) {
     if (!unfinished)
       fail(ErrorCode::kNotFound, "{}: there is no unfinished run to resume; leave out --resume",
            path.string());
-    const Lock others(path);
   } else if (fs::exists(path)) {
     if (!unfinished)
       fail(ErrorCode::kExists,
            "{}: this is in the way and no work directory of an unfinished run; move it or choose another "
            "output",
            path.string());
-    const Lock others(path);
     if (!force)
       fail(ErrorCode::kExists,
            "{}: an unfinished run is there; continue it with --resume or discard it with --force",
