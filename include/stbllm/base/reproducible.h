@@ -1,12 +1,10 @@
 #pragma once
 // Makes results independent of the number of threads.
 
-#include <cstdlib>
-
 namespace stbllm {
 
 /// Tells MKL, which multiplies for libtorch, not to split sums by the number of threads. It must be called
 /// before the first product. A setting that the environment holds already stays.
-inline void make_products_reproducible() { ::setenv("MKL_CBWR", "AUTO,STRICT", /*overwrite=*/0); }
+void make_products_reproducible();
 
 }  // namespace stbllm
