@@ -5,6 +5,7 @@
 // which. A case depends on nothing but its number.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -376,6 +377,18 @@ TEST_P(SoakModel, IsTheSameFromTwoProcessesAgainAndAfterTheLossOfOne) {
       ASSERT_EQ(outcome.status, 0) << outcome.err;
   }
   EXPECT_TRUE(read_all(scratch_ / "resumed") == read_all(scratch_ / "undisturbed"));
+}
+
+/// What the sameness above rests on. On processors that are not Intel's MKL splits the sums of these without
+/// make_products_reproducible().
+TEST(SoakProducts, AreTheSameForAnyNumberOfThreads) {
+  const at::Tensor a = at::randn({10, 10}, at::detail::createCPUGenerator(1)), b = at::ones({10, 30}) / 3;
+  const auto multiply = [&](int threads) {
+    const test::Threads scope(threads);
+    return at::mm(a, b);
+  };
+  const at::Tensor alone = multiply(1);
+  for (const int threads : {2, 3, 4}) EXPECT_TRUE(at::equal(multiply(threads), alone)) << threads;
 }
 
 // --- which cases --------------------------------------------------------------------------------
