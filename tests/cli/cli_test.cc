@@ -478,6 +478,8 @@ TEST_F(Cli, NumbersOutOfRange) {
   expect_fault(quantize("packed", {"--target-size", "0"}), ErrorCode::kUsage, "expected a number above 0");
   expect_fault(quantize("packed", {"--distill-nsamples", "-1"}), ErrorCode::kUsage, "of at least 0");
   expect_fault(quantize("packed", {"--blocks", "99"}), ErrorCode::kUsage, "--blocks 99: the model has");
+  for (const char* bytes : {"16g", "16 GiB", "0.016T", "16000000kb"})
+    EXPECT_EQ(run_program(quantize("packed", {"--max-memory", bytes, "--dry-run"})).status, 0) << bytes;
   for (const char* bytes : {"1.5X", "-3M", "M", "1e99", "1 0"})
     expect_fault(quantize("packed", {"--max-memory", bytes}), ErrorCode::kUsage, "expected bytes like");
 }

@@ -77,16 +77,15 @@ CLI::Validator zero_or_more() {
 
 CLI::Validator byte_count() {
   return {[](std::string& text) {
-            constexpr std::string_view kUnits = "kMGT";
+            constexpr std::string_view kUnits = "kmgt";
             double number = 0;
             const char* const last = text.data() + text.size();
             const auto [end, fault] = std::from_chars(text.data(), last, number);
-            std::string unit(end, last);
-            if (unit.ends_with('B') || unit.ends_with('b')) unit.pop_back();
+            std::string unit = CLI::detail::to_lower(CLI::detail::trim_copy(std::string(end, last)));
+            if (unit.ends_with('b')) unit.pop_back();
             const bool binary = unit.size() == 2 && unit.ends_with('i');
             if (binary) unit.pop_back();
-            const char letter = unit == "K" ? 'k' : unit.size() == 1 ? unit[0] : '\0';
-            const size_t power = unit.empty() ? 0 : kUnits.find(letter) + 1;  // 0 where it is none of them
+            const size_t power = unit.size() == 1 ? kUnits.find(unit) + 1 : 0;  // 0 where it is none of them
             const double bytes = number * std::pow(binary ? 1024.0 : 1000.0, power);
             if (fault != std::errc() || unit.empty() == (power > 0) || !(bytes >= 0 && bytes < 0x1p63))
               return fmt::format("expected bytes like 800M or 1.5G, found {}", text);
