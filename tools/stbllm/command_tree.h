@@ -36,7 +36,7 @@ CLI::Validator above_zero();
 CLI::Validator zero_or_more();
 
 /// For CLI::Option::transform() to whole bytes: a number, maybe with a fraction, and one of k, M, G and T,
-/// which stand for powers of 1000, or of 1024 with an i behind them.
+/// which stand for powers of 1000, or of 1024 with an i behind them; small letters do as well.
 CLI::Validator byte_count();
 
 }  // namespace stbllm
