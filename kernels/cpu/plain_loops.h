@@ -20,6 +20,8 @@
 namespace stbllm::cpu {
 namespace {
 
+using Lanes = NativeLanes;
+
 // f(0), ..., f(N - 1) with the index as a constant.
 template <typename F, int... I>
 STBLLM_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
@@ -167,20 +169,19 @@ STBLLM_INLINE float largest_worth(const MatrixView& m) {
 [[maybe_unused]] void to_integers(const MatrixView& m, const float* x, uint16_t* to, float* step) {
   Lanes sum = {}, largest = {};
   for (int64_t c = 0; c < m.chunk_columns; c += kLanes) {
-    const Lanes magnitude = magnitude_of(load_lanes(x + c));
-    largest = magnitude > largest ? magnitude : largest;
+    const Lanes magnitude = magnitude_of(load_lanes<Lanes>(x + c));
+    largest = select(magnitude > largest, magnitude, largest);
     sum += magnitude;
   }
   const float all = sum_of(sum);
-  float most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  const float most = largest_of(largest);
   const float bound = m.levels > 1 && all / 8 > most ? all / 8 : most;
   *step = step_of(bound + 0.0f * all);  // NaN where a sum is not finite
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the rounded number in the lowest bits
   for (int64_t c = 0; c < m.chunk_columns; c += kLanes) {
-    const Lanes shifted = load_lanes(x + c) * inverse + kRound;
-    store_short_lanes(reinterpret_cast<int16_t*>(to + c), (IntLanes)shifted);
+    const Lanes shifted = load_lanes<Lanes>(x + c) * inverse + kRound;
+    store_short_lanes(reinterpret_cast<int16_t*>(to + c), bits_as<int32_t>(shifted));
   }
 }
 
@@ -329,13 +330,13 @@ inline RowsChunk rows_chunk(const MatrixView& m, int64_t tile, int64_t chunk) {
 template <int Bits>
 STBLLM_INLINE void load_integers(const uint8_t* codes, Lanes (&q)[4]) {
   if constexpr (Bits == 8) {
-    IntLanes bytes;
+    IntLanes<Lanes> bytes;
     std::memcpy(&bytes, codes, sizeof bytes);
-    for (int k = 0; k < 4; ++k) q[k] = __builtin_convertvector(signed_bytes_of(bytes, k), Lanes);
+    for (int k = 0; k < 4; ++k) q[k] = converted<float>(signed_bytes_of(bytes, k));
   } else {
-    WordLanes words;
+    WordLanes<Lanes> words;
     std::memcpy(&words, codes, sizeof words);
-    for (int k = 0; k < 4; ++k) q[k] = __builtin_convertvector(nibbles_of(words, k) - 8, Lanes);
+    for (int k = 0; k < 4; ++k) q[k] = converted<float>(nibbles_of(words, k) - 8);
   }
 }
 
@@ -358,8 +359,8 @@ STBLLM_INLINE void multiply_row(const MatrixView& m, int64_t row, const float* x
     const float scale = half_to_float(m.half_scales[chunk * m.tiles * kTileRows + row]);
     for (int64_t t = 0; t < tokens; ++t) {
       const float* from = x + t * width + chunk * kColumns;
-      Lanes product = q[0] * load_lanes(from);
-      for (int k = 1; k < 4; ++k) product += q[k] * load_lanes(from + k * kLanes);
+      Lanes product = q[0] * load_lanes<Lanes>(from);
+      for (int k = 1; k < 4; ++k) product += q[k] * load_lanes<Lanes>(from + k * kLanes);
       sums[t] += product * scale;
     }
   }

@@ -140,14 +140,13 @@ struct TileState {
 };
 
 /// Rows of `dim` elements as float32, with zeros up to padded_dim.
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void widen(const T* from, int64_t stride, int64_t rows, int64_t dim, int64_t padded_dim,
                          float* to) {
   for (int64_t row = 0; row < rows; ++row)
-    for_each_lanes(
-        0, dim, [&](int64_t at, int count) __attribute__((always_inline)) {
-          store_lanes(to + row * padded_dim + at, load(from + row * stride + at, count));
-        });
+    for_each_lanes(0, dim, [&](int64_t at, int count) STBLLM_INLINED {
+      store_lanes(to + row * padded_dim + at, load<Lanes>(from + row * stride + at, count));
+    });
 }
 
 /// Keys that a tile passes in one step; state.keys and state.values hold them.
@@ -158,7 +157,7 @@ struct Step {
 };
 /// `Vectors` neighbouring vectors of rows pass a step of keys. Eight sums at a time, each in registers of its
 /// own, hide the latency of an addition.
-template <int Vectors>
+template <typename Lanes, int Vectors>
 STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t first_vector) {
   constexpr int kTogether = 8 / Vectors;  // keys, or dimensions of values, that are summed up together
   const int64_t dims = state.padded_dim, panel = dims * kLanes;
@@ -167,7 +166,7 @@ STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t f
   float *largest = state.largest + first_vector * kLanes, *total = state.total + first_vector * kLanes;
   const Lanes lowest = Lanes{} - kInfinity;
   Lanes highest[Vectors], scores[kStepKeys][Vectors];
-  for (int v = 0; v < Vectors; ++v) highest[v] = load_lanes(largest + v * kLanes);
+  for (int v = 0; v < Vectors; ++v) highest[v] = load_lanes<Lanes>(largest + v * kLanes);
   // Behind the last key the state holds keys of an earlier step, whose scores are dropped.
   for (int64_t key = 0; key < step.count; key += kTogether) {
     const float* rows = state.keys + key * dims;
@@ -175,24 +174,24 @@ STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t f
     for (int64_t d = 0; d < dims; ++d)
       for (int k = 0; k < kTogether; ++k)
         for (int v = 0; v < Vectors; ++v)
-          sums[k][v] += load_lanes(queries + v * panel + d * kLanes) * rows[k * dims + d];
+          sums[k][v] += load_lanes<Lanes>(queries + v * panel + d * kLanes) * rows[k * dims + d];
     for (int k = 0; k < kTogether && key + k < step.count; ++k)
       for (int v = 0; v < Vectors; ++v) {
         Lanes score = sums[k][v];
         if (!step.all_visible) {
-          const Lanes distance = load_lanes(state.position + (first_vector + v) * kLanes) -
+          const Lanes distance = load_lanes<Lanes>(state.position + (first_vector + v) * kLanes) -
                                  static_cast<float>(step.first + key + k);
-          score = ((distance >= 0) & (distance < static_cast<float>(step.window))) ? score : lowest;
+          score = select((distance >= 0.f) & (distance < static_cast<float>(step.window)), score, lowest);
         }
         scores[key + k][v] = score;
-        highest[v] = score > highest[v] ? score : highest[v];
+        highest[v] = select(score > highest[v], score, highest[v]);
       }
   }
   Lanes shrink[Vectors];
   for (int v = 0; v < Vectors; ++v) {
-    const Lanes base = highest[v] == lowest ? Lanes{} : highest[v];  // a row that has seen no key yet
-    shrink[v] = exp_of(load_lanes(largest + v * kLanes) - base);
-    Lanes sum = load_lanes(total + v * kLanes) * shrink[v];
+    const Lanes base = select(highest[v] == lowest, Lanes{}, highest[v]);  // a row that has seen no key yet
+    shrink[v] = exp_of(load_lanes<Lanes>(largest + v * kLanes) - base);
+    Lanes sum = load_lanes<Lanes>(total + v * kLanes) * shrink[v];
     for (int64_t key = 0; key < step.count; ++key) {
       scores[key][v] = exp_of(scores[key][v] - base);
       sum += scores[key][v];
@@ -205,7 +204,7 @@ STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t f
     Lanes sums[kTogether][Vectors];
     for (int k = 0; k < kTogether; ++k)
       for (int v = 0; v < Vectors; ++v)
-        sums[k][v] = load_lanes(out + v * panel + (d + k) * kLanes) * shrink[v];
+        sums[k][v] = load_lanes<Lanes>(out + v * panel + (d + k) * kLanes) * shrink[v];
     for (int64_t key = 0; key < step.count; ++key)
       for (int k = 0; k < kTogether; ++k)
         for (int v = 0; v < Vectors; ++v) sums[k][v] += scores[key][v] * values[key * dims + k];
@@ -215,7 +214,7 @@ STBLLM_INLINE void pass_keys(const Step& step, const TileState& state, int64_t f
 }
 
 /// Scaled queries and positions of a tile, row by row, into its state.
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void load_queries(const Tile<T>& tile, const TileState& state) {
   const Attention<T>& a = tile.a;
   const float scale = a.scale();
@@ -224,24 +223,25 @@ STBLLM_INLINE void load_queries(const Tile<T>& tile, const TileState& state) {
   for (int64_t row = 0; row < tile.rows(); ++row) {
     float* to = state.queries + row / kLanes * state.padded_dim * kLanes + row % kLanes;
     const T* from = a.query(tile.sequence, tile.head(row), tile.query(row));
-    for_each_lanes(
-        0, a.dim, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes x = load(from + at, count) * scale;
-          for (int d = 0; d < kLanes; ++d) to[(at + d) * kLanes] = x[d];
-        });
+    for_each_lanes(0, a.dim, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes x = load<Lanes>(from + at, count) * scale;
+      float values[kLanes];
+      store_lanes(values, x);
+      for (int d = 0; d < kLanes; ++d) to[(at + d) * kLanes] = values[d];
+    });
     state.position[row] = static_cast<float>(a.first + tile.query(row));
   }
 }
 
 /// out / total of a tile, row by row, into the result.
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void store_results(const Tile<T>& tile, const TileState& state) {
   const Attention<T>& a = tile.a;
   for (int64_t vector = 0; vector < tile.vectors(); ++vector) {
-    const Lanes inverse = 1 / load_lanes(state.total + vector * kLanes);
+    const Lanes inverse = 1.f / load_lanes<Lanes>(state.total + vector * kLanes);
     for (int64_t d = 0; d < a.dim; ++d) {
       float* out = state.out + (vector * state.padded_dim + d) * kLanes;
-      store_lanes(out, rounded<T>(load_lanes(out) * inverse));
+      store_lanes(out, rounded<T>(load_lanes<Lanes>(out) * inverse));
     }
   }
   for (int64_t row = 0; row < tile.rows(); ++row) {
@@ -251,35 +251,33 @@ STBLLM_INLINE void store_results(const Tile<T>& tile, const TileState& state) {
   }
 }
 
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void attend_tile_of(const Attention<T>& a, int64_t index, Buffer& buffer) {
   const Tile<T> tile(a, index);
   const int64_t vectors = tile.vectors();
   const TileState state(buffer, a.padded_dim(), vectors);
-  load_queries(tile, state);
+  load_queries<Lanes>(tile, state);
   // Keys at the first query and behind the last.
   const int64_t nearest = a.first + tile.first_query, end = nearest + tile.queries;
   for (int64_t key = a.oldest_seen(nearest); key < end; key += kStepKeys) {
     const int64_t count = std::min(kStepKeys, end - key);
-    widen(a.key(tile.sequence, tile.kv_head, key), a.key_strides[2], count, a.dim, state.padded_dim,
-          state.keys);
-    widen(a.value(tile.sequence, tile.kv_head, key), a.value_strides[2], count, a.dim, state.padded_dim,
-          state.values);
+    widen<Lanes>(a.key(tile.sequence, tile.kv_head, key), a.key_strides[2], count, a.dim, state.padded_dim,
+                 state.keys);
+    widen<Lanes>(a.value(tile.sequence, tile.kv_head, key), a.value_strides[2], count, a.dim,
+                 state.padded_dim, state.values);
     const Step step{.first = key,
                     .count = count,
                     .window = a.window,
                     .all_visible = key + count - 1 <= nearest && end - key <= a.window};
     int64_t vector = 0;
-    for (; vector + 2 <= vectors; vector += 2) pass_keys<2>(step, state, vector);
-    if (vector < vectors) pass_keys<1>(step, state, vector);
+    for (; vector + 2 <= vectors; vector += 2) pass_keys<Lanes, 2>(step, state, vector);
+    if (vector < vectors) pass_keys<Lanes, 1>(step, state, vector);
   }
-  store_results(tile, state);
+  store_results<Lanes>(tile, state);
 }
-STBLLM_CLONES void attend_tile(const Attention<float>& a, int64_t index, Buffer& buffer) {
-  attend_tile_of(a, index, buffer);
-}
-STBLLM_CLONES void attend_tile(const Attention<uint16_t>& a, int64_t index, Buffer& buffer) {
-  attend_tile_of(a, index, buffer);
+template <typename T>
+void attend_tile(const Attention<T>& a, int64_t index, Buffer& buffer) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { attend_tile_of<Lanes>(a, index, buffer); });
 }
 
 /// The three values of every part of the keys of a single query: for each head `largest`, `total`, then `out`
@@ -300,7 +298,7 @@ struct Parts {
 
 /// The single query of `Heads` neighbouring heads that share keys passes one part of them. `index` counts
 /// parts, then heads of keys, then sequences. `queries` has room for (Heads, padded_dim).
-template <int Heads, typename T>
+template <int Heads, typename Lanes, typename T>
 STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t first_head, const Parts& parts,
                                float* queries) {
   constexpr int kTogether = 4;  // keys, and vectors of values: as many loads are under way
@@ -311,23 +309,21 @@ STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t fir
   const float scale = a.scale();
   for (int h = 0; h < Heads; ++h) {
     const T* from = a.query(sequence, kv_head * parts.heads + first_head + h, 0);
-    for_each_lanes(
-        0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-          store_lanes(queries + h * padded_dim + at, load(from + at, lanes) * scale);
-        });
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) STBLLM_INLINED {
+      store_lanes(queries + h * padded_dim + at, load<Lanes>(from + at, lanes) * scale);
+    });
   }
 
-  alignas(sizeof(Lanes)) float scores[Heads][kPartKeys];
+  alignas(64) float scores[Heads][kPartKeys];
   const T* keys = a.key(sequence, kv_head, first_key);
   for (int64_t key = 0; key < count; key += kTogether) {
     Lanes sums[kTogether][Heads] = {};
-    for_each_lanes(
-        0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-          for (int k = 0; k < kTogether; ++k) {  // the last key again behind the last
-            const Lanes x = load(keys + std::min(key + k, count - 1) * a.key_strides[2] + at, lanes);
-            for (int h = 0; h < Heads; ++h) sums[k][h] += load_lanes(queries + h * padded_dim + at) * x;
-          }
-        });
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) STBLLM_INLINED {
+      for (int k = 0; k < kTogether; ++k) {  // the last key again behind the last
+        const Lanes x = load<Lanes>(keys + std::min(key + k, count - 1) * a.key_strides[2] + at, lanes);
+        for (int h = 0; h < Heads; ++h) sums[k][h] += load_lanes<Lanes>(queries + h * padded_dim + at) * x;
+      }
+    });
     for (int k = 0; k < kTogether; ++k)
       for (int h = 0; h < Heads; ++h) scores[h][key + k] = sum_of(sums[k][h]);
   }
@@ -340,7 +336,7 @@ STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t fir
     const float largest = *std::max_element(own, own + count);
     Lanes total = {};
     for (int64_t at = 0; at < end; at += kLanes) {
-      const Lanes weight = exp_of(load_lanes(own + at) - largest);
+      const Lanes weight = exp_of(load_lanes<Lanes>(own + at) - largest);
       store_lanes(own + at, weight);
       total += weight;
     }
@@ -350,11 +346,11 @@ STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t fir
   }
 
   const T* values = a.value(sequence, kv_head, first_key);
-  const auto mix = [&](int64_t at, int lanes, auto vectors) __attribute__((always_inline)) {
+  const auto mix = [&](int64_t at, int lanes, auto vectors) STBLLM_INLINED {
     Lanes sums[vectors][Heads] = {};
     for (int64_t key = 0; key < count; ++key)
       for (int v = 0; v < vectors; ++v) {
-        const Lanes x = load(values + key * a.value_strides[2] + at + v * kLanes, lanes);
+        const Lanes x = load<Lanes>(values + key * a.value_strides[2] + at + v * kLanes, lanes);
         for (int h = 0; h < Heads; ++h) sums[v][h] += x * scores[h][key];
       }
     for (int v = 0; v < vectors; ++v)
@@ -363,42 +359,37 @@ STBLLM_INLINE void attend_part(const Attention<T>& a, int64_t index, int64_t fir
   int64_t at = 0;
   for (; at + kTogether * kLanes <= a.dim; at += kTogether * kLanes)
     mix(at, kLanes, std::integral_constant<int, kTogether>());
-  for_each_lanes(
-      at, a.dim, [&](int64_t rest, int lanes) __attribute__((always_inline)) {
-        mix(rest, lanes, std::integral_constant<int, 1>());
-      });
+  for_each_lanes(at, a.dim, [&](int64_t rest, int lanes) STBLLM_INLINED {
+    mix(rest, lanes, std::integral_constant<int, 1>());
+  });
 }
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void attend_parts_of(const Attention<T>& a, int64_t begin, int64_t end, const Parts& parts,
                                    float* queries) {
   for (int64_t index = begin; index < end; ++index)
     for (int64_t head = 0; head < parts.heads; head += kPartHeads)
       switch (std::min(kPartHeads, parts.heads - head)) {
         case 1:
-          attend_part<1>(a, index, head, parts, queries);
+          attend_part<1, Lanes>(a, index, head, parts, queries);
           break;
         case 2:
-          attend_part<2>(a, index, head, parts, queries);
+          attend_part<2, Lanes>(a, index, head, parts, queries);
           break;
         case 3:
-          attend_part<3>(a, index, head, parts, queries);
+          attend_part<3, Lanes>(a, index, head, parts, queries);
           break;
         default:
-          attend_part<kPartHeads>(a, index, head, parts, queries);
+          attend_part<kPartHeads, Lanes>(a, index, head, parts, queries);
           break;
       }
 }
-STBLLM_CLONES void attend_parts(const Attention<float>& a, int64_t begin, int64_t end, const Parts& parts,
-                                float* queries) {
-  attend_parts_of(a, begin, end, parts, queries);
-}
-STBLLM_CLONES void attend_parts(const Attention<uint16_t>& a, int64_t begin, int64_t end, const Parts& parts,
-                                float* queries) {
-  attend_parts_of(a, begin, end, parts, queries);
+template <typename T>
+void attend_parts(const Attention<T>& a, int64_t begin, int64_t end, const Parts& parts, float* queries) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { attend_parts_of<Lanes>(a, begin, end, parts, queries); });
 }
 
 /// The result of every head from its parts. Afterwards `largest` holds the factor that the part was given.
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts) {
   for (int64_t row = 0; row < a.batch * a.heads; ++row) {
     const int64_t kv_item = row / parts.heads, head = row % parts.heads;
@@ -410,17 +401,18 @@ STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts) {
       *factor = std::exp(*factor - largest);
       total += *factor * *parts.total(kv_item, part, head);
     }
-    for_each_lanes(
-        0, a.dim, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-          Lanes sum = {};
-          for (int64_t part = 0; part < parts.count; ++part)
-            sum += load_lanes(parts.out(kv_item, part, head) + at) * *parts.largest(kv_item, part, head);
-          store(a.out + row * a.dim + at, rounded<T>(sum / total), lanes);
-        });
+    for_each_lanes(0, a.dim, [&](int64_t at, int lanes) STBLLM_INLINED {
+      Lanes sum = {};
+      for (int64_t part = 0; part < parts.count; ++part)
+        sum += load_lanes<Lanes>(parts.out(kv_item, part, head) + at) * *parts.largest(kv_item, part, head);
+      store(a.out + row * a.dim + at, rounded<T>(sum / total), lanes);
+    });
   }
 }
-STBLLM_CLONES void merge_parts(const Attention<float>& a, const Parts& parts) { merge_parts_of(a, parts); }
-STBLLM_CLONES void merge_parts(const Attention<uint16_t>& a, const Parts& parts) { merge_parts_of(a, parts); }
+template <typename T>
+void merge_parts(const Attention<T>& a, const Parts& parts) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { merge_parts_of<Lanes>(a, parts); });
+}
 
 template <typename T>
 void attend_by_tiles(const Attention<T>& a) {

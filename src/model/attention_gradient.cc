@@ -39,7 +39,7 @@ struct ScoreRows {
   int64_t window;                  // keys that a query sees at most
   float scale;
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void differentiate_rows_of(const ScoreRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t position = rows.first_query + row % rows.queries,
@@ -48,38 +48,33 @@ STBLLM_INLINE void differentiate_rows_of(const ScoreRows<T>& rows, int64_t begin
     float* scores = rows.scores + row * rows.keys;
     T *probability = rows.probability + row * rows.keys, *gradient = rows.gradient + row * rows.keys;
     Lanes highest = Lanes{} + scores[oldest];
-    for_each_lanes(
-        oldest, newest, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes x = load_or(scores + at, count, scores[oldest]);
-          highest = x > highest ? x : highest;
-        });
+    for_each_lanes(oldest, newest, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes x = load_or<Lanes>(scores + at, count, scores[oldest]);
+      highest = select(x > highest, x, highest);
+    });
     const float largest = largest_of(highest);
     Lanes total = {}, shared = {};
-    for_each_lanes(
-        oldest, newest, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes share = exp_of(load_or(scores + at, count, kUnseen) - largest);
-          store_lanes(scores + at, share, count);
-          total += share;
-          shared += share * load(gradient + at, count);
-        });
+    for_each_lanes(oldest, newest, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes share = exp_of(load_or<Lanes>(scores + at, count, kUnseen) - largest);
+      store_lanes(scores + at, share, count);
+      total += share;
+      shared += share * load<Lanes>(gradient + at, count);
+    });
     const float inverse = 1 / sum_of(total), mean = sum_of(shared) * inverse;
-    for_each_lanes(
-        oldest, newest, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes p = load_lanes(scores + at, count) * inverse;
-          store(probability + at, rounded<T>(p), count);
-          store(gradient + at, rounded<T>(p * (load(gradient + at, count) - mean) * rows.scale), count);
-        });
+    for_each_lanes(oldest, newest, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes p = load_lanes<Lanes>(scores + at, count) * inverse;
+      store(probability + at, rounded<T>(p), count);
+      store(gradient + at, rounded<T>(p * (load<Lanes>(gradient + at, count) - mean) * rows.scale), count);
+    });
     for (T* unseen : {probability, gradient}) {
       std::fill(unseen, unseen + oldest, T{});
       std::fill(unseen + newest, unseen + rows.keys, T{});
     }
   }
 }
-STBLLM_CLONES void differentiate_rows(const ScoreRows<float>& rows, int64_t begin, int64_t end) {
-  differentiate_rows_of(rows, begin, end);
-}
-STBLLM_CLONES void differentiate_rows(const ScoreRows<uint16_t>& rows, int64_t begin, int64_t end) {
-  differentiate_rows_of(rows, begin, end);
+template <typename T>
+void differentiate_rows(const ScoreRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { differentiate_rows_of<Lanes>(rows, begin, end); });
 }
 
 template <typename T>

@@ -19,14 +19,13 @@ namespace {
 constexpr int64_t kGrain = 1 << 14;
 
 /// 1 / the root of the mean square of a row.
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE float norm_scale(const T* x, int64_t width, float eps) {
   Lanes squares = {};
-  for_each_lanes(
-      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
-        const Lanes v = load(x + at, count);
-        squares += v * v;
-      });
+  for_each_lanes(0, width, [&](int64_t at, int count) STBLLM_INLINED {
+    const Lanes v = load<Lanes>(x + at, count);
+    squares += v * v;
+  });
   return 1 / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
 }
 
@@ -38,25 +37,22 @@ struct NormRows {
   int64_t width;
   float eps;
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = rows.x + row * rows.width;
     T* y = rows.y + row * rows.width;
-    const float scale = norm_scale(x, rows.width, rows.eps);
-    for_each_lanes(
-        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          Lanes v = rounded<T>(load(x + at, count) * scale);
-          if (rows.weight != nullptr) v = rounded<T>(v * load(rows.weight + at, count));
-          store(y + at, v, count);
-        });
+    const float scale = norm_scale<Lanes>(x, rows.width, rows.eps);
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      Lanes v = rounded<T>(load<Lanes>(x + at, count) * scale);
+      if (rows.weight != nullptr) v = rounded<T>(v * load<Lanes>(rows.weight + at, count));
+      store(y + at, v, count);
+    });
   }
 }
-STBLLM_CLONES void norm_rows(const NormRows<float>& rows, int64_t begin, int64_t end) {
-  norm_rows_of(rows, begin, end);
-}
-STBLLM_CLONES void norm_rows(const NormRows<uint16_t>& rows, int64_t begin, int64_t end) {
-  norm_rows_of(rows, begin, end);
+template <typename T>
+void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { norm_rows_of<Lanes>(rows, begin, end); });
 }
 
 /// What the norm of rows hands back: with n = x * scale, the gradient of n is g = y_gradient * weight, that
@@ -69,35 +65,32 @@ struct NormGradientRows {
   float eps;
 };
 /// Adds the rows' share to `weight_gradient` (width).
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void norm_gradient_rows_of(const NormGradientRows<T>& rows, int64_t begin, int64_t end,
                                          float* weight_gradient) {
   for (int64_t row = begin; row < end; ++row) {
     const T *x = rows.x + row * rows.width, *y_gradient = rows.y_gradient + row * rows.width;
     T* x_gradient = rows.x_gradient + row * rows.width;
-    const float scale = norm_scale(x, rows.width, rows.eps);
+    const float scale = norm_scale<Lanes>(x, rows.width, rows.eps);
     Lanes products = {};
-    for_each_lanes(
-        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          products += load(y_gradient + at, count) * load(rows.weight + at, count) * load(x + at, count);
-        });
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      products += load<Lanes>(y_gradient + at, count) * load<Lanes>(rows.weight + at, count) *
+                  load<Lanes>(x + at, count);
+    });
     const float shared = sum_of(products) * scale * scale / static_cast<float>(rows.width);
-    for_each_lanes(
-        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes v = load(x + at, count), g = load(y_gradient + at, count);
-          const Lanes change = (g * load(rows.weight + at, count) - v * shared) * scale;
-          store(x_gradient + at, rounded<T>(change), count);
-          store_lanes(weight_gradient + at, load_lanes(weight_gradient + at, count) + g * v * scale, count);
-        });
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes v = load<Lanes>(x + at, count), g = load<Lanes>(y_gradient + at, count);
+      const Lanes change = (g * load<Lanes>(rows.weight + at, count) - v * shared) * scale;
+      store(x_gradient + at, rounded<T>(change), count);
+      store_lanes(weight_gradient + at, load_lanes<Lanes>(weight_gradient + at, count) + g * v * scale,
+                  count);
+    });
   }
 }
-STBLLM_CLONES void norm_gradient_rows(const NormGradientRows<float>& rows, int64_t begin, int64_t end,
-                                      float* weight_gradient) {
-  norm_gradient_rows_of(rows, begin, end, weight_gradient);
-}
-STBLLM_CLONES void norm_gradient_rows(const NormGradientRows<uint16_t>& rows, int64_t begin, int64_t end,
-                                      float* weight_gradient) {
-  norm_gradient_rows_of(rows, begin, end, weight_gradient);
+template <typename T>
+void norm_gradient_rows(const NormGradientRows<T>& rows, int64_t begin, int64_t end, float* weight_gradient) {
+  with_lanes([&]<typename Lanes>()
+                 STBLLM_INLINED { norm_gradient_rows_of<Lanes>(rows, begin, end, weight_gradient); });
 }
 
 /// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
@@ -110,7 +103,7 @@ struct RotateRows {
   int64_t heads, tokens, width;
   int64_t batch_stride, head_stride, token_stride;  // of x and of y
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int64_t end) {
   const int64_t half = rows.width / 2;
   for (int64_t row = begin; row < end; ++row) {
@@ -119,24 +112,20 @@ STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int6
     const int64_t offset = batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride;
     const T *x = rows.x + offset, *cos = rows.cos + token * rows.width, *sin = rows.sin + token * rows.width;
     T* y = rows.y + offset;
-    for_each_lanes(
-        0, half, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes low = load(x + at, count), high = load(x + half + at, count);
-          const auto turned = [&](Lanes straight, Lanes crossed, int64_t column)
-              __attribute__((always_inline)) {
-            return rounded<T>(rounded<T>(straight * load(cos + column, count)) +
-                              rounded<T>(crossed * load(sin + column, count)));
-          };
-          store(y + at, turned(low, -high, at), count);
-          store(y + half + at, turned(high, low, half + at), count);
-        });
+    for_each_lanes(0, half, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes low = load<Lanes>(x + at, count), high = load<Lanes>(x + half + at, count);
+      const auto turned = [&](const Lanes& straight, const Lanes& crossed, int64_t column) STBLLM_INLINED {
+        return rounded<T>(rounded<T>(straight * load<Lanes>(cos + column, count)) +
+                          rounded<T>(crossed * load<Lanes>(sin + column, count)));
+      };
+      store(y + at, turned(low, -high, at), count);
+      store(y + half + at, turned(high, low, half + at), count);
+    });
   }
 }
-STBLLM_CLONES void rotate_rows(const RotateRows<float>& rows, int64_t begin, int64_t end) {
-  rotate_rows_of(rows, begin, end);
-}
-STBLLM_CLONES void rotate_rows(const RotateRows<uint16_t>& rows, int64_t begin, int64_t end) {
-  rotate_rows_of(rows, begin, end);
+template <typename T>
+void rotate_rows(const RotateRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { rotate_rows_of<Lanes>(rows, begin, end); });
 }
 
 template <typename T>
@@ -145,19 +134,17 @@ struct Gates {
   const T* up;
   T* y;
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void multiply_gates_of(const Gates<T>& gates, int64_t begin, int64_t end) {
-  for_each_lanes(
-      begin, end, [&](int64_t at, int count) __attribute__((always_inline)) {
-        const Lanes x = load(gates.gate + at, count);
-        store(gates.y + at, rounded<T>(rounded<T>(x / (1 + exp_of(-x))) * load(gates.up + at, count)), count);
-      });
+  for_each_lanes(begin, end, [&](int64_t at, int count) STBLLM_INLINED {
+    const Lanes x = load<Lanes>(gates.gate + at, count);
+    store(gates.y + at, rounded<T>(rounded<T>(x / (1.f + exp_of(-x))) * load<Lanes>(gates.up + at, count)),
+          count);
+  });
 }
-STBLLM_CLONES void multiply_gates(const Gates<float>& gates, int64_t begin, int64_t end) {
-  multiply_gates_of(gates, begin, end);
-}
-STBLLM_CLONES void multiply_gates(const Gates<uint16_t>& gates, int64_t begin, int64_t end) {
-  multiply_gates_of(gates, begin, end);
+template <typename T>
+void multiply_gates(const Gates<T>& gates, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { multiply_gates_of<Lanes>(gates, begin, end); });
 }
 
 template <typename T>
@@ -165,21 +152,18 @@ struct GateGradients {
   const T *gate, *up, *y_gradient;
   T *gate_gradient, *up_gradient;
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void gate_gradients_of(const GateGradients<T>& gates, int64_t begin, int64_t end) {
-  for_each_lanes(
-      begin, end, [&](int64_t at, int count) __attribute__((always_inline)) {
-        const Lanes x = load(gates.gate + at, count), g = load(gates.y_gradient + at, count);
-        const Lanes share = 1 / (1 + exp_of(-x)), slope = share * (1 + x * (1 - share));
-        store(gates.gate_gradient + at, rounded<T>(g * load(gates.up + at, count) * slope), count);
-        store(gates.up_gradient + at, rounded<T>(g * x * share), count);
-      });
+  for_each_lanes(begin, end, [&](int64_t at, int count) STBLLM_INLINED {
+    const Lanes x = load<Lanes>(gates.gate + at, count), g = load<Lanes>(gates.y_gradient + at, count);
+    const Lanes share = 1.f / (1.f + exp_of(-x)), slope = share * (1.f + x * (1.f - share));
+    store(gates.gate_gradient + at, rounded<T>(g * load<Lanes>(gates.up + at, count) * slope), count);
+    store(gates.up_gradient + at, rounded<T>(g * x * share), count);
+  });
 }
-STBLLM_CLONES void gate_gradients(const GateGradients<float>& gates, int64_t begin, int64_t end) {
-  gate_gradients_of(gates, begin, end);
-}
-STBLLM_CLONES void gate_gradients(const GateGradients<uint16_t>& gates, int64_t begin, int64_t end) {
-  gate_gradients_of(gates, begin, end);
+template <typename T>
+void gate_gradients(const GateGradients<T>& gates, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { gate_gradients_of<Lanes>(gates, begin, end); });
 }
 
 /// Rows of logits, `width` each.
@@ -196,46 +180,41 @@ constexpr float kNoLogit = -1e30f;
 struct SoftmaxScale {
   float largest, total;
 };
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE SoftmaxScale softmax_scale(const T* row, int64_t width) {
   Lanes largest = Lanes{} + kNoLogit;
-  for_each_lanes(
-      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
-        const Lanes x = load_or(row + at, count, kNoLogit);
-        largest = x > largest ? x : largest;
-      });
+  for_each_lanes(0, width, [&](int64_t at, int count) STBLLM_INLINED {
+    const Lanes x = load_or<Lanes>(row + at, count, kNoLogit);
+    largest = select(x > largest, x, largest);
+  });
   SoftmaxScale scale{.largest = largest_of(largest), .total = 0};
   Lanes total = {};
-  for_each_lanes(
-      0, width, [&](int64_t at, int count) __attribute__((always_inline)) {
-        total += exp_of(load_or(row + at, count, kNoLogit) - scale.largest);
-      });
+  for_each_lanes(0, width, [&](int64_t at, int count) STBLLM_INLINED {
+    total += exp_of(load_or<Lanes>(row + at, count, kNoLogit) - scale.largest);
+  });
   scale.total = sum_of(total);
   return scale;
 }
-template <typename T>
+template <typename Lanes, typename T>
 STBLLM_INLINE void diverge_rows_of(const LogitRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T *teacher = rows.teacher + row * rows.width, *student = rows.student + row * rows.width;
-    const SoftmaxScale t = softmax_scale(teacher, rows.width), s = softmax_scale(student, rows.width);
+    const SoftmaxScale t = softmax_scale<Lanes>(teacher, rows.width),
+                       s = softmax_scale<Lanes>(student, rows.width);
     Lanes sum = {};
-    for_each_lanes(
-        0, rows.width, [&](int64_t at, int count) __attribute__((always_inline)) {
-          const Lanes a = load_or(teacher + at, count, kNoLogit) - t.largest,
-                      b = load_or(student + at, count, kNoLogit) - s.largest;
-          const Lanes p = exp_of(a) * (1 / t.total), q = exp_of(b) * (1 / s.total);
-          sum += p * (a - b);
-          if (rows.gradient != nullptr)
-            store(rows.gradient + row * rows.width + at, rounded<T>(q - p), count);
-        });
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes a = load_or<Lanes>(teacher + at, count, kNoLogit) - t.largest,
+                  b = load_or<Lanes>(student + at, count, kNoLogit) - s.largest;
+      const Lanes p = exp_of(a) * (1 / t.total), q = exp_of(b) * (1 / s.total);
+      sum += p * (a - b);
+      if (rows.gradient != nullptr) store(rows.gradient + row * rows.width + at, rounded<T>(q - p), count);
+    });
     rows.divergence[row] = sum_of(sum) - std::log(t.total / s.total);
   }
 }
-STBLLM_CLONES void diverge_rows(const LogitRows<float>& rows, int64_t begin, int64_t end) {
-  diverge_rows_of(rows, begin, end);
-}
-STBLLM_CLONES void diverge_rows(const LogitRows<uint16_t>& rows, int64_t begin, int64_t end) {
-  diverge_rows_of(rows, begin, end);
+template <typename T>
+void diverge_rows(const LogitRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { diverge_rows_of<Lanes>(rows, begin, end); });
 }
 
 template <typename T>

@@ -56,13 +56,14 @@ namespace {
 /// Columns of H that are multiplied at a time: wide enough for full-speed products.
 constexpr int64_t kPanel = 256;
 
-STBLLM_CLONES float dot(const float* a, const float* b, int64_t count) {
-  Lanes sums = {};
-  for_each_lanes(
-      0, count, [&](int64_t at, int lanes) __attribute__((always_inline)) {
-        sums += load_lanes(a + at, lanes) * load_lanes(b + at, lanes);
-      });
-  return sum_of(sums);
+float dot(const float* a, const float* b, int64_t count) {
+  return with_lanes([&]<typename Lanes>() STBLLM_INLINED {
+    Lanes sums = {};
+    for_each_lanes(0, count, [&](int64_t at, int lanes) STBLLM_INLINED {
+      sums += load_lanes<Lanes>(a + at, lanes) * load_lanes<Lanes>(b + at, lanes);
+    });
+    return sum_of(sums);
+  });
 }
 
 /// tr(D H D^T) for a symmetric H: panels on and above its diagonal, those above count twice.

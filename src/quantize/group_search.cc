@@ -103,78 +103,84 @@ namespace {
 
 /// The loop over all states, for a fixed number of kept weights so that it unrolls; two vectors of rows share
 /// what is read for a state. negated: -1 where the negative of the state is meant, else 0.
-template <int kKept>
+template <typename Lanes, int kKept>
 STBLLM_INLINE void scan_states(const GroupTable& table, const float (*target)[kTileRows], const float* scale,
                                int32_t* best_state, int32_t* negated) {
   const auto states = static_cast<int32_t>(table.codebook->states());
   const uint8_t* positions = table.codebook->positions(0);
   const float *coefficients = table.coefficient.data(), *half_energy = table.half_energy.data();
   for (int first = 0; first < kTileRows; first += 2 * kLanes) {
-    const Lanes a[] = {load_lanes(scale + first), load_lanes(scale + first + kLanes)};
+    const Lanes a[] = {load_lanes<Lanes>(scale + first), load_lanes<Lanes>(scale + first + kLanes)};
     Lanes cost_min[] = {std::numeric_limits<float>::infinity() + Lanes{},
                         std::numeric_limits<float>::infinity() + Lanes{}};
     Lanes dot_min[] = {{}, {}};
-    IntLanes state_min[] = {{}, {}};
+    IntLanes<Lanes> state_min[] = {{}, {}};
     for (int32_t state = 0; state < states; ++state) {
       for (int half = 0; half < 2; ++half) {
         Lanes dot = {};
         for (int k = 0; k < kKept; ++k)
           dot += coefficients[state * kKept + k] *
-                 load_lanes(&target[positions[state * kKept + k]][first + half * kLanes]);
+                 load_lanes<Lanes>(&target[positions[state * kKept + k]][first + half * kLanes]);
         const Lanes cost =
             a[half] * half_energy[state] - magnitude_of(dot);  // over 2 a, which is the same for all states
-        const IntLanes better = cost < cost_min[half];
-        cost_min[half] = better ? cost : cost_min[half];
-        dot_min[half] = better ? dot : dot_min[half];
-        state_min[half] = better ? state + IntLanes{} : state_min[half];
+        const IntLanes<Lanes> better = cost < cost_min[half];
+        cost_min[half] = select(better, cost, cost_min[half]);
+        dot_min[half] = select(better, dot, dot_min[half]);
+        state_min[half] = select(better, state + IntLanes<Lanes>{}, state_min[half]);
       }
     }
-    const IntLanes below_zero[] = {dot_min[0] < 0, dot_min[1] < 0};
+    const IntLanes<Lanes> below_zero[] = {dot_min[0] < 0.f, dot_min[1] < 0.f};
     std::memcpy(best_state + first, state_min, sizeof(state_min));
     std::memcpy(negated + first, below_zero, sizeof(below_zero));
   }
 }
 
-#define STBLLM_SCAN(kept)                                                                     \
-  STBLLM_CLONES void scan_##kept(const GroupTable& table, const float(*target)[kTileRows],    \
-                                 const float* scale, int32_t* best_state, int32_t* negated) { \
-    scan_states<kept>(table, target, scale, best_state, negated);                             \
-  }
-STBLLM_SCAN(1)
-STBLLM_SCAN(2)
-STBLLM_SCAN(3)
-STBLLM_SCAN(4)
-STBLLM_SCAN(5)
-STBLLM_SCAN(6)
-STBLLM_SCAN(7)
-STBLLM_SCAN(8)
-#undef STBLLM_SCAN
+template <int kKept>
+void scan(const GroupTable& table, const float (*target)[kTileRows], const float* scale, int32_t* best_state,
+          int32_t* negated) {
+  with_lanes([&]<typename Lanes>()
+                 STBLLM_INLINED { scan_states<Lanes, kKept>(table, target, scale, best_state, negated); });
+}
 
 /// symbols[c][lane] = those of the lane's state, or of its negative.
-STBLLM_CLONES void spread_symbols(const GroupCodebook& codebook, const int32_t* state, const int32_t* negated,
-                                  int width, int8_t (*symbols)[kTileRows]) {
+template <typename Lanes>
+STBLLM_INLINE void spread_symbols_of(const GroupCodebook& codebook, const int32_t* state,
+                                     const int32_t* negated, int width, int8_t (*symbols)[kTileRows]) {
   for (int word = 0; word < codebook.words(); ++word)
     for (int first = 0; first < kTileRows; first += kLanes) {
-      IntLanes four, sign;
+      int32_t words[kLanes];
       for (int lane = 0; lane < kLanes; ++lane)
-        four[lane] =
+        words[lane] =
             static_cast<int32_t>(codebook.packed()[int64_t{state[first + lane]} * codebook.words() + word]);
-      std::memcpy(&sign, negated + first, sizeof(sign));
+      const auto four = load_vector<IntLanes<Lanes>>(words),
+                 sign = load_vector<IntLanes<Lanes>>(negated + first);
       for (int c = 4 * word; c < std::min(4 * word + 4, width); ++c)
         store_byte_lanes(symbols[c] + first, (signed_bytes_of(four, c % 4) ^ sign) - sign);
     }
 }
+void spread_symbols(const GroupCodebook& codebook, const int32_t* state, const int32_t* negated, int width,
+                    int8_t (*symbols)[kTileRows]) {
+  with_lanes([&]<typename Lanes>()
+                 STBLLM_INLINED { spread_symbols_of<Lanes>(codebook, state, negated, width, symbols); });
+}
 
-STBLLM_CLONES void dequantize_column(const int8_t* symbols, const float* level, const float* scale,
-                                     float* values) {
+template <typename Lanes>
+STBLLM_INLINE void dequantize_column_of(const int8_t* symbols, const float* level, const float* scale,
+                                        float* values) {
   for (int first = 0; first < kTileRows; first += kLanes) {
-    const IntLanes symbol = load_byte_lanes(symbols + first), sign = symbol & INT32_MIN,
-                   index = symbol < 0 ? -symbol : symbol;
-    Lanes value = index == 1 ? level[0] + Lanes{} : Lanes{};
-    value = index == 2 ? level[1] + Lanes{} : value;
-    value = index == 3 ? level[2] + Lanes{} : value;
-    store_lanes(values + first, (Lanes)((IntLanes)(load_lanes(scale + first) * value) | sign));
+    const IntLanes<Lanes> symbol = load_byte_lanes<Lanes>(symbols + first),
+                          index = select(symbol < 0, -symbol, symbol);
+    const Lanes zero = {};
+    Lanes value = select(index == 1, zero + level[0], zero);
+    value = select(index == 2, zero + level[1], value);
+    value = select(index == 3, zero + level[2], value);
+    store_lanes(values + first,
+                with_signs_of(load_lanes<Lanes>(scale + first) * value, bits_as<float>(symbol)));
   }
+}
+void dequantize_column(const int8_t* symbols, const float* level, const float* scale, float* values) {
+  with_lanes([&]<typename Lanes>()
+                 STBLLM_INLINED { dequantize_column_of<Lanes>(symbols, level, scale, values); });
 }
 
 }  // namespace
@@ -183,7 +189,8 @@ void best_codes(const GroupTable& table, const float (*target)[kTileRows], const
                 int8_t (*symbols)[kTileRows]) {
   alignas(64) int32_t state[kTileRows], negated[kTileRows];
   using Scan = void (*)(const GroupTable&, const float(*)[kTileRows], const float*, int32_t*, int32_t*);
-  static constexpr Scan kScan[] = {nullptr, scan_1, scan_2, scan_3, scan_4, scan_5, scan_6, scan_7, scan_8};
+  static constexpr Scan kScan[] = {nullptr, scan<1>, scan<2>, scan<3>, scan<4>,
+                                   scan<5>, scan<6>, scan<7>, scan<8>};
   const int kept = table.codebook->kept();
   STBLLM_CHECK(kept <= 8, "{} kept weights in an enumerated group", kept);
   kScan[kept](table, target, scale, state, negated);

@@ -39,22 +39,26 @@ struct LevelSteps {
   }
   /// `x` where a latent is on level `l`, else 0. (g++ 12 takes lanes one by one where `level() == l` is
   /// asked.)
-  STBLLM_INLINE Lanes where_level_is(int l, Lanes latent, Lanes x) const {
+  template <typename Lanes>
+  STBLLM_INLINE Lanes where_level_is(int l, const Lanes& latent, Lanes x) const {
     const Lanes zero = {};
-    if (l > 0) x = magnitude_of(latent) > border[l - 1] ? x : zero;
-    if (l + 1 < count) x = magnitude_of(latent) > border[l] ? zero : x;
+    if (l > 0) x = select(magnitude_of(latent) > border[l - 1], x, zero);
+    if (l + 1 < count) x = select(magnitude_of(latent) > border[l], zero, x);
     return x;
   }
-  STBLLM_INLINE IntLanes level(Lanes latent) const {
-    IntLanes level = {};
+  template <typename Lanes>
+  STBLLM_INLINE IntLanes<Lanes> level(const Lanes& latent) const {
+    IntLanes<Lanes> level = {};
     for (const float b : border) level -= magnitude_of(latent) > b;  // a comparison that holds gives -1
     return level;
   }
-  STBLLM_INLINE Lanes value(Lanes latent) const {
-    Lanes v = base + Lanes{};
+  template <typename Lanes>
+  STBLLM_INLINE Lanes value(const Lanes& latent) const {
+    const Lanes zero = {};
+    Lanes v = zero + base;
     for (int l = 0; l < kMaxLevels - 1; ++l)
-      v += magnitude_of(latent) > border[l] ? step[l] + Lanes{} : Lanes{};
-    return (Lanes)((IntLanes)v | ((IntLanes)latent & INT32_MIN));
+      v += select(magnitude_of(latent) > border[l], zero + step[l], zero);
+    return with_signs_of(v, latent);
   }
 };
 
@@ -76,16 +80,20 @@ constexpr Rotations<M> kRotations;
 
 /// -1 for the `keep` largest magnitudes of each group of M, the earlier column first among equals, else 0.
 /// The last group of a row may be narrower than M: what lies behind it counts as zeros.
-template <int M>
-STBLLM_INLINE IntLanes keep_largest(Lanes latent, int keep) {
+template <int M, typename Lanes>
+STBLLM_INLINE IntLanes<Lanes> keep_largest(const Lanes& latent, int keep) {
   const Lanes magnitude = magnitude_of(latent);
-  IntLanes before = {};  // how many of the group come first
-  for (int r = 1; r < M; ++r) {
-    const Lanes other = shuffle(magnitude, kRotations<M>.partner[r]);
-    IntLanes wrapped;
-    std::memcpy(&wrapped, kRotations<M>.wrapped[r].data(), sizeof(wrapped));
-    before -= (other > magnitude) | ((other == magnitude) & wrapped);
-  }
+  IntLanes<Lanes> before = {};  // how many of the group come first
+  const auto count = [&]<int... R>(std::integer_sequence<int, R...>) STBLLM_INLINED {
+    (
+        [&]() STBLLM_INLINED {
+          const Lanes other = shuffle<kRotations<M>.partner[R + 1]>(magnitude);
+          const auto wrapped = load_vector<IntLanes<Lanes>>(kRotations<M>.wrapped[R + 1].data());
+          before -= (other > magnitude) | ((other == magnitude) & wrapped);
+        }(),
+        ...);
+  };
+  count(std::make_integer_sequence<int, M - 1>());
   return before < keep;
 }
 
@@ -94,11 +102,13 @@ struct Products {
   void* data;
   bool bfloat16;
 
+  template <typename Lanes>
   STBLLM_INLINE Lanes load(int64_t first, int count) const {
-    return bfloat16 ? load_bfloat16_lanes(static_cast<const uint16_t*>(data) + first, count)
-                    : load_lanes(static_cast<const float*>(data) + first, count);
+    return bfloat16 ? load_bfloat16_lanes<Lanes>(static_cast<const uint16_t*>(data) + first, count)
+                    : load_lanes<Lanes>(static_cast<const float*>(data) + first, count);
   }
-  STBLLM_INLINE void store(int64_t first, Lanes x, int count) const {
+  template <typename Lanes>
+  STBLLM_INLINE void store(int64_t first, const Lanes& x, int count) const {
     if (bfloat16)
       store_bfloat16_lanes(static_cast<uint16_t*>(data) + first, round_to_bfloat16(x), count);
     else
@@ -121,8 +131,9 @@ struct Row {
   int column_block, keep;
   float gain;
 
+  template <typename Lanes>
   STBLLM_INLINE Lanes latents(int64_t first, int count) const {
-    return __builtin_convertvector(load_short_lanes(latent + first, count), Lanes) * latent_step;
+    return converted<float>(load_short_lanes<Lanes>(latent + first, count)) * latent_step;
   }
 };
 
@@ -140,81 +151,79 @@ STBLLM_INLINE void for_each_scaled_lanes(const Row& row, const Visit& visit) {
   for (int64_t block = 0, begin = 0; begin < row.cols; ++block, begin += row.column_block) {
     const int64_t end = std::min(row.cols, begin + row.column_block);
     const float scale = row.unit_scales[block] * row.gain;
-    for_each_lanes(
-        begin,
-        end, [&](int64_t first, int count) __attribute__((always_inline)) { visit(first, count, scale); });
+    for_each_lanes(begin, end, [&](int64_t first, int count) STBLLM_INLINED { visit(first, count, scale); });
   }
 }
 
-template <int M>
+template <int M, typename Lanes>
 STBLLM_INLINE void project_row_of(const Row& row, const LevelSteps& levels) {
-  for_each_scaled_lanes(
-      row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-        const Lanes latent = row.latents(first, count);
-        const IntLanes kept = keep_largest<M>(latent, row.keep);
-        row.values.store(first, (Lanes)((IntLanes)(levels.value(latent) * scale) & kept), count);
-        if (row.symbols == nullptr) return;
-        const IntLanes symbol = (1 + levels.level(latent)) & kept;
-        for (int j = 0; j < count; ++j)
-          row.symbols[first + j] = static_cast<int8_t>(std::signbit(latent[j]) ? -symbol[j] : symbol[j]);
-      });
+  for_each_scaled_lanes(row, [&](int64_t first, int count, float scale) STBLLM_INLINED {
+    const Lanes latent = row.latents<Lanes>(first, count);
+    const IntLanes<Lanes> kept = keep_largest<M>(latent, row.keep);
+    row.values.store(first, masked<Lanes>(levels.value(latent) * scale, kept), count);
+    if (row.symbols == nullptr) return;
+    const IntLanes<Lanes> symbol = (1 + levels.level(latent)) & kept, sign = bits_as<int32_t>(latent) >> 31;
+    int8_t symbols[kLanes];
+    store_byte_lanes(symbols, (symbol ^ sign) - sign);
+    std::copy_n(symbols, count, row.symbols + first);
+  });
 }
 
 /// In steps, rounded up with the chance of what is left, within the range of 16 bits.
-STBLLM_INLINE IntLanes round_latents(Lanes latent, float latent_step, Lanes chances) {
+template <typename Lanes>
+STBLLM_INLINE IntLanes<Lanes> round_latents(const Lanes& latent, float latent_step, const Lanes& chances) {
   constexpr float kLimit = std::numeric_limits<int16_t>::max();
   Lanes steps = latent / latent_step + chances;
   const Lanes zero = {}, limit = zero + kLimit;
-  steps = steps > limit ? limit : steps;
-  steps = steps < -limit ? -limit : steps;
-  const IntLanes towards_zero = __builtin_convertvector(steps, IntLanes);
-  return towards_zero + (__builtin_convertvector(towards_zero, Lanes) > steps);  // -1 where that was upwards
+  steps = select(steps > limit, limit, steps);
+  steps = select(steps < -limit, -limit, steps);
+  const IntLanes<Lanes> towards_zero = converted<int32_t>(steps);
+  return towards_zero + (converted<float>(towards_zero) > steps);  // -1 where that was upwards
 }
 
 /// Moves the latents; adds the row's share of the gradients of the levels' gains, whose sum is that of the
 /// row's own gain.
-template <int M>
+template <int M, typename Lanes>
 STBLLM_INLINE void step_row_of(const Row& row, const LatentMove& move, const LevelSteps& levels,
                                const AdamStep& adam, float* level_gradient) {
   Lanes sums[kMaxLevels] = {};
-  for_each_scaled_lanes(
-      row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-        const Lanes latent = row.latents(first, count), gradient = row.values.load(first, count) * scale;
-        const IntLanes kept = keep_largest<M>(latent, row.keep);
-        const Lanes share = (Lanes)((IntLanes)(gradient * levels.value(latent)) & kept);
-        for (int l = 0; l < levels.count; ++l) sums[l] += levels.where_level_is(l, latent, share);
-        if (move.mean == nullptr) return;
-        Lanes mean = load_bfloat16_lanes(move.mean + first, count);
-        const Lanes square = load_lanes(move.column_square + first, count) * move.row_square;
-        const Lanes moved = latent + adam.with_square(gradient, mean, square);
-        const Lanes chances = rounding_chances(move.rounding_seed, move.place + static_cast<uint32_t>(first));
-        store_short_lanes(row.latent + first, round_latents(moved, row.latent_step, chances), count);
-        store_bfloat16_lanes(move.mean + first, round_to_bfloat16(mean), count);
-      });
-  for (int l = 0; l < levels.count; ++l)
-    for (int lane = 0; lane < kLanes; ++lane) level_gradient[l] += sums[l][lane];
+  for_each_scaled_lanes(row, [&](int64_t first, int count, float scale) STBLLM_INLINED {
+    const Lanes latent = row.latents<Lanes>(first, count),
+                gradient = row.values.load<Lanes>(first, count) * scale;
+    const IntLanes<Lanes> kept = keep_largest<M>(latent, row.keep);
+    const Lanes share = masked<Lanes>(gradient * levels.value(latent), kept);
+    for (int l = 0; l < kMaxLevels; ++l)
+      if (l < levels.count) sums[l] += levels.where_level_is(l, latent, share);
+    if (move.mean == nullptr) return;
+    Lanes mean = load_bfloat16_lanes<Lanes>(move.mean + first, count);
+    const Lanes square = load_lanes<Lanes>(move.column_square + first, count) * move.row_square;
+    const Lanes moved = latent + adam.with_square(gradient, mean, square);
+    const Lanes chances =
+        rounding_chances<Lanes>(move.rounding_seed, move.place + static_cast<uint32_t>(first));
+    store_short_lanes(row.latent + first, round_latents(moved, row.latent_step, chances), count);
+    store_bfloat16_lanes(move.mean + first, round_to_bfloat16(mean), count);
+  });
+  for (int l = 0; l < kMaxLevels; ++l) {
+    float lanes[kLanes];
+    store_lanes(lanes, sums[l]);
+    if (l < levels.count)
+      for (const float lane : lanes) level_gradient[l] += lane;
+  }
 }
 
-STBLLM_CLONES void project_row_4(const Row& row, const LevelSteps& levels) { project_row_of<4>(row, levels); }
-STBLLM_CLONES void project_row_8(const Row& row, const LevelSteps& levels) { project_row_of<8>(row, levels); }
-STBLLM_CLONES void project_row_16(const Row& row, const LevelSteps& levels) {
-  project_row_of<16>(row, levels);
+template <int M>
+void project_row_with(const Row& row, const LevelSteps& levels) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { project_row_of<M, Lanes>(row, levels); });
 }
-STBLLM_CLONES void step_row_4(const Row& row, const LatentMove& move, const LevelSteps& levels,
-                              const AdamStep& adam, float* level_gradient) {
-  step_row_of<4>(row, move, levels, adam, level_gradient);
-}
-STBLLM_CLONES void step_row_8(const Row& row, const LatentMove& move, const LevelSteps& levels,
-                              const AdamStep& adam, float* level_gradient) {
-  step_row_of<8>(row, move, levels, adam, level_gradient);
-}
-STBLLM_CLONES void step_row_16(const Row& row, const LatentMove& move, const LevelSteps& levels,
-                               const AdamStep& adam, float* level_gradient) {
-  step_row_of<16>(row, move, levels, adam, level_gradient);
+template <int M>
+void step_row_with(const Row& row, const LatentMove& move, const LevelSteps& levels, const AdamStep& adam,
+                   float* level_gradient) {
+  with_lanes([&]<typename Lanes>()
+                 STBLLM_INLINED { step_row_of<M, Lanes>(row, move, levels, adam, level_gradient); });
 }
 
 void project_row(int group, const Row& row, const LevelSteps& levels) {
-  (group == 4 ? project_row_4 : group == 8 ? project_row_8 : project_row_16)(row, levels);
+  (group == 4 ? project_row_with<4> : group == 8 ? project_row_with<8> : project_row_with<16>)(row, levels);
 }
 
 /// The levels of now, and those that latents belong to.
@@ -238,15 +247,16 @@ Row row_of(const LatentState& state, int64_t r, const Products& values) {
 }
 
 /// Adds the squares of a row's gradients to `column_sums` (cols), and returns their sum.
-STBLLM_CLONES float add_squares(const Row& row, float* column_sums) {
-  Lanes sum = {};
-  for_each_scaled_lanes(
-      row, [&](int64_t first, int count, float scale) __attribute__((always_inline)) {
-        const Lanes gradient = row.values.load(first, count) * scale, square = gradient * gradient;
-        store_lanes(column_sums + first, load_lanes(column_sums + first, count) + square, count);
-        sum += square;
-      });
-  return sum_of(sum);
+float add_squares(const Row& row, float* column_sums) {
+  return with_lanes([&]<typename Lanes>() STBLLM_INLINED {
+    Lanes sum = {};
+    for_each_scaled_lanes(row, [&](int64_t first, int count, float scale) STBLLM_INLINED {
+      const Lanes gradient = row.values.load<Lanes>(first, count) * scale, square = gradient * gradient;
+      store_lanes(column_sums + first, load_lanes<Lanes>(column_sums + first, count) + square, count);
+      sum += square;
+    });
+    return sum_of(sum);
+  });
 }
 
 /// Takes the squares of a gradient into the averages of rows and columns. Returns the mean of those of the
@@ -289,7 +299,7 @@ void project(const LatentState& state, const at::Tensor& symbols) {
       project_row(state.nm.group, row, levels);
       for (int64_t k = 0; k < outliers; ++k)
         values.store(state.outlier_columns.const_data_ptr<int64_t>()[k],
-                     Lanes{} + state.outlier_values.const_data_ptr<float>()[r * outliers + k], 1);
+                     NativeLanes{} + state.outlier_values.const_data_ptr<float>()[r * outliers + k], 1);
     }
   });
 }
@@ -302,7 +312,7 @@ void step(const LatentState& state, const at::Tensor& gradient, const TuneRates&
   const LevelSteps levels = level_steps(state);
   const at::Tensor level_gradients = at::zeros({rows, level_count}, at::kFloat);
   const int group = state.nm.group;
-  const auto step_row = group == 4 ? step_row_4 : group == 8 ? step_row_8 : step_row_16;
+  const auto step_row = group == 4 ? step_row_with<4> : group == 8 ? step_row_with<8> : step_row_with<16>;
   const double row_mean = move_latents ? update_squares(state, gradient) : 0;
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

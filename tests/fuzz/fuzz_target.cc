@@ -31,12 +31,13 @@ class Directory {
   fs::path path_;
 };
 
-/// Where the JSON object that starts at `begin` ends; text.size() when it does not. Its branches say nothing about
-/// the reader, so they are not counted as coverage.
+/// Where the JSON object that starts at `begin` ends; text.size() when it does not. Its branches say nothing
+/// about the reader, so they are not counted as coverage.
 #if defined(__clang__)
 __attribute__((no_sanitize("coverage")))
 #endif
-size_t end_of_object(const std::string& text, size_t begin) {
+size_t
+end_of_object(const std::string& text, size_t begin) {
   int depth = 0;
   bool quoted = false;
   for (size_t i = begin; i < text.size(); ++i) {

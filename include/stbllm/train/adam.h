@@ -43,12 +43,13 @@ struct AdamStep {
 
   /// The same where the average of the gradient's squares is an estimate: no change exceeds the rate, as none
   /// does for long where each parameter has an average of its own.
-  STBLLM_INLINE Lanes with_square(Lanes gradient, Lanes& mean, Lanes square) const {
+  template <typename Lanes>
+  STBLLM_INLINE Lanes with_square(const Lanes& gradient, Lanes& mean, const Lanes& square) const {
     mean += static_cast<float>(1 - kMeanDecay) * (gradient - mean);
     Lanes quotient = (mean * mean_correction) / (sqrt_of(square * square_correction) + kAdamEpsilon);
     const Lanes one = Lanes{} + 1.f;
-    quotient = quotient > one ? one : quotient;
-    quotient = quotient < -one ? -one : quotient;
+    quotient = select(quotient > one, one, quotient);
+    quotient = select(quotient < -one, -one, quotient);
     return -rate * quotient;
   }
   at::Tensor with_square(const at::Tensor& gradient, const at::Tensor& mean, const at::Tensor& square) const {

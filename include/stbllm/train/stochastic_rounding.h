@@ -3,6 +3,7 @@
 // should. The chance is a hash of the number's place and of the step: the same on every device, and after a
 // resume.
 
+#include <array>
 #include <cstdint>
 
 #include "stbllm/base/lanes.h"
@@ -14,16 +15,17 @@ inline uint32_t rounding_seed(int64_t number) { return static_cast<uint32_t>(num
 
 /// Numbers from [0, 1), by the places from `first` on. The mixing of bits is lowbias32 (Chris Wellons,
 /// "Prospecting for Hash Functions", 2018).
+template <typename Lanes>
 STBLLM_INLINE Lanes rounding_chances(uint32_t seed, uint32_t first) {
-  using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
-  constexpr Words kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Words x = (kPlaces + first) ^ seed;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  x ^= x >> 16;
-  return __builtin_convertvector((IntLanes)(x >> 8), Lanes) * 0x1p-24f;
+  using Words = LanesOf<Lanes, uint32_t>;
+  constexpr std::array<uint32_t, kLanes> kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Words x = (load_vector<Words>(kPlaces.data()) + first) ^ seed;
+  x = x ^ x >> 16;
+  x = x * 0x7feb352du;
+  x = x ^ x >> 15;
+  x = x * 0x846ca68bu;
+  x = x ^ x >> 16;
+  return converted<float>(bits_as<int32_t>(x >> 8)) * 0x1p-24f;
 }
 
 }  // namespace stbllm
