@@ -102,6 +102,24 @@ void look_up(const MatrixView& m, const LookupPass& pass) {
   }
 }
 
+// The tables of a chunk's groups of Group columns with Levels levels, from the integers of each level.
+template <int Group, int Levels>
+void tabulate_groups(const int16_t (*integers)[kChunkColumns], const int16_t (*signs)[kEntries],
+                     uint8_t* tables) {
+  __m256i sign[Levels * Group];
+  for (int s = 0; s < Levels * Group; ++s) sign[s] = load(signs[s]);
+  for (int first = 0; first < kChunkColumns; first += Group, tables += kTableBytes) {
+    __m256i entries = _mm256_setzero_si256();
+    for (int level = 0; level < Levels; ++level)
+      for (int c = 0; c < Group; ++c)
+        entries = _mm256_add_epi16(entries, _mm256_mullo_epi16(_mm256_set1_epi16(integers[level][first + c]),
+                                                               sign[level * Group + c]));
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_and_si256(entries, _mm256_set1_epi16(255)), _mm256_srli_epi16(entries, 8));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(tables), _mm256_permute4x64_epi64(bytes, 0xd8));
+  }
+}
+
 void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, float* step) {
   *step = step_of(bound_of_chunk(m, x));
   const float inverse = *step == *step ? 1.0f / *step : 0.0f;
@@ -118,18 +136,9 @@ void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, flo
   }
   alignas(32) int16_t signs[kMaxLevels][kEntries];
   signs_of_entries(m, signs);
-  const int sources = m.group * m.levels;
-  for (int g = 0; g < kChunkColumns / m.group; ++g) {
-    __m256i entries = _mm256_setzero_si256();
-    for (int s = 0; s < sources; ++s)
-      entries = _mm256_add_epi16(
-          entries, _mm256_mullo_epi16(_mm256_set1_epi16(integers[s / m.group][g * m.group + s % m.group]),
-                                      load(signs[s])));
-    const __m256i bytes =
-        _mm256_packus_epi16(_mm256_and_si256(entries, _mm256_set1_epi16(255)), _mm256_srli_epi16(entries, 8));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(tables + g * kTableBytes),
-                       _mm256_permute4x64_epi64(bytes, 0xd8));
-  }
+  if (m.levels == 1) return tabulate_groups<2, 1>(integers, signs, tables);
+  return m.levels == 2 ? tabulate_groups<1, 2>(integers, signs, tables)
+                       : tabulate_groups<1, 3>(integers, signs, tables);
 }
 
 // --- panels ---

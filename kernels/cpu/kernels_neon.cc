@@ -103,13 +103,13 @@ void tabulate(const MatrixView& m, int sum, const float* x, uint8_t* tables, flo
     }
   int16_t signs[kMaxLevels][kEntries];
   signs_of_entries(m, signs);
-  const int sources = m.group * m.levels;
   for (int g = 0; g < kChunkColumns / m.group; ++g) {
     int16x8_t entries[2] = {vdupq_n_s16(0), vdupq_n_s16(0)};
-    for (int s = 0; s < sources; ++s)
-      for (int half = 0; half < 2; ++half)
-        entries[half] = vmlaq_n_s16(entries[half], vld1q_s16(signs[s] + 8 * half),
-                                    integers[s / m.group][g * m.group + s % m.group]);
+    for (int level = 0; level < m.levels; ++level)
+      for (int c = 0; c < m.group; ++c)
+        for (int half = 0; half < 2; ++half)
+          entries[half] = vmlaq_n_s16(entries[half], vld1q_s16(signs[level * m.group + c] + 8 * half),
+                                      integers[level][g * m.group + c]);
     const uint8x16_t first = vreinterpretq_u8_s16(entries[0]), second = vreinterpretq_u8_s16(entries[1]);
     vst1q_u8(tables + g * kTableBytes, vuzp1q_u8(first, second));
     vst1q_u8(tables + g * kTableBytes + kEntries, vuzp2q_u8(first, second));
