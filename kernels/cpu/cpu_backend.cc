@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <array>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "cpu_matrix.h"
@@ -435,10 +436,18 @@ struct LookupPlan {
   int64_t batch;   // tokens
   int64_t chunks;  // per row
   int64_t panel_chunks;
-  int64_t code_bytes = 0;          // of a chunk of all matrices
-  int64_t useful = 1;              // threads
-  float* apart_scratch = nullptr;  // (useful, thread_floats)
+  int64_t code_bytes = 0;                    // of a chunk of all matrices
+  int64_t useful = 1;                        // threads
+  int64_t table_bytes = 0, step_floats = 0;  // of a chunk and token
+  int64_t sum_floats = 0;                    // of a token
+  float* apart_scratch = nullptr;            // (useful, thread_floats)
   int64_t thread_floats = 0;
+};
+
+// What lookups write before they write the result.
+struct LookupScratch {
+  AlignedVector<uint8_t> tables;
+  AlignedVector<float> steps, sums, apart;
 };
 
 LookupPlan plan_lookups(std::span<const Product> products, const ActivationView& x) {
@@ -446,7 +455,7 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
                      .batch = std::min(kTokenBatch, x.tokens),
                      .chunks = matrix_of(products[0]).chunks,
                      .panel_chunks = 1};
-  int64_t tiles = 0, rows = 0, padded_rows = 0, table_bytes = 0, sums_of_all = 0;
+  int64_t tiles = 0, rows = 0;
   for (const Product& product : products) {
     const MatrixView& m = matrix_of(product);
     plan.lookups.push_back(
@@ -456,21 +465,23 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
     tiles += m.tiles;
     plan.code_bytes += m.tiles * m.chunk_bytes;
     rows += m.rows;
-    padded_rows += lookup.padded_rows;
-    sums_of_all += m.sums;
+    plan.sum_floats += lookup.padded_rows;
+    plan.step_floats += m.sums;
     plan.thread_floats = std::max(plan.thread_floats, apart_floats(m, plan.batch));
-    if (lookup.maker + 1 == plan.lookups.size()) table_bytes += lookup.chunk_table_bytes();
+    if (lookup.maker + 1 == plan.lookups.size()) plan.table_bytes += lookup.chunk_table_bytes();
   }
   plan.useful = useful_threads(x.tokens * rows * x.width, tiles);
-  plan.panel_chunks = std::clamp<int64_t>(kTableBudget / (plan.batch * table_bytes), 1, plan.chunks);
+  plan.panel_chunks = std::clamp<int64_t>(kTableBudget / (plan.batch * plan.table_bytes), 1, plan.chunks);
+  return plan;
+}
 
-  thread_local AlignedVector<uint8_t> table_scratch;
-  thread_local AlignedVector<float> sum_scratch, step_scratch, apart_scratch;
+// Gives a plan its places in `scratch`, which grows where it has to.
+void place_lookups(LookupPlan& plan, LookupScratch& scratch) {
   const int64_t table_count = plan.panel_chunks * plan.batch;
-  uint8_t* tables = grow(table_scratch, table_count * table_bytes);
-  float* steps = grow(step_scratch, table_count * sums_of_all);
-  float* sums = grow(sum_scratch, plan.batch * padded_rows);
-  plan.apart_scratch = grow(apart_scratch, plan.useful * plan.thread_floats);
+  uint8_t* tables = grow(scratch.tables, table_count * plan.table_bytes);
+  float* steps = grow(scratch.steps, table_count * plan.step_floats);
+  float* sums = grow(scratch.sums, plan.batch * plan.sum_floats);
+  plan.apart_scratch = grow(scratch.apart, plan.useful * plan.thread_floats);
   for (size_t i = 0; i < plan.lookups.size(); ++i) {
     Lookup& lookup = plan.lookups[i];
     lookup.sums = sums;
@@ -485,7 +496,6 @@ LookupPlan plan_lookups(std::span<const Product> products, const ActivationView&
     tables += table_count * lookup.chunk_table_bytes();
     steps += table_count * lookup.m.sums;
   }
-  return plan;
 }
 
 // The thread's tiles of a matrix: those of all matrices are dealt out by the bytes of their codes, in whole
@@ -543,9 +553,8 @@ void finish_tiles(const Kernels& kernels, const Lookup& lookup, const TileRange&
   }
 }
 
-void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
-  const LookupPlan plan = plan_lookups(products, x);
-#pragma omp parallel num_threads(team_size(plan.useful))
+// All threads of a region call this together.
+void run_lookups(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x) {
   for (int64_t first = 0; first < x.tokens; first += plan.batch) {
     const ThreadPlace place = ThreadPlace::among(plan.useful);
     const int64_t tokens = std::min(plan.batch, x.tokens - first);
@@ -584,6 +593,31 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
       finish_tiles(kernels, lookup, {place, lookup, plan.code_bytes}, x, first, tokens, scratch);
   }
 }
+
+void multiply_lookups(const Kernels& kernels, std::span<const Product> products, const ActivationView& x) {
+  thread_local LookupScratch scratch;
+  LookupPlan plan = plan_lookups(products, x);
+  place_lookups(plan, scratch);
+#pragma omp parallel num_threads(team_size(plan.useful))
+  run_lookups(kernels, plan, x);
+}
+
+class PlannedLookups : public PlannedProducts {
+ public:
+  PlannedLookups(const Kernels& kernels, std::vector<ProductSet> sets)
+      : kernels_(kernels), sets_(std::move(sets)) {
+    for (const ProductSet& set : sets_) plans_.push_back(plan_lookups(set.products, set.x));
+    for (LookupPlan& plan : plans_) place_lookups(plan, scratch_);  // until it has grown
+    for (LookupPlan& plan : plans_) place_lookups(plan, scratch_);
+  }
+  void run(size_t index) const override { run_lookups(kernels_, plans_[index], sets_[index].x); }
+
+ private:
+  const Kernels& kernels_;
+  std::vector<ProductSet> sets_;
+  std::vector<LookupPlan> plans_;
+  LookupScratch scratch_;
+};
 
 enum class Way { kPanels, kRows, kIntegers, kBfloat16, kLookups };
 
@@ -633,11 +667,7 @@ class CpuBackend : public Backend {
                   void* = nullptr) const override {
     std::vector<Product> looked_up, as_integers, as_bfloat16;
     for (const Product& product : products) {
-      const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
-      STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
-                   matrix.kernels().name, kernels_.name);
-      const MatrixView& m = matrix.view();
-      check_activations(m.rows, m.cols, x, product.y);
+      const MatrixView& m = checked_view(product, x);
       switch (way_of(kernels_, m, x)) {
         case Way::kPanels:
           multiply_panels(kernels_, m, x, product.y);
@@ -661,7 +691,22 @@ class CpuBackend : public Backend {
     if (!looked_up.empty()) multiply_lookups(kernels_, looked_up, x);
   }
 
+  std::unique_ptr<PlannedProducts> plan(std::vector<ProductSet> sets) const override {
+    for (const ProductSet& set : sets)
+      for (const Product& product : set.products)
+        if (way_of(kernels_, checked_view(product, set.x), set.x) != Way::kLookups) return nullptr;
+    return std::make_unique<PlannedLookups>(kernels_, std::move(sets));
+  }
+
  private:
+  const MatrixView& checked_view(const Product& product, const ActivationView& x) const {
+    const auto& matrix = dynamic_cast<const CpuMatrix&>(*product.matrix);
+    STBLLM_CHECK(&matrix.kernels() == &kernels_, "a matrix prepared by {} was given to {}",
+                 matrix.kernels().name, kernels_.name);
+    check_activations(matrix.view().rows, matrix.view().cols, x, product.y);
+    return matrix.view();
+  }
+
   const Kernels& kernels_;
 };
 

@@ -33,8 +33,10 @@
 
 #include "attention_gradient.h"
 #include "elements.h"
+#include "single_query.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
+#include "stbllm/base/parallel.h"
 
 namespace stbllm {
 namespace {
@@ -390,8 +392,8 @@ void attend_parts(const Attention<T>& a, int64_t begin, int64_t end, const Parts
 
 /// The result of every head from its parts. Afterwards `largest` holds the factor that the part was given.
 template <typename Lanes, typename T>
-STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts) {
-  for (int64_t row = 0; row < a.batch * a.heads; ++row) {
+STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
     const int64_t kv_item = row / parts.heads, head = row % parts.heads;
     float largest = *parts.largest(kv_item, 0, head), total = 0;
     for (int64_t part = 1; part < parts.count; ++part)
@@ -410,8 +412,8 @@ STBLLM_INLINE void merge_parts_of(const Attention<T>& a, const Parts& parts) {
   }
 }
 template <typename T>
-void merge_parts(const Attention<T>& a, const Parts& parts) {
-  with_lanes([&]<typename Lanes>() STBLLM_INLINED { merge_parts_of<Lanes>(a, parts); });
+void merge_parts(const Attention<T>& a, const Parts& parts, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { merge_parts_of<Lanes>(a, parts, begin, end); });
 }
 
 template <typename T>
@@ -426,20 +428,47 @@ void attend_by_tiles(const Attention<T>& a) {
                    });
 }
 
+/// The parts of a single query, whose memory is still to be given.
+template <typename T>
+Parts parts_of(const Attention<T>& a) {
+  return {.memory = nullptr,
+          .count = ceil_div(a.first + 1, kPartKeys),
+          .heads = a.heads_per_key(),
+          .padded_dim = a.padded_dim()};
+}
+
 template <typename T>
 void attend_by_parts(const Attention<T>& a) {
-  const int64_t kv_items = a.batch * a.kv_heads, heads = a.heads_per_key(), seen = a.first + 1;
+  const int64_t kv_items = a.batch * a.kv_heads;
   thread_local Buffer results;
-  Parts parts{
-      .memory = nullptr, .count = ceil_div(seen, kPartKeys), .heads = heads, .padded_dim = a.padded_dim()};
-  parts.memory = results.reserve(kv_items * parts.count * heads * parts.stride());
-  const int64_t products_per_part = 2 * heads * std::min(seen, kPartKeys) * a.dim;
+  Parts parts = parts_of(a);
+  parts.memory = results.reserve(kv_items * parts.count * parts.heads * parts.stride());
+  const int64_t products_per_part = 2 * parts.heads * std::min(a.first + 1, kPartKeys) * a.dim;
   at::parallel_for(0, kv_items * parts.count, std::max<int64_t>(1, kProductsPerThread / products_per_part),
                    [&](int64_t begin, int64_t end) {
                      thread_local Buffer queries;
                      attend_parts(a, begin, end, parts, queries.reserve(kPartHeads * parts.padded_dim));
                    });
-  merge_parts(a, parts);
+  merge_parts(a, parts, 0, a.batch * a.heads);
+}
+
+/// The single query of one sequence.
+Attention<uint16_t> attention_of(const SingleQuery& query) {
+  const int64_t unseen = query.window > 0 ? std::max<int64_t>(0, query.position + 1 - query.window) : 0;
+  return {.queries = query.queries,
+          .keys = query.keys + unseen * query.dim,
+          .values = query.values + unseen * query.dim,
+          .out = query.out,
+          .batch = 1,
+          .heads = query.heads,
+          .kv_heads = query.kv_heads,
+          .tokens = 1,
+          .dim = query.dim,
+          .first = query.position - unseen,
+          .window = query.position + 1,
+          .query_strides = {0, query.dim, 0},
+          .key_strides = {0, query.head_stride, query.dim},
+          .value_strides = {0, query.head_stride, query.dim}};
 }
 
 template <typename T>
@@ -487,6 +516,23 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
 };
 
 }  // namespace
+
+int64_t single_query_floats(const SingleQuery& query) {
+  const Parts parts = parts_of(attention_of(query));
+  return query.kv_heads * parts.count * parts.heads * parts.stride();
+}
+
+void attend_single_query(const SingleQuery& query, float* memory) {
+  const Attention<uint16_t> a = attention_of(query);
+  Parts parts = parts_of(a);
+  parts.memory = memory;
+  const ThreadPlace place = ThreadPlace::among(omp_get_num_threads());
+  thread_local Buffer queries;
+  attend_parts(a, place.begin(a.kv_heads * parts.count), place.end(a.kv_heads * parts.count), parts,
+               queries.reserve(kPartHeads * parts.padded_dim));
+#pragma omp barrier
+  merge_parts(a, parts, place.begin(a.heads), place.end(a.heads));
+}
 
 at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                             int64_t first, int64_t window) {

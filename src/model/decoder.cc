@@ -6,6 +6,7 @@
 #include <cmath>
 #include <span>
 
+#include "decode_step.h"
 #include "stbllm/base/error.h"
 #include "stbllm/model/packed_tensors.h"
 
@@ -102,6 +103,7 @@ Decoder Decoder::from_packed(const PackedReader& packed, const Backend& backend,
   };
   for (int64_t index = 0; index < decoder.spec_.layers; ++index)
     decoder.blocks_.push_back(load_block(decoder.spec_, index, load, make_linear));
+  decoder.decode_step_ = DecodeStep::make(decoder.spec_, decoder.blocks_, backend, dtype);
   return decoder;
 }
 
@@ -168,6 +170,11 @@ at::Tensor Decoder::forward(const at::Tensor& ids, KeyValueCache* cache) const {
   const int64_t tokens = ids.size(1);
   const Positions where = positions(first, tokens);
   at::Tensor hidden = embed(ids, first);
+  if (cache != nullptr && ids.numel() == 1 && decode_step_ != nullptr) {
+    hidden = decode_step_->run(hidden, where, *cache);
+    cache->advance(1);
+    return hidden;
+  }
   for (int64_t index = 0; index < spec_.layers; ++index)
     hidden = block(index)->forward(hidden, where, {}, cache);
   if (cache != nullptr) cache->advance(tokens);

@@ -99,10 +99,14 @@ KeyValueCache::KeyValueCache(const ModelSpec& spec, int64_t batch, int64_t capac
   }
 }
 
+void KeyValueCache::check_room(int64_t tokens) const {
+  if (length_ + tokens > capacity_)
+    fail(ErrorCode::kUsage, "a key/value cache for {} tokens cannot take {}", capacity_, length_ + tokens);
+}
+
 void KeyValueCache::append(int64_t block, at::Tensor& keys, at::Tensor& values) {
   const int64_t end = length_ + keys.size(2);
-  if (end > capacity_)
-    fail(ErrorCode::kUsage, "a key/value cache for {} tokens cannot take {}", capacity_, end);
+  check_room(keys.size(2));
   const auto store = [&](const at::Tensor& cache, at::Tensor& fresh) {
     cache.slice(2, length_, end).copy_(fresh);
     fresh = cache.slice(2, 0, end);

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "elements.h"
+#include "fused_rows.h"
 #include "stbllm/base/bits.h"
 #include "stbllm/base/error.h"
 
@@ -29,14 +30,6 @@ STBLLM_INLINE float norm_scale(const T* x, int64_t width, float eps) {
   return 1 / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
 }
 
-template <typename T>
-struct NormRows {
-  const T* x;       // (rows, width)
-  const T* weight;  // (width) or null
-  T* y;             // (rows, width)
-  int64_t width;
-  float eps;
-};
 template <typename Lanes, typename T>
 STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -50,10 +43,14 @@ STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t 
     });
   }
 }
+}  // namespace
 template <typename T>
 void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { norm_rows_of<Lanes>(rows, begin, end); });
 }
+template void norm_rows(const NormRows<float>&, int64_t, int64_t);
+template void norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
+namespace {
 
 /// What the norm of rows hands back: with n = x * scale, the gradient of n is g = y_gradient * weight, that
 /// of x is (g - n mean(g n)) * scale, and that of the weight is the sum of y_gradient * n over the rows.
@@ -93,16 +90,6 @@ void norm_gradient_rows(const NormGradientRows<T>& rows, int64_t begin, int64_t 
                  STBLLM_INLINED { norm_gradient_rows_of<Lanes>(rows, begin, end, weight_gradient); });
 }
 
-/// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
-/// them in memory.
-template <typename T>
-struct RotateRows {
-  const T* x;
-  T* y;
-  const T *cos, *sin;  // (tokens, width)
-  int64_t heads, tokens, width;
-  int64_t batch_stride, head_stride, token_stride;  // of x and of y
-};
 template <typename Lanes, typename T>
 STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int64_t end) {
   const int64_t half = rows.width / 2;
@@ -123,17 +110,15 @@ STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int6
     });
   }
 }
+}  // namespace
 template <typename T>
 void rotate_rows(const RotateRows<T>& rows, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { rotate_rows_of<Lanes>(rows, begin, end); });
 }
+template void rotate_rows(const RotateRows<float>&, int64_t, int64_t);
+template void rotate_rows(const RotateRows<uint16_t>&, int64_t, int64_t);
+namespace {
 
-template <typename T>
-struct Gates {
-  const T* gate;
-  const T* up;
-  T* y;
-};
 template <typename Lanes, typename T>
 STBLLM_INLINE void multiply_gates_of(const Gates<T>& gates, int64_t begin, int64_t end) {
   for_each_lanes(begin, end, [&](int64_t at, int count) STBLLM_INLINED {
@@ -142,10 +127,26 @@ STBLLM_INLINE void multiply_gates_of(const Gates<T>& gates, int64_t begin, int64
           count);
   });
 }
+}  // namespace
 template <typename T>
 void multiply_gates(const Gates<T>& gates, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { multiply_gates_of<Lanes>(gates, begin, end); });
 }
+template void multiply_gates(const Gates<float>&, int64_t, int64_t);
+template void multiply_gates(const Gates<uint16_t>&, int64_t, int64_t);
+
+template <typename T>
+void add_elements(const T* x, T* y, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED {
+    for_each_lanes(begin, end, [&](int64_t at, int count) STBLLM_INLINED {
+      store(y + at, rounded<T>(load<Lanes>(y + at, count) + load<Lanes>(x + at, count)), count);
+    });
+  });
+}
+template void add_elements(const float*, float*, int64_t, int64_t);
+template void add_elements(const uint16_t*, uint16_t*, int64_t, int64_t);
+
+namespace {
 
 template <typename T>
 struct GateGradients {

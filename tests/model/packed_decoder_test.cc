@@ -51,6 +51,35 @@ class PackedDecoder : public testing::Test {
     return PackedReader::open(path_);
   }
 
+  /// Every linear in a code of its own: levels, coded and other scales, outlier and salient columns.
+  PackedReader pack_codes(const TinyModel& model) {
+    const ModelSpec spec = ModelSpec::from_config(model.config);
+    PackedWriter writer(path_, /*force=*/true);
+    writer.set_metadata("config", model.config.dump());
+    for (int64_t block = 0; block < spec.layers; ++block)
+      for (const LinearSpec& linear : spec.linears(block)) {
+        Layout layout{.rows = linear.rows, .cols = linear.cols, .nm = {2, 4}};
+        switch ((static_cast<int>(linear.role) + block) % 4) {
+          case 0:
+            layout.levels = 3, layout.scale_bits = 4, layout.outliers = 2;
+            break;
+          case 1:
+            layout.nm = {3, 8}, layout.scale_bits = 5;
+            break;
+          case 2:
+            layout.nm = {4, 8}, layout.levels = 3, layout.salient = 5;
+            break;
+          default:
+            break;
+        }
+        writer.add_linear(linear.name, test::random_matrix(layout, seed_of(linear)));
+      }
+    for (const TensorSpec& tensor : spec.other_tensors()) add_dense(writer, tensor);
+    writer.finish();
+    writer.commit();
+    return PackedReader::open(path_);
+  }
+
   static uint64_t seed_of(const LinearSpec& linear) { return std::hash<std::string>()(linear.name); }
 
   void add_dense(PackedWriter& writer, const TensorSpec& tensor) {
@@ -138,6 +167,55 @@ TEST_F(PackedDecoder, GivesNoDenseWeightOfAPackedLinear) {
   EXPECT_THROW(decoder.block(0)->dense(Role::kO), std::logic_error);
 }
 
+/// Whether some backend looks products of one token up on this machine.
+const Backend* backend_with_lookups() {
+  for (const std::string_view name : available_backends())
+    if (name.starts_with("cpu-") && name != "cpu-generic") return &find_backend(name);
+  return nullptr;
+}
+
+TEST_F(PackedDecoder, ASingleTokenGetsTheSameBitsInOneRegion) {
+  if (backend_with_lookups() == nullptr) GTEST_SKIP() << "no backend looks up";
+  for (const TinyModel& model :
+       {test::tiny_llama(), test::tiny_mistral(), test::tiny_qwen2(), test::tiny_qwen3()}) {
+    const Decoder decoder = Decoder::from_packed(pack_codes(model), *backend_with_lookups(), at::kBFloat16);
+    ASSERT_TRUE(decoder.has_decode_step());
+    const c10::InferenceMode inference;
+    const at::Tensor ids = at::arange(100).mul(13).remainder(test::kTinyVocabSize).unsqueeze(0);
+    for (const int threads : {1, 2, 5}) {
+      const test::Threads several(threads);
+      // Two equal sequences take the readable path. So few tokens are looked up in either.
+      constexpr int64_t kPrompt = 3;
+      KeyValueCache cache = decoder.make_cache(1, 100), twin_cache = decoder.make_cache(2, 100);
+      for (int64_t first = 0; first < 100; first += first == 0 ? kPrompt : 1) {
+        const at::Tensor next = ids.slice(1, first, first == 0 ? kPrompt : first + 1);
+        const at::Tensor hidden = decoder.forward(next, &cache),
+                         expected = decoder.forward(next.repeat({2, 1}), &twin_cache).slice(0, 0, 1);
+        ASSERT_TRUE(at::equal(hidden, expected))
+            << model.config["model_type"] << ", " << threads << " threads, token " << first << ": "
+            << (hidden - expected).abs().max().item<float>();
+      }
+    }
+  }
+}
+
+TEST_F(PackedDecoder, OtherModelsTakeTheReadablePath) {
+  const Backend& backend = find_backend("auto");
+  EXPECT_FALSE(Decoder::from_packed(pack(test::tiny_llama()), backend, at::kBFloat16).has_decode_step());
+  EXPECT_FALSE(Decoder::from_packed(pack_codes(test::tiny_opt()), backend, at::kBFloat16).has_decode_step());
+  EXPECT_FALSE(Decoder::from_packed(pack_codes(test::tiny_llama()), backend).has_decode_step());
+}
+
+TEST_F(PackedDecoder, AFullCacheIsRefused) {
+  const Decoder decoder =
+      Decoder::from_packed(pack_codes(test::tiny_llama()), find_backend("auto"), at::kBFloat16);
+  const c10::InferenceMode inference;
+  KeyValueCache cache = decoder.make_cache(1, 2);
+  const at::Tensor id = at::ones({1, 1}, at::kLong);
+  decoder.forward(id, &cache), decoder.forward(id, &cache);
+  EXPECT_THROW(decoder.forward(id, &cache), Error);
+}
+
 /// The threads of this process by id. One that ends and is started again has another id.
 std::set<std::string> threads_of_process() {
   std::set<std::string> ids;
@@ -149,10 +227,13 @@ std::set<std::string> threads_of_process() {
 TEST_F(PackedDecoder, KeepsTheThreadsItWasGiven) {
   TinyModel model = test::tiny_llama();  // wide enough that products, norms and attention are divided
   model.config.update({{"hidden_size", 512}, {"intermediate_size", 1024}});
-  const Decoder decoder = Decoder::from_packed(pack(model), find_backend("auto"), at::kBFloat16);
   const c10::InferenceMode inference;
   const at::Tensor prompt = at::arange(60).mul(13).remainder(test::kTinyVocabSize).unsqueeze(0);
-  for (const int count : {2, 4, 8}) {  // ever more: what was started before is kept
+  const std::array decoders = {Decoder::from_packed(pack(model), find_backend("auto"), at::kBFloat16),
+                               Decoder::from_packed(pack_codes(model), find_backend("auto"), at::kBFloat16)};
+  for (const int step : {2, 3, 4, 5, 8, 9}) {  // ever more: what was started before is kept
+    const int count = step;
+    const Decoder& decoder = decoders[step % 2];
     const test::Threads threads(count);
     KeyValueCache cache = decoder.make_cache(1, 120);
     decoder.logits(decoder.forward(prompt, &cache));

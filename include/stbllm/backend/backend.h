@@ -38,6 +38,22 @@ struct Product {
   ActivationView y;
 };
 
+/// Products with the same activations.
+struct ProductSet {
+  std::vector<Product> products;
+  ActivationView x;
+};
+
+/// Sets of products whose operands keep their places, planned once. They are computed one at a time and so
+/// share the memory that they take meanwhile.
+class PlannedProducts {
+ public:
+  virtual ~PlannedProducts() = default;
+  /// Computes the products of set `index`. All threads of an OpenMP region call this together, and meet at a
+  /// barrier before it and behind it: x has to be complete, and y is complete then.
+  virtual void run(size_t index) const = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -60,6 +76,9 @@ class Backend {
                           void* stream = nullptr) const {
     for (const Product& product : products) matmul(*product.matrix, x, product.y, stream);
   }
+  /// matmul_all() of each set inside a region of the caller's, with the same results. Null where this backend
+  /// has no such thing for one of them.
+  virtual std::unique_ptr<PlannedProducts> plan(std::vector<ProductSet> /*sets*/) const { return nullptr; }
 };
 
 /// The backend of that name; "auto" is the one of backend_of_environment(), else the fastest that this

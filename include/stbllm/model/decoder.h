@@ -17,6 +17,8 @@
 
 namespace stbllm {
 
+class DecodeStep;
+
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;  ///< of weights and activations: float32 or bfloat16
   /// In which dense linears multiply; `dtype` where unset. The weights are kept in `dtype` as well.
@@ -66,8 +68,10 @@ class Decoder {
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// ids (batch, tokens) -> hidden states (batch, tokens, hidden) that leave the last block. With a cache,
-  /// ids continue what it holds, and it is advanced.
+  /// ids continue what it holds, and it is advanced. A single token goes through all blocks in one parallel
+  /// region where has_decode_step(), with the same bits.
   at::Tensor forward(const at::Tensor& ids, KeyValueCache* cache = nullptr) const;
+  bool has_decode_step() const { return decode_step_ != nullptr; }
   KeyValueCache make_cache(int64_t batch, int64_t capacity) const {
     return {spec_, batch, capacity, dtype_, device_};
   }
@@ -97,6 +101,7 @@ class Decoder {
   BlockSource load_block_;
   bool keep_blocks_ = false;
   mutable std::vector<std::shared_ptr<DecoderBlock>> blocks_;  // kept or packed ones; null: not loaded yet
+  std::shared_ptr<DecodeStep> decode_step_;                    // of a packed model that it takes, else null
 };
 
 }  // namespace stbllm

@@ -59,11 +59,17 @@ class KeyValueCache {
   /// length() + n - 1 and replaces both by views of all length() + n. Throws Error(kUsage) when they exceed
   /// the capacity.
   void append(int64_t block, at::Tensor& keys, at::Tensor& values);
+  /// Throws Error(kUsage) when `tokens` more exceed the capacity.
+  void check_room(int64_t tokens) const;
   /// To be called once `tokens` more have been appended in every block.
   void advance(int64_t tokens) { length_ += tokens; }
   /// The same tokens for each of `batch` sequences, with room for `capacity` (at least length()). This cache
   /// is one of a single sequence.
   KeyValueCache repeated(int64_t batch, int64_t capacity) const;
+  /// All memory of a block, for those who write it themselves: (batch, kv_heads, capacity(), head_dim).
+  const at::Tensor& keys(int64_t block) const { return keys_[static_cast<size_t>(block)]; }
+  const at::Tensor& values(int64_t block) const { return values_[static_cast<size_t>(block)]; }
+  int64_t capacity() const { return capacity_; }
 
  private:
   KeyValueCache() = default;

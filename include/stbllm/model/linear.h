@@ -58,6 +58,8 @@ class PackedLinear : public Linear {
   PackedLinear(const Backend& backend, const StructuredBinaryMatrix& matrix, at::Tensor bias);
   at::Tensor forward(const at::Tensor& x) const override;
   int64_t bytes() const override;
+  const PreparedMatrix& matrix() const { return *matrix_; }
+  const at::Tensor& bias() const { return bias_; }
 
  private:
   friend std::vector<at::Tensor> forward_all(std::span<const Linear* const> linears, const at::Tensor& x);
