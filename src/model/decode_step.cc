@@ -94,6 +94,8 @@ at::Tensor DecodeStep::run(const at::Tensor& hidden, const Positions& positions,
   STBLLM_CHECK(
       hidden.numel() == spec_.hidden && hidden.scalar_type() == at::kBFloat16 && positions.count == 1,
       "a step of {} elements at {} positions", hidden.numel(), positions.count);
+  STBLLM_CHECK(cache.length() == positions.first, "the cache holds {} tokens, the step stands at {}",
+               cache.length(), positions.first);
   cache.check_room(1);
   hidden_.copy_(hidden.view({1, spec_.hidden}));
   const SingleQuery query{.heads = spec_.heads,

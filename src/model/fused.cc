@@ -43,13 +43,16 @@ STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t 
     });
   }
 }
+
 }  // namespace
+
 template <typename T>
 void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { norm_rows_of<Lanes>(rows, begin, end); });
 }
 template void norm_rows(const NormRows<float>&, int64_t, int64_t);
 template void norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
+
 namespace {
 
 /// What the norm of rows hands back: with n = x * scale, the gradient of n is g = y_gradient * weight, that
@@ -110,13 +113,16 @@ STBLLM_INLINE void rotate_rows_of(const RotateRows<T>& rows, int64_t begin, int6
     });
   }
 }
+
 }  // namespace
+
 template <typename T>
 void rotate_rows(const RotateRows<T>& rows, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { rotate_rows_of<Lanes>(rows, begin, end); });
 }
 template void rotate_rows(const RotateRows<float>&, int64_t, int64_t);
 template void rotate_rows(const RotateRows<uint16_t>&, int64_t, int64_t);
+
 namespace {
 
 template <typename Lanes, typename T>
@@ -127,7 +133,9 @@ STBLLM_INLINE void multiply_gates_of(const Gates<T>& gates, int64_t begin, int64
           count);
   });
 }
+
 }  // namespace
+
 template <typename T>
 void multiply_gates(const Gates<T>& gates, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { multiply_gates_of<Lanes>(gates, begin, end); });
