@@ -47,6 +47,17 @@ fuzz() {  # target
       sed 's/^/failing input: /' >&2
     return 1
   fi
+  # What a child ran out of memory or time at may be the fault of leaks before it: alone an input shows its own.
+  local input
+  for input in "$failed/$target"-{oom,timeout}-*; do
+    if [ "$leaks" = 1 ] || [ ! -e "$input" ]; then continue; fi
+    if ! ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 "build-fuzz/fuzz_$target" -detect_leaks=0 -timeout=10 \
+        -rss_limit_mb=2560 -malloc_limit_mb=256 "$input" >>"build-fuzz/$target.log" 2>&1; then
+      printf 'failing input: %s\n' "$input" >&2
+      return 1
+    fi
+    rm "$input"
+  done
   local runs
   runs=$(sed -nE 's/^(stat::number_of_executed_units: *([0-9]+)|#([0-9]+): cov.*)/\2\3/p' "build-fuzz/$target.log" | tail -n 1)
   printf '%-16s %9s runs  %s\n' "$target" "$runs" "$(grep -oE 'DONE.*|cov: .*' "build-fuzz/$target.log" | tail -n 1)"
