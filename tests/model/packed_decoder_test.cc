@@ -167,7 +167,7 @@ TEST_F(PackedDecoder, GivesNoDenseWeightOfAPackedLinear) {
   EXPECT_THROW(decoder.block(0)->dense(Role::kO), std::logic_error);
 }
 
-/// Whether some backend looks products of one token up on this machine.
+/// The slowest backend of this machine that looks products of one token up; null where none does.
 const Backend* backend_with_lookups() {
   for (const std::string_view name : available_backends())
     if (name.starts_with("cpu-") && name != "cpu-generic") return &find_backend(name);
@@ -231,9 +231,8 @@ TEST_F(PackedDecoder, KeepsTheThreadsItWasGiven) {
   const at::Tensor prompt = at::arange(60).mul(13).remainder(test::kTinyVocabSize).unsqueeze(0);
   const std::array decoders = {Decoder::from_packed(pack(model), find_backend("auto"), at::kBFloat16),
                                Decoder::from_packed(pack_codes(model), find_backend("auto"), at::kBFloat16)};
-  for (const int step : {2, 3, 4, 5, 8, 9}) {  // ever more: what was started before is kept
-    const int count = step;
-    const Decoder& decoder = decoders[step % 2];
+  for (const int count : {2, 3, 4, 5, 8, 9}) {  // ever more: what was started before is kept
+    const Decoder& decoder = decoders[count % 2];
     const test::Threads threads(count);
     KeyValueCache cache = decoder.make_cache(1, 120);
     decoder.logits(decoder.forward(prompt, &cache));
