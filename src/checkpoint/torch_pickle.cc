@@ -1,7 +1,9 @@
 #include <ATen/ATen.h>
 #include <caffe2/serialize/inline_container.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <string>
 #include <string_view>
@@ -37,14 +39,81 @@ class MappingAdapter : public caffe2::serialize::ReadAdapterInterface {
   std::shared_ptr<const MappedFile> file_;
 };
 
+/// The directory at the end of a zip archive, as far as the sizes of its records need it (PKWARE's
+/// APPNOTE.TXT, 4.3.12 to 4.3.16 and 4.5.3). It is read where libtorch's reader finds it.
+class ZipDirectory {
+ public:
+  explicit ZipDirectory(const MappedFile& file) : file_(file) {}
+
+  /// Bytes of all records after unpacking, as the archive claims them. Throws Error(kCorrupt).
+  uint64_t unpacked_bytes() const {
+    auto [records, at] = begin();
+    uint64_t total = 0;
+    for (; records > 0; --records) {
+      if (read<uint32_t>(at) != kRecord) refuse();
+      const size_t name = read<uint16_t>(at + 28), extra = read<uint16_t>(at + 30);
+      const uint64_t bytes = unpacked_bytes(at, at + 46 + name, extra);
+      total += std::min(bytes, std::numeric_limits<uint64_t>::max() - total);
+      at += 46 + name + extra + read<uint16_t>(at + 32);
+    }
+    return total;
+  }
+
+ private:
+  static constexpr uint32_t kEnd = 0x06054b50, kEnd64 = 0x06064b50, kLocator = 0x07064b50,
+                            kRecord = 0x02014b50;
+  static constexpr size_t kEndBytes = 22, kEnd64Bytes = 56, kLocatorBytes = 20;
+
+  /// The number of records, and where the entry of the first one is.
+  std::pair<uint64_t, uint64_t> begin() const {
+    constexpr size_t kFarthest = 1 << 17;  // A comment after the directory has at most 2^16 bytes.
+    size_t end = file_.bytes().size(), tried = 0;
+    if (end < kEndBytes) refuse();
+    for (end -= kEndBytes; read<uint32_t>(end) != kEnd; --end) {
+      if (end == 0 || ++tried == kFarthest) refuse();
+    }
+    if (end >= kLocatorBytes + kEnd64Bytes && read<uint32_t>(end - kLocatorBytes) == kLocator) {
+      const auto end64 = read<uint64_t>(end - kLocatorBytes + 8);
+      if (read<uint32_t>(end64) == kEnd64) return {read<uint64_t>(end64 + 32), read<uint64_t>(end64 + 48)};
+    }
+    return {read<uint16_t>(end + 10), read<uint32_t>(end + 16)};
+  }
+
+  /// Of the record whose entry is `at`; its additional fields are the `size` bytes from `field` on.
+  uint64_t unpacked_bytes(uint64_t at, uint64_t field, size_t size) const {
+    constexpr uint16_t kSizesOf64Bits = 1;
+    const auto bytes = read<uint32_t>(at + 24);
+    if (bytes != std::numeric_limits<uint32_t>::max()) return bytes;
+    const uint64_t end = field + size;
+    while (field < end && read<uint16_t>(field) != kSizesOf64Bits) field += 4 + read<uint16_t>(field + 2);
+    return field < end ? read<uint64_t>(field + 4) : bytes;
+  }
+
+  template <typename T>
+  T read(uint64_t at) const {
+    const auto bytes = file_.bytes();
+    if (bytes.size() < sizeof(T) || at > bytes.size() - sizeof(T)) refuse();
+    T value;
+    std::memcpy(&value, bytes.data() + at, sizeof(T));
+    return value;
+  }
+
+  [[noreturn]] void refuse() const {
+    fail(ErrorCode::kCorrupt, "{}: damaged or truncated zip archive: no directory at its end",
+         file_.path().string());
+  }
+
+  const MappedFile& file_;
+};
+
 class TorchPickleSource : public TensorSource {
  public:
   explicit TorchPickleSource(const std::filesystem::path& path) : file_(MappedFile::open(path)) {
     refuse_bare_pickle();
+    refuse_impossible_sizes();
     try {
       Archive archive(std::make_shared<MappingAdapter>(file_));
       refuse_big_endian(archive);
-      check_size(archive, "data.pkl");
       const auto [pickle, size] = archive.getRecord("data.pkl");
       tensors_ = read_state_dict({static_cast<const std::byte*>(pickle.get()), size}, path.string());
       for (const auto& [name, tensor] : tensors_) open_storage(archive, name, tensor);
@@ -102,9 +171,18 @@ class TorchPickleSource : public TensorSource {
         path().string());
   }
 
+  /// Deflate makes at most 1032 bytes of one: records that claim more would only take memory, which
+  /// libtorch's reader gives to the record "version" as soon as it is made.
+  void refuse_impossible_sizes() const {
+    constexpr size_t kMostOfOneByte = 1032;
+    const uint64_t claimed = ZipDirectory(*file_).unpacked_bytes();
+    if (claimed / kMostOfOneByte > file_->bytes().size())
+      fail(ErrorCode::kCorrupt, "{}: its records claim to hold {} bytes, which a file of {} cannot",
+           path().string(), claimed, file_->bytes().size());
+  }
+
   void refuse_big_endian(Archive& archive) const {
     if (!archive.hasRecord("byteorder")) return;
-    check_size(archive, "byteorder");
     const auto [text, size] = archive.getRecord("byteorder");
     const std::string_view order(static_cast<const char*>(text.get()), size);
     if (order != "little") {
@@ -129,14 +207,6 @@ class TorchPickleSource : public TensorSource {
     }
   }
 
-  /// Deflate makes at most 1032 bytes of one: a record that claims more would only take memory.
-  void check_size(Archive& archive, const std::string& record) const {
-    constexpr size_t kMostOfOneByte = 1032;
-    if (archive.getRecordSize(record) / kMostOfOneByte > file_->bytes().size())
-      fail(ErrorCode::kCorrupt, "{}: record {} claims to hold {} bytes, which a file of {} cannot",
-           path().string(), record, archive.getRecordSize(record), file_->bytes().size());
-  }
-
   Storage read_record(Archive& archive, const std::string& record) const {
     const auto file = file_->bytes();
     const size_t begin = archive.getRecordOffset(record), size = archive.getRecordSize(record);
@@ -148,7 +218,6 @@ class TorchPickleSource : public TensorSource {
       }
       return {file_, file.subspan(begin, size)};
     }
-    check_size(archive, record);
     auto inflated = std::make_shared<at::DataPtr>(std::get<0>(archive.getRecord(record)));
     return {inflated, {static_cast<const std::byte*>(inflated->get()), size}};
   }

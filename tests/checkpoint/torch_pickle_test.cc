@@ -228,17 +228,38 @@ TEST(TorchPickle, RefusesATensorThatRepeatsItsElements) {
   expect_error(ErrorCode::kUnsupported, "tensor w repeats", [&] { source->load("w"); });
 }
 
-TEST(TorchPickle, RefusesARecordThatClaimsMoreThanDeflateCanHold) {
+TEST(TorchPickle, RefusesRecordsThatClaimMoreThanDeflateCanHold) {
   const ScratchDirectory directory;
   const fs::path path = directory / "model.bin";
   write_archive(path, four_floats(), /*compress=*/true);
+  const std::string whole = read_all(path);
+  // libtorch's reader unpacks the last one, "version", as soon as it is made.
+  int records = 0;
+  for (size_t entry = 0; (entry = whole.find("PK\x01\x02", entry)) != std::string::npos; ++entry, ++records) {
+    std::string bytes = whole;
+    bytes.replace(entry + 24, 4, "\xf0\xff\xff\x7f");  // the size before compression
+    write_all(path, bytes);
+    expect_error(ErrorCode::kCorrupt, "its records claim to hold 21474", [&] { open_torch_pickle(path); });
+  }
+  EXPECT_GE(records, 4);
+}
+
+TEST(TorchPickle, RefusesASizeOf64BitsThatDeflateCannotHold) {
+  const ScratchDirectory directory;
+  const fs::path path = directory / "pytorch_model.bin";  // whose name its records begin with
+  write_archive(path, four_floats());
   std::string bytes = read_all(path);
-  // The size before compression is at byte 24 of a record's entry in the central directory.
+  // The first entry gets the field of 64-bit sizes in place of its name's last 12 bytes, after a field of
+  // none.
   const size_t entry = bytes.find("PK\x01\x02");
-  ASSERT_NE(entry, std::string::npos);
-  bytes.replace(entry + 24, 4, "\xf0\xff\xff\x7f");
+  const size_t name = static_cast<unsigned char>(bytes[entry + 28]);
+  ASSERT_GE(name, 16u);
+  bytes.replace(entry + 24, 4, "\xff\xff\xff\xff");
+  bytes[entry + 28] = static_cast<char>(name - 16);
+  bytes[entry + 30] = 16;
+  bytes.replace(entry + 46 + name - 16, 16, std::string("\x07\0\0\0\x01\0\x08\0\0\0\0\0\0\x10\0\0", 16));
   write_all(path, bytes);
-  expect_error(ErrorCode::kCorrupt, "claims to hold 2147483632 bytes", [&] { open_torch_pickle(path); });
+  expect_error(ErrorCode::kCorrupt, "its records claim to hold 17592186", [&] { open_torch_pickle(path); });
 }
 
 // --- the unpickler ---------------------------------------------------------------------------------------
