@@ -513,15 +513,16 @@ struct TileRange {
   }
 };
 
-// The threads make the tables of chunks [first_chunk, + chunks) for tokens [first_token, + tokens) together,
-// and wait for each other.
-void make_tables(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x, int64_t first_chunk,
-                 int64_t chunks, int64_t first_token, int64_t tokens) {
+// The team makes the tables of chunks [first_chunk, + chunks) for tokens [first_token, + tokens), and waits
+// for all.
+void make_tables(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x,
+                 const TeamPlace& team, int64_t first_chunk, int64_t chunks, int64_t first_token,
+                 int64_t tokens) {
   for (size_t own = 0; own < plan.lookups.size(); ++own) {
     const Lookup& lookup = plan.lookups[own];
     if (lookup.maker != own) continue;
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < chunks * tokens; ++i) {
+    const int64_t last = team.end(chunks * tokens);
+    for (int64_t i = team.begin(chunks * tokens); i < last; ++i) {
       alignas(64) float values[kChunkColumns];
       load_chunk(kernels, lookup.m, x, first_token + i % tokens, first_chunk + i / tokens, values);
       for (int sum = 0; sum < lookup.m.sums; ++sum) {
@@ -530,7 +531,7 @@ void make_tables(const Kernels& kernels, const LookupPlan& plan, const Activatio
       }
     }
   }
-#pragma omp barrier
+  team.wait_for_all();
 }
 
 // Scales the sums of the thread's tiles, which look_up() leaves without row scales, and writes them out.
@@ -553,10 +554,11 @@ void finish_tiles(const Kernels& kernels, const Lookup& lookup, const TileRange&
   }
 }
 
-// All threads of a region call this together.
-void run_lookups(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x) {
+// All threads of the team call this together.
+void run_lookups(const Kernels& kernels, const LookupPlan& plan, const ActivationView& x,
+                 const TeamPlace& team) {
+  const ThreadPlace place = team.among(plan.useful);
   for (int64_t first = 0; first < x.tokens; first += plan.batch) {
-    const ThreadPlace place = ThreadPlace::among(plan.useful);
     const int64_t tokens = std::min(plan.batch, x.tokens - first);
     for (const Lookup& lookup : plan.lookups) {
       const TileRange own(place, lookup, plan.code_bytes);
@@ -567,7 +569,7 @@ void run_lookups(const Kernels& kernels, const LookupPlan& plan, const Activatio
 
     for (int64_t panel = 0; panel < plan.chunks; panel += plan.panel_chunks) {
       const int64_t chunks = std::min(plan.panel_chunks, plan.chunks - panel);
-      make_tables(kernels, plan, x, panel, chunks, first, tokens);
+      make_tables(kernels, plan, x, team, panel, chunks, first, tokens);
       for (const Lookup& lookup : plan.lookups) {
         const TileRange own(place, lookup, plan.code_bytes);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -583,9 +585,7 @@ void run_lookups(const Kernels& kernels, const LookupPlan& plan, const Activatio
       }
       const bool tables_serve_again =
           panel + plan.panel_chunks < plan.chunks || first + plan.batch < x.tokens;
-      if (tables_serve_again) {
-#pragma omp barrier
-      }
+      if (tables_serve_again) team.wait_for_all();
     }
 
     float* const scratch = plan.apart_scratch + place.thread * plan.thread_floats;
@@ -598,8 +598,10 @@ void multiply_lookups(const Kernels& kernels, std::span<const Product> products,
   thread_local LookupScratch scratch;
   LookupPlan plan = plan_lookups(products, x);
   place_lookups(plan, scratch);
+  Barrier barrier;
 #pragma omp parallel num_threads(team_size(plan.useful))
-  run_lookups(kernels, plan, x);
+  if (const TeamPlace team = TeamPlace::among(plan.useful, barrier); !team.is_outside())
+    run_lookups(kernels, plan, x, team);
 }
 
 class PlannedLookups : public PlannedProducts {
@@ -610,7 +612,9 @@ class PlannedLookups : public PlannedProducts {
     for (LookupPlan& plan : plans_) place_lookups(plan, scratch_);  // until it has grown
     for (LookupPlan& plan : plans_) place_lookups(plan, scratch_);
   }
-  void run(size_t index) const override { run_lookups(kernels_, plans_[index], sets_[index].x); }
+  void run(size_t index, const TeamPlace& team) const override {
+    run_lookups(kernels_, plans_[index], sets_[index].x, team);
+  }
 
  private:
   const Kernels& kernels_;

@@ -522,16 +522,15 @@ int64_t single_query_floats(const SingleQuery& query) {
   return query.kv_heads * parts.count * parts.heads * parts.stride();
 }
 
-void attend_single_query(const SingleQuery& query, float* memory) {
+void attend_single_query(const SingleQuery& query, float* memory, const TeamPlace& team) {
   const Attention<uint16_t> a = attention_of(query);
   Parts parts = parts_of(a);
   parts.memory = memory;
-  const ThreadPlace place = ThreadPlace::among(omp_get_num_threads());
   thread_local Buffer queries;
-  attend_parts(a, place.begin(a.kv_heads * parts.count), place.end(a.kv_heads * parts.count), parts,
+  attend_parts(a, team.begin(a.kv_heads * parts.count), team.end(a.kv_heads * parts.count), parts,
                queries.reserve(kPartHeads * parts.padded_dim));
-#pragma omp barrier
-  merge_parts(a, parts, place.begin(a.heads), place.end(a.heads));
+  team.wait_for_all();
+  merge_parts(a, parts, team.begin(a.heads), team.end(a.heads));
 }
 
 at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,

@@ -25,17 +25,11 @@ void add_bias(const uint16_t* bias, uint16_t* y, int64_t begin, int64_t end) {
   if (bias != nullptr) add_elements(bias, y, begin, end);
 }
 
-void wait_for_all() {
-#pragma omp barrier
-}
+/// Those that can run at the same time: where every stage ends with a wait for all, a thread more than there
+/// are processors stops the others until it gets its turn.
+int64_t useful_threads() { return std::min(omp_get_max_threads(), omp_get_num_procs()); }
 
 }  // namespace
-
-/// A thread's place in the region.
-struct DecodeStep::Share : ThreadPlace {
-  Share() : ThreadPlace(ThreadPlace::among(omp_get_num_threads())) {}
-  bool is_first() const { return thread == 0; }
-};
 
 DecodeStep::DecodeStep(const ModelSpec& spec) : spec_(spec) {
   const auto make = [](int64_t width) { return at::zeros({1, width}, at::kBFloat16); };
@@ -48,10 +42,9 @@ DecodeStep::DecodeStep(const ModelSpec& spec) : spec_(spec) {
 std::unique_ptr<DecodeStep> DecodeStep::make(const ModelSpec& spec,
                                              std::span<const std::shared_ptr<DecoderBlock>> blocks,
                                              const Backend& backend, at::ScalarType dtype) {
-  const Architecture& architecture = *spec.architecture;
+  const bool gated = spec.architecture->mlp == Mlp::kGated;
   if (dtype != at::kBFloat16 || backend.device() != "cpu" || !spec.norm_first ||
-      architecture.norm != Norm::kRms || architecture.position != Position::kRotary ||
-      architecture.mlp != Mlp::kGated || spec.activation != Activation::kSilu)
+      spec.activation != (gated ? Activation::kSilu : Activation::kRelu))
     return nullptr;
   std::unique_ptr<DecodeStep> step(new DecodeStep(spec));
   return step->plan(blocks, backend) ? std::move(step) : nullptr;
@@ -62,11 +55,9 @@ bool DecodeStep::plan(std::span<const std::shared_ptr<DecoderBlock>> blocks, con
   for (const std::shared_ptr<DecoderBlock>& block : blocks) {
     Block weights{};
     for (const NormSpec& norm : block->norms()) {
-      const at::Tensor& weight = block->norm(norm.role).weight;
-      if (!is_plain(weight)) return false;
-      const uint16_t** const places[kNormRoleCount] = {&weights.attn_norm, &weights.mlp_norm,
-                                                       &weights.query_norm, &weights.key_norm};
-      *places[static_cast<size_t>(norm.role)] = elements_or_null(weight);
+      const auto& [weight, bias] = block->norm(norm.role);
+      if (!is_plain(weight) || !is_plain(bias)) return false;
+      weights.norm[static_cast<size_t>(norm.role)] = {true, elements_or_null(weight), elements_or_null(bias)};
     }
     const auto add_set = [&](const at::Tensor& x, std::initializer_list<std::pair<Role, at::Tensor>> rows) {
       ProductSet set{.products = {}, .x = view_of(x)};
@@ -79,9 +70,11 @@ bool DecodeStep::plan(std::span<const std::shared_ptr<DecoderBlock>> blocks, con
       sets.push_back(std::move(set));
       return true;
     };
+    const bool gated = spec_.architecture->mlp == Mlp::kGated;
     if (!add_set(input_, {{Role::kQ, queries_}, {Role::kK, keys_}, {Role::kV, values_}}) ||
         !add_set(mixed_, {{Role::kO, branch_}}) ||
-        !add_set(input_, {{Role::kGate, gate_}, {Role::kUp, up_}}) ||
+        !(gated ? add_set(input_, {{Role::kGate, gate_}, {Role::kUp, up_}})
+                : add_set(input_, {{Role::kUp, middle_}})) ||
         !add_set(middle_, {{Role::kDown, branch_}}))
       return false;
     blocks_.push_back(weights);
@@ -106,27 +99,26 @@ at::Tensor DecodeStep::run(const at::Tensor& hidden, const Positions& positions,
   if (const int64_t floats = single_query_floats(query); !parts_.defined() || parts_.numel() < floats)
     parts_ = at::empty({2 * floats}, at::kFloat);
 #pragma omp parallel num_threads(team_size(2))
-  {
-    const Share share;
+  if (const TeamPlace team = TeamPlace::among(useful_threads(), barrier_); !team.is_outside())
     for (int64_t index = 0; index < static_cast<int64_t>(blocks_.size()); ++index)
-      pass_block(index, positions, cache, share);
-  }
+      pass_block(index, positions, cache, team);
   return hidden_.clone().view({1, 1, spec_.hidden});
 }
 
 void DecodeStep::pass_block(int64_t index, const Positions& positions, KeyValueCache& cache,
-                            const Share& share) const {
+                            const TeamPlace& team) const {
   const Block& block = blocks_[static_cast<size_t>(index)];
   const auto multiply = [&](Tap tap) {
-    products_->run(static_cast<size_t>(index * kTapCount + static_cast<int>(tap)));
+    products_->run(static_cast<size_t>(index * kTapCount + static_cast<int>(tap)), team);
+    team.wait_for_all();
   };
+  const auto norm = [&](NormRole role) { return block.norm[static_cast<size_t>(role)]; };
   const auto bias = [&](Role role) { return block.bias[static_cast<size_t>(role)]; };
 
-  enter_branch(share, block.attn_norm);
+  enter_branch(team, norm(NormRole::kAttn));
   multiply(Tap::kAttnIn);
-  wait_for_all();
-  append_heads(index, positions, cache, share);
-  wait_for_all();
+  append_heads(index, positions, cache, team);
+  team.wait_for_all();
   attend_single_query({.queries = elements(queries_),
                        .keys = elements(cache.keys(index)),
                        .values = elements(cache.values(index)),
@@ -137,56 +129,70 @@ void DecodeStep::pass_block(int64_t index, const Positions& positions, KeyValueC
                        .head_stride = cache.capacity() * spec_.head_dim,
                        .position = positions.first,
                        .window = spec_.sliding_window},
-                      parts_.data_ptr<float>());
-  wait_for_all();
+                      parts_.data_ptr<float>(), team);
+  team.wait_for_all();
   multiply(Tap::kAttnOut);
-  wait_for_all();
-  leave_branch(share, bias(Role::kO));
+  leave_branch(team, bias(Role::kO));
 
-  enter_branch(share, block.mlp_norm);
+  enter_branch(team, norm(NormRole::kMlp));
   multiply(Tap::kMlpIn);
-  wait_for_all();
-  const int64_t begin = share.begin(spec_.ffn), end = share.end(spec_.ffn);
-  add_bias(bias(Role::kGate), elements(gate_), begin, end);
-  add_bias(bias(Role::kUp), elements(up_), begin, end);
-  multiply_gates(Gates<uint16_t>{.gate = elements(gate_), .up = elements(up_), .y = elements(middle_)}, begin,
-                 end);
-  wait_for_all();
+  pass_activation(block, team);
+  team.wait_for_all();
   multiply(Tap::kMlpMid);
-  wait_for_all();
-  leave_branch(share, bias(Role::kDown));
+  leave_branch(team, bias(Role::kDown));
 }
 
-void DecodeStep::enter_branch(const Share& share, const uint16_t* norm) const {
-  if (share.is_first())  // who has just written the hidden states
-    norm_rows(NormRows<uint16_t>{.x = elements(hidden_),
-                                 .weight = norm,
-                                 .y = elements(input_),
-                                 .width = spec_.hidden,
-                                 .eps = static_cast<float>(spec_.norm_eps)},
-              0, 1);
-  wait_for_all();
+void DecodeStep::normalize(const Norm& norm, const uint16_t* x, uint16_t* y, int64_t width,
+                           int64_t row) const {
+  const auto eps = static_cast<float>(spec_.norm_eps);
+  if (spec_.architecture->norm == stbllm::Norm::kRms)
+    norm_rows(NormRows<uint16_t>{.x = x, .weight = norm.weight, .y = y, .width = width, .eps = eps}, row,
+              row + 1);
+  else
+    layer_norm_rows(
+        LayerNormRows<uint16_t>{
+            .x = x, .weight = norm.weight, .bias = norm.bias, .y = y, .width = width, .eps = eps},
+        row, row + 1);
 }
 
-void DecodeStep::leave_branch(const Share& share, const uint16_t* bias) const {
-  if (!share.is_first()) return;
+void DecodeStep::enter_branch(const TeamPlace& team, const Norm& norm) const {
+  if (team.thread == 0)  // who has just written the hidden states
+    normalize(norm, elements(hidden_), elements(input_), spec_.hidden, 0);
+  team.wait_for_all();
+}
+
+void DecodeStep::leave_branch(const TeamPlace& team, const uint16_t* bias) const {
+  if (team.thread != 0) return;
   add_bias(bias, elements(branch_), 0, spec_.hidden);
   add_elements(elements(branch_), elements(hidden_), 0, spec_.hidden);
 }
 
+void DecodeStep::pass_activation(const Block& block, const TeamPlace& team) const {
+  const int64_t begin = team.begin(spec_.ffn), end = team.end(spec_.ffn);
+  const uint16_t* const up_bias = block.bias[static_cast<size_t>(Role::kUp)];
+  if (spec_.architecture->mlp == Mlp::kPlain) {
+    add_bias(up_bias, elements(middle_), begin, end);
+    rectify(elements(middle_), begin, end);
+    return;
+  }
+  add_bias(block.bias[static_cast<size_t>(Role::kGate)], elements(gate_), begin, end);
+  add_bias(up_bias, elements(up_), begin, end);
+  multiply_gates(Gates<uint16_t>{.gate = elements(gate_), .up = elements(up_), .y = elements(middle_)}, begin,
+                 end);
+}
+
 void DecodeStep::append_heads(int64_t index, const Positions& positions, KeyValueCache& cache,
-                              const Share& share) const {
+                              const TeamPlace& team) const {
   const Block& block = blocks_[static_cast<size_t>(index)];
   const int64_t dim = spec_.head_dim, heads = spec_.heads, kv_heads = spec_.kv_heads;
-  const auto prepare = [&](Role role, const uint16_t* norm, const at::Tensor& of_all, int64_t head) {
+  const auto bias = [&](Role role, const at::Tensor& of_all, int64_t head) {
+    add_bias(block.bias[static_cast<size_t>(role)], elements(of_all), head * dim, (head + 1) * dim);
+  };
+  const auto turn = [&](NormRole role, const at::Tensor& of_all, int64_t head) {
     uint16_t* const x = elements(of_all);
-    add_bias(block.bias[static_cast<size_t>(role)], x, head * dim, (head + 1) * dim);
-    if (role == Role::kV) return;
-    if (norm != nullptr)
-      norm_rows(
-          NormRows<uint16_t>{
-              .x = x, .weight = norm, .y = x, .width = dim, .eps = static_cast<float>(spec_.norm_eps)},
-          head, head + 1);
+    if (const Norm& norm = block.norm[static_cast<size_t>(role)]; norm.exists)
+      normalize(norm, x, x, dim, head);
+    if (spec_.architecture->position != Position::kRotary) return;
     rotate_rows(RotateRows<uint16_t>{.x = x,
                                      .y = x,
                                      .cos = elements(positions.cos),
@@ -204,14 +210,16 @@ void DecodeStep::append_heads(int64_t index, const Positions& positions, KeyValu
                 elements(cached) + (head * cache.capacity() + positions.first) * dim);
   };
   const int64_t all = heads + 2 * kv_heads;
-  for (int64_t i = share.begin(all); i < share.end(all); ++i)
+  for (int64_t i = team.begin(all); i < team.end(all); ++i)
     if (i < heads) {
-      prepare(Role::kQ, block.query_norm, queries_, i);
+      bias(Role::kQ, queries_, i);
+      turn(NormRole::kQuery, queries_, i);
     } else if (i < heads + kv_heads) {
-      prepare(Role::kK, block.key_norm, keys_, i - heads);
+      bias(Role::kK, keys_, i - heads);
+      turn(NormRole::kKey, keys_, i - heads);
       append(keys_, cache.keys(index), i - heads);
     } else {
-      prepare(Role::kV, nullptr, values_, i - heads - kv_heads);
+      bias(Role::kV, values_, i - heads - kv_heads);
       append(values_, cache.values(index), i - heads - kv_heads);
     }
 }

@@ -11,15 +11,16 @@
 #include <vector>
 
 #include "stbllm/backend/backend.h"
+#include "stbllm/base/parallel.h"
 #include "stbllm/model/decoder_block.h"
 
 namespace stbllm {
 
 class DecodeStep {
  public:
-  /// Null where a block has something else than RMS norms in front of its branches, rotary positions, a gated
-  /// SiLU and packed linears that `backend` plans products of, in bfloat16 on the CPU. Blocks and backend
-  /// must outlive the result.
+  /// Null where a block has something else than norms in front of its branches, a gated SiLU or a plain ReLU,
+  /// and packed linears that `backend` plans products of, in bfloat16 on the CPU. Blocks and backend must
+  /// outlive the result.
   static std::unique_ptr<DecodeStep> make(const ModelSpec& spec,
                                           std::span<const std::shared_ptr<DecoderBlock>> blocks,
                                           const Backend& backend, at::ScalarType dtype);
@@ -30,27 +31,35 @@ class DecodeStep {
 
  private:
   /// The weights beside the packed ones, null where there are none.
+  struct Norm {
+    bool exists;
+    const uint16_t *weight, *bias;
+  };
   struct Block {
-    const uint16_t *attn_norm, *query_norm, *key_norm, *mlp_norm;
+    Norm norm[kNormRoleCount];
     const uint16_t* bias[kRoleCount];
   };
-  struct Share;
 
   explicit DecodeStep(const ModelSpec& spec);
   bool plan(std::span<const std::shared_ptr<DecoderBlock>> blocks, const Backend& backend);
-  void pass_block(int64_t index, const Positions& positions, KeyValueCache& cache, const Share& share) const;
-  void enter_branch(const Share& share, const uint16_t* norm) const;
-  void leave_branch(const Share& share, const uint16_t* bias) const;
+  void pass_block(int64_t index, const Positions& positions, KeyValueCache& cache,
+                  const TeamPlace& team) const;
+  void normalize(const Norm& norm, const uint16_t* x, uint16_t* y, int64_t width, int64_t row) const;
+  void enter_branch(const TeamPlace& team, const Norm& norm) const;
+  void leave_branch(const TeamPlace& team, const uint16_t* bias) const;
   void append_heads(int64_t index, const Positions& positions, KeyValueCache& cache,
-                    const Share& share) const;
+                    const TeamPlace& team) const;
+  void pass_activation(const Block& block, const TeamPlace& team) const;
 
   ModelSpec spec_;
   std::vector<Block> blocks_;
   /// hidden states, what a branch reads and gives (hidden); q, k, v and what attention makes of them by
-  /// heads; gates and what they let pass (ffn).
+  /// heads; gates, which a plain MLP has none of,
+  /// and what they let pass (ffn).
   at::Tensor hidden_, input_, branch_, queries_, keys_, values_, mixed_, gate_, up_, middle_;
   at::Tensor parts_;                           // of attention
   std::unique_ptr<PlannedProducts> products_;  // four sets for each block, by Tap
+  Barrier barrier_;
 };
 
 }  // namespace stbllm

@@ -1,6 +1,7 @@
 #include "stbllm/model/decoder_block.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <limits>
@@ -131,7 +132,16 @@ KeyValueCache KeyValueCache::repeated(int64_t batch, int64_t capacity) const {
 }
 
 at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::Tensor& x) {
+  const auto has_dtype = [&](const at::Tensor& own) {
+    return !own.defined() || own.scalar_type() == x.scalar_type();
+  };
+  const bool fuses = has_dtype(norm.weight) && has_dtype(norm.bias) && can_fuse(x);
   if (spec.architecture->norm == Norm::kLayer) {
+    const auto records = [](const at::Tensor& y) {
+      return at::GradMode::is_enabled() && y.defined() && y.requires_grad();
+    };
+    if (fuses && !records(x) && !records(norm.weight))
+      return layer_norm(x, norm.weight, norm.bias, spec.norm_eps);
     if (!norm.weight.defined() || !norm.weight.requires_grad())
       return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);
     // The fused backward adds up the gradients of weight and bias thread by thread; these sums do not depend
@@ -139,8 +149,7 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
     const at::Tensor scaled = at::layer_norm(x, {x.size(-1)}, {}, {}, spec.norm_eps) * norm.weight;
     return norm.bias.defined() ? scaled + norm.bias : scaled;
   }
-  const bool one_dtype = !norm.weight.defined() || norm.weight.scalar_type() == x.scalar_type();
-  if (one_dtype && can_fuse(x)) return rms_norm(x, norm.weight, spec.norm_eps);
+  if (fuses) return rms_norm(x, norm.weight, spec.norm_eps);
   const at::Tensor wide = x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + spec.norm_eps);
   const at::Tensor normalized = (wide * scale).to(x.scalar_type());

@@ -55,6 +55,40 @@ template void norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
 
 namespace {
 
+template <typename Lanes, typename T>
+STBLLM_INLINE void layer_norm_rows_of(const LayerNormRows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = rows.x + row * rows.width;
+    T* y = rows.y + row * rows.width;
+    Lanes sum = {}, squares = {};
+    for_each_lanes(0, rows.width,
+                   [&](int64_t at, int count) STBLLM_INLINED { sum += load<Lanes>(x + at, count); });
+    const float mean = sum_of(sum) / static_cast<float>(rows.width);
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes v = load_or<Lanes>(x + at, count, mean) - mean;
+      squares += v * v;
+    });
+    const float scale = 1 / std::sqrt(sum_of(squares) / static_cast<float>(rows.width) + rows.eps);
+    for_each_lanes(0, rows.width, [&](int64_t at, int count) STBLLM_INLINED {
+      Lanes v = (load<Lanes>(x + at, count) - mean) * scale;
+      if (rows.weight != nullptr) v = v * load<Lanes>(rows.weight + at, count);
+      if (rows.bias != nullptr) v = v + load<Lanes>(rows.bias + at, count);
+      store(y + at, rounded<T>(v), count);
+    });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void layer_norm_rows(const LayerNormRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { layer_norm_rows_of<Lanes>(rows, begin, end); });
+}
+template void layer_norm_rows(const LayerNormRows<float>&, int64_t, int64_t);
+template void layer_norm_rows(const LayerNormRows<uint16_t>&, int64_t, int64_t);
+
+namespace {
+
 /// What the norm of rows hands back: with n = x * scale, the gradient of n is g = y_gradient * weight, that
 /// of x is (g - n mean(g n)) * scale, and that of the weight is the sum of y_gradient * n over the rows.
 template <typename T>
@@ -142,6 +176,18 @@ void multiply_gates(const Gates<T>& gates, int64_t begin, int64_t end) {
 }
 template void multiply_gates(const Gates<float>&, int64_t, int64_t);
 template void multiply_gates(const Gates<uint16_t>&, int64_t, int64_t);
+
+template <typename T>
+void rectify(T* x, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED {
+    for_each_lanes(begin, end, [&](int64_t at, int count) STBLLM_INLINED {
+      const Lanes v = load<Lanes>(x + at, count);
+      store(x + at, select(v < 0.f, Lanes{}, v), count);
+    });
+  });
+}
+template void rectify(float*, int64_t, int64_t);
+template void rectify(uint16_t*, int64_t, int64_t);
 
 template <typename T>
 void add_elements(const T* x, T* y, int64_t begin, int64_t end) {
@@ -242,6 +288,21 @@ at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps
                          .eps = static_cast<float>(eps)};
   at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
                    [&](int64_t begin, int64_t end) { norm_rows(rows, begin, end); });
+  return output;
+}
+
+template <typename T>
+at::Tensor layer_norm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const at::Tensor input = x.contiguous(), output = at::empty_like(input);
+  const int64_t width = x.size(-1);
+  const LayerNormRows<T> rows{.x = elements<T>(input),
+                              .weight = elements<T>(weight),
+                              .bias = elements<T>(bias),
+                              .y = static_cast<T*>(output.data_ptr()),
+                              .width = width,
+                              .eps = static_cast<float>(eps)};
+  at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
+                   [&](int64_t begin, int64_t end) { layer_norm_rows(rows, begin, end); });
   return output;
 }
 
@@ -394,6 +455,15 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     return NormFunction::apply(x, weight.defined() ? weight : at::ones({x.size(-1)}, x.options()), eps);
   return x.scalar_type() == at::kFloat ? rms_norm_of<float>(x, weight, eps)
                                        : rms_norm_of<uint16_t>(x, weight, eps);
+}
+
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  for (const at::Tensor& own : {weight, bias})
+    STBLLM_CHECK(!own.defined() || (own.scalar_type() == x.scalar_type() && own.is_contiguous() &&
+                                    own.numel() == x.size(-1)),
+                 "the weight or bias of a norm of {}", x.size(-1));
+  return x.scalar_type() == at::kFloat ? layer_norm_of<float>(x, weight, bias, eps)
+                                       : layer_norm_of<uint16_t>(x, weight, bias, eps);
 }
 
 at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up) {

@@ -18,6 +18,19 @@ struct NormRows {
 template <typename T>
 void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end);
 
+/// y = the layer norm of x, which may be y, times weight, plus bias.
+template <typename T>
+struct LayerNormRows {
+  const T* x;       // (rows, width)
+  const T* weight;  // (width) or null
+  const T* bias;    // (width) or null
+  T* y;             // (rows, width)
+  int64_t width;
+  float eps;
+};
+template <typename T>
+void layer_norm_rows(const LayerNormRows<T>& rows, int64_t begin, int64_t end);
+
 /// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
 /// them in memory.
 template <typename T>
@@ -40,6 +53,10 @@ struct Gates {
 };
 template <typename T>
 void multiply_gates(const Gates<T>& gates, int64_t begin, int64_t end);
+
+/// x = relu(x), which keeps what is not a number.
+template <typename T>
+void rectify(T* x, int64_t begin, int64_t end);
 
 /// y += x, rounded to what an element holds.
 template <typename T>

@@ -1,7 +1,9 @@
 #pragma once
-// Attention of one token, for the threads of a region that exists already.
+// Attention of one token, for a team of threads that exists already.
 
 #include <cstdint>
+
+#include "stbllm/base/parallel.h"
 
 namespace stbllm {
 
@@ -17,8 +19,8 @@ struct SingleQuery {
 
 /// Floats of memory that attend_single_query() takes.
 int64_t single_query_floats(const SingleQuery& query);
-/// causal_attention() by all threads of an OpenMP region, which call this together and meet at a barrier
-/// before it and behind it.
-void attend_single_query(const SingleQuery& query, float* memory);
+/// causal_attention() by all threads of the team, which call this together and wait for all before it and
+/// behind it.
+void attend_single_query(const SingleQuery& query, float* memory, const TeamPlace& team);
 
 }  // namespace stbllm

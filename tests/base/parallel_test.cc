@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "stbllm/base/error.h"
@@ -21,6 +22,41 @@ class OmpThreads {
  private:
   int before_ = omp_get_max_threads();
 };
+
+TEST(Barrier, NoThreadPassesBeforeTheLastHasCome) {
+  constexpr int kThreads = 5, kTurns = 2000;  // more than cores, so that some sleep
+  Barrier barrier;
+  std::vector<int> counts(kThreads);  // plain numbers: what one thread wrote before, the others see behind
+  std::atomic<int> faults = 0;
+  std::vector<std::thread> threads;
+  for (int own = 0; own < kThreads; ++own)
+    threads.emplace_back([&, own] {
+      for (int turn = 1; turn <= kTurns; ++turn) {
+        counts[static_cast<size_t>(own)] = turn;
+        barrier.wait(kThreads);
+        for (const int count : counts) faults += count != turn;
+        barrier.wait(kThreads);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(faults, 0);
+}
+
+TEST(TeamPlace, IsAmongThoseWithWork) {
+  const OmpThreads threads(4);
+  Barrier barrier;
+  std::vector<TeamPlace> places(4);
+#pragma omp parallel num_threads(4)
+  places[static_cast<size_t>(omp_get_thread_num())] = TeamPlace::among(3, barrier);
+  for (int64_t i = 0; i < 4; ++i) {
+    const TeamPlace& place = places[static_cast<size_t>(i)];
+    EXPECT_EQ(place.thread, i);
+    EXPECT_EQ(place.threads, 3);
+    EXPECT_EQ(place.is_outside(), i == 3);
+    EXPECT_EQ(place.among(2).threads, 2);
+    EXPECT_EQ(place.among(5).threads, 3);
+  }
+}
 
 TEST(ParallelFor, VisitsEveryIndexOnce) {
   const OmpThreads threads(4);

@@ -111,6 +111,30 @@ TEST(Fused, NormIsTheComposedNorm) {
       }
 }
 
+TEST(Fused, LayerNormIsThatOfLibtorch) {
+  at::manual_seed(2);
+  const c10::InferenceMode inference;
+  for (const at::ScalarType type : kTypes)
+    for (const int64_t width : {64, 768, 75})
+      for (const bool affine : {true, false}) {
+        at::Tensor x = (at::randn({2, 31, width}) * 3 + 1).to(type).slice(1, 1);
+        x.select(1, 8).select(1, 3).fill_(std::numeric_limits<float>::quiet_NaN());
+        at::Tensor weight, bias;
+        if (affine) weight = at::randn({width}).to(type), bias = at::randn({width}).to(type);
+        const at::Tensor expected = at::layer_norm(x, {width}, weight, bias, 1e-5),
+                         fused = layer_norm(x, weight, bias, 1e-5);
+        ASSERT_EQ(fused.scalar_type(), type);
+        // Sums in another order, of numbers that weight and bias bring to at most about 16. In bfloat16 a
+        // value next to a border of rounding may fall on its other side.
+        const double unit = type == at::kFloat ? 0x1p-20 : 0x1p-7;
+        EXPECT_TRUE(at::allclose(fused, expected, unit, /*atol=*/0x1p-18, /*equal_nan=*/true))
+            << width << " " << at::toString(type);
+        if (type == at::kFloat) continue;
+        EXPECT_GT(at::isclose(fused, expected, 0, 0, /*equal_nan=*/true).sum().item<int64_t>(),
+                  x.numel() * 99 / 100);
+      }
+}
+
 TEST(Fused, GateIsTheComposedGate) {
   const at::NoGradGuard no_grad;
   at::manual_seed(3);

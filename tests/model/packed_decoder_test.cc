@@ -177,7 +177,7 @@ const Backend* backend_with_lookups() {
 TEST_F(PackedDecoder, ASingleTokenGetsTheSameBitsInOneRegion) {
   if (backend_with_lookups() == nullptr) GTEST_SKIP() << "no backend looks up";
   for (const TinyModel& model :
-       {test::tiny_llama(), test::tiny_mistral(), test::tiny_qwen2(), test::tiny_qwen3()}) {
+       {test::tiny_llama(), test::tiny_mistral(), test::tiny_qwen2(), test::tiny_qwen3(), test::tiny_opt()}) {
     const Decoder decoder = Decoder::from_packed(pack_codes(model), *backend_with_lookups(), at::kBFloat16);
     ASSERT_TRUE(decoder.has_decode_step());
     const c10::InferenceMode inference;
@@ -202,7 +202,13 @@ TEST_F(PackedDecoder, ASingleTokenGetsTheSameBitsInOneRegion) {
 TEST_F(PackedDecoder, OtherModelsTakeTheReadablePath) {
   const Backend& backend = find_backend("auto");
   EXPECT_FALSE(Decoder::from_packed(pack(test::tiny_llama()), backend, at::kBFloat16).has_decode_step());
-  EXPECT_FALSE(Decoder::from_packed(pack_codes(test::tiny_opt()), backend, at::kBFloat16).has_decode_step());
+  const auto takes_one_region = [&](const TinyModel& model) {
+    return Decoder::from_packed(pack_codes(model), backend, at::kBFloat16).has_decode_step();
+  };
+  EXPECT_FALSE(takes_one_region(test::tiny_opt_350m())) << "norms behind the branches";
+  TinyModel gelu = test::tiny_opt();
+  gelu.config["activation_function"] = "gelu";
+  EXPECT_FALSE(takes_one_region(gelu));
   EXPECT_FALSE(Decoder::from_packed(pack_codes(test::tiny_llama()), backend).has_decode_step());
 }
 

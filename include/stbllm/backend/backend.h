@@ -14,6 +14,8 @@
 
 namespace stbllm {
 
+struct TeamPlace;
+
 enum class ElementType { kFloat32, kBFloat16, kFloat16 };
 
 /// A row-major matrix of activations, rows adjacent. They lie where the backend's device() is.
@@ -49,9 +51,9 @@ struct ProductSet {
 class PlannedProducts {
  public:
   virtual ~PlannedProducts() = default;
-  /// Computes the products of set `index`. All threads of an OpenMP region call this together, and meet at a
-  /// barrier before it and behind it: x has to be complete, and y is complete then.
-  virtual void run(size_t index) const = 0;
+  /// Computes the products of set `index`. All threads of a team call this together, and wait for all before
+  /// it and behind it: x has to be complete, and y is complete then.
+  virtual void run(size_t index, const TeamPlace& team) const = 0;
 };
 
 class Backend {

@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -29,6 +30,58 @@ struct ThreadPlace {
   /// Where this thread's share of 0 .. count - 1 begins; that of the next thread begins at its end.
   int64_t begin(int64_t count) const { return std::min(count, count * thread / threads); }
   int64_t end(int64_t count) const { return std::min(count, count * (thread + 1) / threads); }
+};
+
+/// Where threads wait for each other. A thread that waits spins for about a tenth of a millisecond and then
+/// sleeps, so that it gives way to other programs.
+class Barrier {
+ public:
+  /// Returns when `threads` threads have called it, all of them with that number.
+  void wait(int64_t threads) {
+    if (threads == 1) return;
+    const uint32_t turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      // In one order with the count of sleeping threads that notify_all() reads, or one would never wake.
+      turn_.fetch_add(1, std::memory_order_seq_cst);
+      turn_.notify_all();
+      return;
+    }
+    constexpr int kSpins = 3000;
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (turn_.load(std::memory_order_acquire) != turn) return;
+      relax();
+    }
+    turn_.wait(turn, std::memory_order_acquire);
+  }
+
+ private:
+  /// Leaves the core to its other thread for some cycles.
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");
+#endif
+  }
+
+  // Apart, so that those who arrive do not disturb those who spin.
+  alignas(64) std::atomic<uint32_t> turn_ = 0;
+  alignas(64) std::atomic<int64_t> arrived_ = 0;
+};
+
+/// A thread's place in a team: threads of a region that share work and wait for each other.
+struct TeamPlace : ThreadPlace {
+  Barrier* barrier;
+
+  /// Inside a region of which `useful` threads are the team. The others have no place in it (is_outside()).
+  static TeamPlace among(int64_t useful, Barrier& barrier) { return {ThreadPlace::among(useful), &barrier}; }
+  bool is_outside() const { return thread >= threads; }
+  void wait_for_all() const { barrier->wait(threads); }
+  /// The place where no more than `useful` threads of the team have work.
+  ThreadPlace among(int64_t useful) const {
+    return {.thread = thread, .threads = std::clamp<int64_t>(useful, 1, threads)};
+  }
 };
 
 /// Calls body(begin, end) for consecutive ranges that together are 0 .. count - 1, one per thread, each of

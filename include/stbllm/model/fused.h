@@ -16,6 +16,10 @@ bool can_fuse(const at::Tensor& x);
 /// x's dtype, or undefined) is applied.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
+/// Layer norm over the last dimension in float32, rounded to x's dtype once. `weight` and `bias` (width, x's
+/// dtype) may be undefined. Without autograd.
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
+
 /// HF's rotary positions, x * cos + rotate_half(x) * sin, rounded to x's dtype after every operation as
 /// there. x (batch, heads, tokens, head_dim); cos and sin (tokens, head_dim) in x's dtype, both halves of a
 /// row alike. The result has x's order of dimensions in memory.
