@@ -52,7 +52,7 @@ constexpr int64_t kTurnTokens = 512;
 // How many threads `products` (weights times tokens) in `parts` parts are worth.
 int64_t useful_threads(int64_t products, int64_t parts) {
   const int64_t useful = std::min(std::max<int64_t>(products / kProductsPerThread, 1), parts);
-  return std::min<int64_t>(useful, omp_get_max_threads());
+  return std::min(useful, runnable_threads());
 }
 
 void load_activations(const Kernels& kernels, const ActivationView& x, int64_t first, int64_t count,

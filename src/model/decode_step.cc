@@ -25,10 +25,6 @@ void add_bias(const uint16_t* bias, uint16_t* y, int64_t begin, int64_t end) {
   if (bias != nullptr) add_elements(bias, y, begin, end);
 }
 
-/// Those that can run at the same time: where every stage ends with a wait for all, a thread more than there
-/// are processors stops the others until it gets its turn.
-int64_t useful_threads() { return std::min(omp_get_max_threads(), omp_get_num_procs()); }
-
 }  // namespace
 
 DecodeStep::DecodeStep(const ModelSpec& spec) : spec_(spec) {
@@ -99,7 +95,7 @@ at::Tensor DecodeStep::run(const at::Tensor& hidden, const Positions& positions,
   if (const int64_t floats = single_query_floats(query); !parts_.defined() || parts_.numel() < floats)
     parts_ = at::empty({2 * floats}, at::kFloat);
 #pragma omp parallel num_threads(team_size(2))
-  if (const TeamPlace team = TeamPlace::among(useful_threads(), barrier_); !team.is_outside())
+  if (const TeamPlace team = TeamPlace::among(runnable_threads(), barrier_); !team.is_outside())
     for (int64_t index = 0; index < static_cast<int64_t>(blocks_.size()); ++index)
       pass_block(index, positions, cache, team);
   return hidden_.clone().view({1, 1, spec_.hidden});

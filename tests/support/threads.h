@@ -7,13 +7,15 @@
 #define STBLLM_TEST_HAS_TORCH
 #endif
 
+#include "stbllm/base/parallel.h"
+
 namespace stbllm::test {
 
-/// Runs a scope with so many threads, which may be more than the machine has cores.
+/// Runs a scope with so many threads, which may be more than the machine has cores: all of them work.
 class Threads {
  public:
-  explicit Threads(int count) : before_(omp_get_max_threads()) { set(count); }
-  ~Threads() { set(before_); }
+  explicit Threads(int count) { set(count), processors() = count; }
+  ~Threads() { set(threads_before_), processors() = processors_before_; }
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;
 
@@ -24,7 +26,7 @@ class Threads {
 #endif
     omp_set_num_threads(count);
   }
-  int before_;
+  const int threads_before_ = omp_get_max_threads(), processors_before_ = processors();
 };
 
 }  // namespace stbllm::test

@@ -18,6 +18,16 @@ namespace stbllm {
 /// waking threads that wait takes microseconds. Those without work go straight to the end.
 inline int team_size(int64_t useful) { return useful > 1 ? omp_get_max_threads() : 1; }
 
+/// The processors that the process may run on, counted when first asked for. Tests assume more.
+inline int& processors() {
+  static int count = omp_get_num_procs();
+  return count;
+}
+
+/// The threads that can run at the same time. Where threads wait for each other often, one more than there
+/// are processors would stop the others until it gets its turn.
+inline int64_t runnable_threads() { return std::min(omp_get_max_threads(), processors()); }
+
 /// A thread's place among those of its region that share the work.
 struct ThreadPlace {
   int64_t thread, threads;
