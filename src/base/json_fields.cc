@@ -21,6 +21,11 @@ std::string shown(const json& value) {
 
 }  // namespace
 
+std::optional<int64_t> integer_of(const json& value) {
+  if (value.is_number_unsigned() && !std::in_range<int64_t>(value.get<uint64_t>())) return std::nullopt;
+  return value.is_number_integer() ? std::optional(value.get<int64_t>()) : std::nullopt;
+}
+
 JsonFields::JsonFields(const json& object, std::string where) : object_(object), where_(std::move(where)) {
   if (!object.is_object())
     fail(ErrorCode::kCorrupt, "{}expected an object, found {}", where_, object.type_name());
@@ -39,13 +44,10 @@ const json& JsonFields::at(std::string_view key) const {
 }
 
 int64_t JsonFields::integer(std::string_view key, int64_t lowest, int64_t highest) const {
-  const json& value = at(key);
-  // An unsigned number above 2^63 would look negative as a signed one.
-  const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= static_cast<uint64_t>(highest)
-                                               : value.is_number_integer() && value.get<int64_t>() <= highest;
-  if (!fits || value.get<int64_t>() < lowest)
+  const std::optional<int64_t> value = integer_of(at(key));
+  if (!value || *value < lowest || *value > highest)
     expected(key, fmt::format("an integer from {} to {}", lowest, highest));
-  return value.get<int64_t>();
+  return *value;
 }
 
 int64_t JsonFields::count(std::string_view key) const { return integer(key, 1, int64_t{1} << 30); }
@@ -89,9 +91,9 @@ std::vector<int32_t> JsonFields::ids(std::string_view key) const {
   const json& value = at(key);
   std::vector<int32_t> result;
   for (const json& id : value.is_array() ? value : json::array({value})) {
-    if (!id.is_number_integer() || !std::in_range<int32_t>(id.get<int64_t>()))
-      expected(key, "a token id or a list of them");
-    result.push_back(id.get<int32_t>());
+    const std::optional<int64_t> number = integer_of(id);
+    if (!number || !std::in_range<int32_t>(*number)) expected(key, "a token id or a list of them");
+    result.push_back(static_cast<int32_t>(*number));
   }
   return result;
 }

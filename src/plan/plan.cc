@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/calibrate/pack_weight.h"
 
 namespace stbllm {
@@ -62,11 +63,11 @@ Plan plan_from_json(const nlohmann::json& json, const ModelSpec& spec) {
       LinearPlan& own = plan[linear.name];
       own.scheme = *scheme;
       if (const auto limit = entry->find("outlier_limit"); limit != entry->end()) {
-        if (!limit->is_number_integer() || !std::in_range<int>(limit->get<int64_t>()) ||
-            limit->get<int64_t>() < 0)
+        const std::optional<int64_t> columns = integer_of(*limit);
+        if (!columns || *columns < 0 || !std::in_range<int>(*columns))
           fail(ErrorCode::kUsage, "the plan of {}: outlier_limit is {}, expected a count of columns",
                linear.name, limit->dump());
-        own.outlier_limit = limit->get<int>();
+        own.outlier_limit = static_cast<int>(*columns);
       }
     }
   return plan;

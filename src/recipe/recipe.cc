@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 
@@ -157,8 +158,8 @@ class ObjectReader {
     const nlohmann::json* value = find(name);
     if (value == nullptr) return;
     bool fits = true;
-    if constexpr (std::is_same_v<Field, int>)  // nlohmann would round, wrap and take true for 1
-      fits = value->is_number_integer() && std::in_range<int>(value->get<int64_t>());
+    if constexpr (std::is_same_v<Field, int>)
+      fits = integer_of(*value).has_value() && std::in_range<int>(*integer_of(*value));
     else if constexpr (std::is_floating_point_v<Field>)
       fits = value->is_number();
     try {

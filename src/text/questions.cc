@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
 
@@ -64,7 +65,7 @@ std::vector<Choice> choices_of(const Json& sample, const Place& place) {
 }
 
 std::optional<int64_t> number_of(const Json& value) {
-  if (value.is_number_integer()) return value.get<int64_t>();
+  if (value.is_number()) return integer_of(value);
   if (!value.is_string()) return std::nullopt;
   const auto& text = value.get_ref<const std::string&>();
   int64_t number = 0;

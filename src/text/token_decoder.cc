@@ -110,8 +110,9 @@ Step parse_step(const nlohmann::json& spec) {
   if (type == "Strip") {
     auto content = spec.at("content").get<std::string>();
     if (content.empty()) fail(ErrorCode::kCorrupt, "decoder Strip has an empty content");
-    return [content = std::move(content), start = spec.at("start").get<int64_t>(),
-            stop = spec.at("stop").get<int64_t>()](std::vector<std::string>& tokens) {
+    const JsonFields fields(spec, "decoder Strip: ");
+    return [content = std::move(content), start = fields.integer<int64_t>("start"),
+            stop = fields.integer<int64_t>("stop")](std::vector<std::string>& tokens) {
       for (std::string& token : tokens) strip(token, content, start, stop);
     };
   }

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <limits>
 
 #include "support/expect_error.h"
 #include "support/recipes.h"
@@ -127,6 +128,8 @@ TEST(Recipe, RefusesUnknownFieldsAndValues) {
   expect_refused(lean({{"frobnicate", 1}}), "unknown recipe field 'method.frobnicate'");
   expect_refused(lean({{"max_salient", 3}}), "unknown recipe field 'method.max_salient'");
   expect_refused(lean({{"refit", 2.5}}), "'method.refit': the value 2.5 has the wrong type");
+  expect_refused(lean({{"refit", std::numeric_limits<uint64_t>::max()}}),
+                 "'method.refit': the value 18446744073709551615 has the wrong type");
   expect_refused(lean({{"refit", nullptr}}), "'method.refit'");
   expect_refused(lean({{"compensate", "all"}}), "unknown value \"all\"");
   expect_refused(lean({{"outliers", {{"limit", 0}}}}), "'method.outliers.limit'");

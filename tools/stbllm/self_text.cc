@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 #include "stbllm/base/log.h"
 #include "stbllm/base/parse_json.h"
 #include "stbllm/base/text_file.h"
@@ -29,11 +30,12 @@ void check_written(const fs::path& path, const std::string& weights, int64_t tok
     fail(ErrorCode::kExists,
          "{}: this is not what the checkpoint has written; move it, or name a text with --calib",
          path.string());
-  if (remark.value("tokens", int64_t{0}) < tokens)
+  const auto there = remark.contains("tokens") ? integer_of(remark["tokens"]).value_or(0) : 0;
+  if (there < tokens)
     fail(ErrorCode::kExists,
          "{}: {} tokens, and {} are wanted; remove it, so that the model writes more, or ask for fewer "
          "windows",
-         path.string(), remark.value("tokens", int64_t{0}), tokens);
+         path.string(), there, tokens);
 }
 
 }  // namespace

@@ -5,11 +5,16 @@
 #include <cstdint>
 #include <limits>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace stbllm {
+
+/// The value where it is an integer of 64 bits with a sign. nlohmann's own conversions round fractions, wrap
+/// larger integers around, and are undefined for larger numbers of other kinds.
+std::optional<int64_t> integer_of(const nlohmann::json& value);
 
 /// A member that is null counts as absent, as HuggingFace writes it. A read without a fallback throws
 /// Error(kCorrupt) when the member is absent, and every read does when it has another type or is out of

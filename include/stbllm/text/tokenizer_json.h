@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "stbllm/base/error.h"
+#include "stbllm/base/json_fields.h"
 
 namespace stbllm {
 
@@ -14,7 +15,7 @@ namespace stbllm {
 /// damaged id must not ask for gigabytes.
 inline int32_t parse_id(const nlohmann::json& value) {
   constexpr int64_t kEnd = int64_t{1} << 24;
-  const int64_t id = value.is_number_integer() ? value.get<int64_t>() : -1;
+  const int64_t id = integer_of(value).value_or(-1);
   if (id < 0 || id >= kEnd) {
     fail(ErrorCode::kCorrupt, "expected an id from 0 to {}, found {}", kEnd - 1,
          value.is_number() ? value.dump() : value.type_name());
