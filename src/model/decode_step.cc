@@ -140,15 +140,16 @@ void DecodeStep::pass_block(int64_t index, const Positions& positions, KeyValueC
 
 void DecodeStep::normalize(const Norm& norm, const uint16_t* x, uint16_t* y, int64_t width,
                            int64_t row) const {
-  const auto eps = static_cast<float>(spec_.norm_eps);
+  const NormRows<uint16_t> rows{.x = x,
+                                .weight = norm.weight,
+                                .bias = norm.bias,
+                                .y = y,
+                                .width = width,
+                                .eps = static_cast<float>(spec_.norm_eps)};
   if (spec_.architecture->norm == stbllm::Norm::kRms)
-    norm_rows(NormRows<uint16_t>{.x = x, .weight = norm.weight, .y = y, .width = width, .eps = eps}, row,
-              row + 1);
+    rms_norm_rows(rows, row, row + 1);
   else
-    layer_norm_rows(
-        LayerNormRows<uint16_t>{
-            .x = x, .weight = norm.weight, .bias = norm.bias, .y = y, .width = width, .eps = eps},
-        row, row + 1);
+    layer_norm_rows(rows, row, row + 1);
 }
 
 void DecodeStep::enter_branch(const TeamPlace& team, const Norm& norm) const {

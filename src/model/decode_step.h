@@ -54,8 +54,7 @@ class DecodeStep {
   ModelSpec spec_;
   std::vector<Block> blocks_;
   /// hidden states, what a branch reads and gives (hidden); q, k, v and what attention makes of them by
-  /// heads; gates, which a plain MLP has none of,
-  /// and what they let pass (ffn).
+  /// heads; gates, which a plain MLP has none of, and what they let pass (ffn).
   at::Tensor hidden_, input_, branch_, queries_, keys_, values_, mixed_, gate_, up_, middle_;
   at::Tensor parts_;                           // of attention
   std::unique_ptr<PlannedProducts> products_;  // four sets for each block, by Tap

@@ -1,7 +1,6 @@
 #include "stbllm/model/decoder_block.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <limits>
@@ -137,10 +136,7 @@ at::Tensor apply_norm(const ModelSpec& spec, const NormWeights& norm, const at::
   };
   const bool fuses = has_dtype(norm.weight) && has_dtype(norm.bias) && can_fuse(x);
   if (spec.architecture->norm == Norm::kLayer) {
-    const auto records = [](const at::Tensor& y) {
-      return at::GradMode::is_enabled() && y.defined() && y.requires_grad();
-    };
-    if (fuses && !records(x) && !records(norm.weight))
+    if (fuses && !records_gradients(x) && !records_gradients(norm.weight))
       return layer_norm(x, norm.weight, norm.bias, spec.norm_eps);
     if (!norm.weight.defined() || !norm.weight.requires_grad())
       return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, spec.norm_eps);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "elements.h"
 #include "fused_rows.h"
@@ -31,7 +32,7 @@ STBLLM_INLINE float norm_scale(const T* x, int64_t width, float eps) {
 }
 
 template <typename Lanes, typename T>
-STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
+STBLLM_INLINE void rms_norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = rows.x + row * rows.width;
     T* y = rows.y + row * rows.width;
@@ -47,16 +48,16 @@ STBLLM_INLINE void norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t 
 }  // namespace
 
 template <typename T>
-void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
-  with_lanes([&]<typename Lanes>() STBLLM_INLINED { norm_rows_of<Lanes>(rows, begin, end); });
+void rms_norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
+  with_lanes([&]<typename Lanes>() STBLLM_INLINED { rms_norm_rows_of<Lanes>(rows, begin, end); });
 }
-template void norm_rows(const NormRows<float>&, int64_t, int64_t);
-template void norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
+template void rms_norm_rows(const NormRows<float>&, int64_t, int64_t);
+template void rms_norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
 
 namespace {
 
 template <typename Lanes, typename T>
-STBLLM_INLINE void layer_norm_rows_of(const LayerNormRows<T>& rows, int64_t begin, int64_t end) {
+STBLLM_INLINE void layer_norm_rows_of(const NormRows<T>& rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = rows.x + row * rows.width;
     T* y = rows.y + row * rows.width;
@@ -81,11 +82,11 @@ STBLLM_INLINE void layer_norm_rows_of(const LayerNormRows<T>& rows, int64_t begi
 }  // namespace
 
 template <typename T>
-void layer_norm_rows(const LayerNormRows<T>& rows, int64_t begin, int64_t end) {
+void layer_norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end) {
   with_lanes([&]<typename Lanes>() STBLLM_INLINED { layer_norm_rows_of<Lanes>(rows, begin, end); });
 }
-template void layer_norm_rows(const LayerNormRows<float>&, int64_t, int64_t);
-template void layer_norm_rows(const LayerNormRows<uint16_t>&, int64_t, int64_t);
+template void layer_norm_rows(const NormRows<float>&, int64_t, int64_t);
+template void layer_norm_rows(const NormRows<uint16_t>&, int64_t, int64_t);
 
 namespace {
 
@@ -277,12 +278,15 @@ const T* elements(const at::Tensor& x) {
   return x.defined() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
 }
 
-template <typename T>
-at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps) {
+/// norm_rows(rows, begin, end) for all rows of x.
+template <typename T, typename NormOfRows>
+at::Tensor norm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
+                   const NormOfRows& norm_rows) {
   const at::Tensor input = x.contiguous(), output = at::empty_like(input);
   const int64_t width = x.size(-1);
   const NormRows<T> rows{.x = elements<T>(input),
                          .weight = elements<T>(weight),
+                         .bias = elements<T>(bias),
                          .y = static_cast<T*>(output.data_ptr()),
                          .width = width,
                          .eps = static_cast<float>(eps)};
@@ -291,19 +295,11 @@ at::Tensor rms_norm_of(const at::Tensor& x, const at::Tensor& weight, double eps
   return output;
 }
 
-template <typename T>
-at::Tensor layer_norm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-  const at::Tensor input = x.contiguous(), output = at::empty_like(input);
-  const int64_t width = x.size(-1);
-  const LayerNormRows<T> rows{.x = elements<T>(input),
-                              .weight = elements<T>(weight),
-                              .bias = elements<T>(bias),
-                              .y = static_cast<T*>(output.data_ptr()),
-                              .width = width,
-                              .eps = static_cast<float>(eps)};
-  at::parallel_for(0, x.numel() / width, std::max<int64_t>(1, kGrain / width),
-                   [&](int64_t begin, int64_t end) { layer_norm_rows(rows, begin, end); });
-  return output;
+void check_norm(const at::Tensor& x, std::initializer_list<at::Tensor> weights) {
+  for (const at::Tensor& own : weights)
+    STBLLM_CHECK(!own.defined() || (own.scalar_type() == x.scalar_type() && own.is_contiguous() &&
+                                    own.numel() == x.size(-1)),
+                 "the weight or bias of a norm of {}", x.size(-1));
 }
 
 /// The gradients of x and of the weight, the latter in float32.
@@ -438,9 +434,11 @@ struct GateFunction : torch::autograd::Function<GateFunction> {
   }
 };
 
-bool records(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
-
 }  // namespace
+
+bool records_gradients(const at::Tensor& x) {
+  return at::GradMode::is_enabled() && x.defined() && x.requires_grad();
+}
 
 bool can_fuse(const at::Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
@@ -448,28 +446,23 @@ bool can_fuse(const at::Tensor& x) {
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  STBLLM_CHECK(!weight.defined() || (weight.scalar_type() == x.scalar_type() && weight.is_contiguous() &&
-                                     weight.numel() == x.size(-1)),
-               "the weight of a norm of {}", x.size(-1));
-  if (records(x) || (weight.defined() && records(weight)))
+  check_norm(x, {weight});
+  if (records_gradients(x) || records_gradients(weight))
     return NormFunction::apply(x, weight.defined() ? weight : at::ones({x.size(-1)}, x.options()), eps);
-  return x.scalar_type() == at::kFloat ? rms_norm_of<float>(x, weight, eps)
-                                       : rms_norm_of<uint16_t>(x, weight, eps);
+  return x.scalar_type() == at::kFloat ? norm_of<float>(x, weight, {}, eps, rms_norm_rows<float>)
+                                       : norm_of<uint16_t>(x, weight, {}, eps, rms_norm_rows<uint16_t>);
 }
 
 at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-  for (const at::Tensor& own : {weight, bias})
-    STBLLM_CHECK(!own.defined() || (own.scalar_type() == x.scalar_type() && own.is_contiguous() &&
-                                    own.numel() == x.size(-1)),
-                 "the weight or bias of a norm of {}", x.size(-1));
-  return x.scalar_type() == at::kFloat ? layer_norm_of<float>(x, weight, bias, eps)
-                                       : layer_norm_of<uint16_t>(x, weight, bias, eps);
+  check_norm(x, {weight, bias});
+  return x.scalar_type() == at::kFloat ? norm_of<float>(x, weight, bias, eps, layer_norm_rows<float>)
+                                       : norm_of<uint16_t>(x, weight, bias, eps, layer_norm_rows<uint16_t>);
 }
 
 at::Tensor silu_multiply(const at::Tensor& gate, const at::Tensor& up) {
   STBLLM_CHECK(gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
                "a gate of {} elements for {}", gate.numel(), up.numel());
-  if (records(gate) || records(up)) return GateFunction::apply(gate, up);
+  if (records_gradients(gate) || records_gradients(up)) return GateFunction::apply(gate, up);
   return gate.scalar_type() == at::kFloat ? silu_multiply_of<float>(gate, up)
                                           : silu_multiply_of<uint16_t>(gate, up);
 }
@@ -480,7 +473,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
                      table.size(0) == x.size(2) && table.size(1) == x.size(3) && x.size(3) % 2 == 0,
                  "rotary tables of {} positions for {} tokens of width {}", table.size(0), x.size(2),
                  x.size(3));
-  if (records(x)) return RotateFunction::apply(x, cos, sin);
+  if (records_gradients(x)) return RotateFunction::apply(x, cos, sin);
   return x.scalar_type() == at::kFloat ? rotate_of<float>(x, cos, sin) : rotate_of<uint16_t>(x, cos, sin);
 }
 

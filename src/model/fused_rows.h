@@ -6,21 +6,9 @@
 
 namespace stbllm {
 
-/// y = the RMS norm of x, which may be y, times weight.
+/// y = the norm of x, which may be y, times weight, plus bias, which only layer norms have.
 template <typename T>
 struct NormRows {
-  const T* x;       // (rows, width)
-  const T* weight;  // (width) or null
-  T* y;             // (rows, width)
-  int64_t width;
-  float eps;
-};
-template <typename T>
-void norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end);
-
-/// y = the layer norm of x, which may be y, times weight, plus bias.
-template <typename T>
-struct LayerNormRows {
   const T* x;       // (rows, width)
   const T* weight;  // (width) or null
   const T* bias;    // (width) or null
@@ -29,7 +17,9 @@ struct LayerNormRows {
   float eps;
 };
 template <typename T>
-void layer_norm_rows(const LayerNormRows<T>& rows, int64_t begin, int64_t end);
+void rms_norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end);
+template <typename T>
+void layer_norm_rows(const NormRows<T>& rows, int64_t begin, int64_t end);
 
 /// A row is one head of one token. Rows are counted by head, then token, then sequence, as projections leave
 /// them in memory.

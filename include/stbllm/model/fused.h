@@ -12,6 +12,9 @@ namespace stbllm {
 /// last dimension is adjacent in memory.
 bool can_fuse(const at::Tensor& x);
 
+/// Whether somebody records the gradients of x, which may be undefined.
+bool records_gradients(const at::Tensor& x);
+
 /// HF's RMS norm over the last dimension: statistics in float32, rounded to x's dtype before `weight` (width,
 /// x's dtype, or undefined) is applied.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
